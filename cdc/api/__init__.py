@@ -1,0 +1,1 @@
+"""HTTP: health, status, metrics and control, on one loopback address by default."""

@@ -1,0 +1,159 @@
+"""The values that flow from a source through the queue to the sinks.
+
+Column values stay as the source wrote them: for PostgreSQL the text bytes of pgoutput, for MongoDB the raw
+BSON. Only a sink that needs another form decodes, and only what it needs.
+
+All types are array-like in msgpack: a batch in the queue holds no field names.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+
+from cdc.position import SourcePosition
+
+UNCHANGED: Final = False
+"""A column whose value did not travel (unchanged TOAST, or no part of the key). Not NULL, which is `None`.
+
+Encoded as `false`, since msgpack has no sentinels.
+"""
+
+Value = bytes | None | Literal[False]
+Row = tuple[Value, ...]
+"""One value for each column of the `Table`, in its order."""
+
+
+class Operation(IntEnum):
+    """What a change does."""
+
+    INSERT = 0
+    UPDATE = 1
+    DELETE = 2
+    TRUNCATE = 3
+    MESSAGE = 4
+
+
+INSERT: Final = 0
+UPDATE: Final = 1
+DELETE: Final = 2
+TRUNCATE: Final = 3
+MESSAGE: Final = 4
+"""Plain integers beside `Operation`: comparing enum members costs more than decoding a column."""
+
+
+class TableName(NamedTuple):
+    """A table's name at the source; `database` and `collection` for MongoDB."""
+
+    schema: str
+    name: str
+
+    def __str__(self) -> str:
+        """`schema.name`, as in configuration and messages (not quoted)."""
+        return f"{self.schema}.{self.name}"
+
+
+class Column(msgspec.Struct, frozen=True, array_like=True):
+    """A column as the source describes it. `type_oid` is the source's and may mean nothing elsewhere."""
+
+    name: str
+    type_oid: int
+    is_key: bool
+
+
+class Table(msgspec.Struct, frozen=True, array_like=True):
+    """A table (or collection) in one version of its shape. Two versions of a table are unequal.
+
+    identity: PostgreSQL's replica identity: `d`efault, `i`ndex, `f`ull, `n`othing.
+    """
+
+    schema: str
+    name: str
+    columns: tuple[Column, ...]
+    identity: str = "d"
+
+    @property
+    def qualified(self) -> TableName:
+        """The name alone, without columns."""
+        return TableName(self.schema, self.name)
+
+
+class Truncate(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """Detail of a TRUNCATE: all tables that one statement emptied, as indexes into `Batch.tables`."""
+
+    tables: tuple[int, ...]
+    cascade: bool
+    restart_identity: bool
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """Detail of a logical message (`pg_logical_emit_message`) written inside a transaction."""
+
+    prefix: str
+    content: bytes
+
+
+class Change(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One change of one row.
+
+    operation: an `Operation`, as a plain integer.
+    table: index into `Batch.tables`; -1 for a MESSAGE.
+    key: the row's identity before the change, full width with UNCHANGED beside the key columns; `None` where
+        `before` or `after` tell it.
+    before: the whole old row, where the source sends it (identity FULL); else `None`.
+    after: the new row of an INSERT or UPDATE; columns may be UNCHANGED in an UPDATE.
+    detail: what only some operations have.
+    """
+
+    operation: int
+    table: int
+    key: Row | None
+    before: Row | None
+    after: Row | None
+    detail: Truncate | Message | None = None
+
+
+class Transaction(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The changes of one source transaction, or a part of it that continues an earlier batch's.
+
+    position: where it commits (PostgreSQL: the LSN at which the commit record starts). With the ordinal of a
+        change it is that change's key: several changes may share an LSN.
+    end: the position to go on from when it is done (PostgreSQL: the end of the commit record).
+    commit_time: microseconds since 1970-01-01 UTC, by the source's clock.
+    first_ordinal: ordinal of `changes[0]`; above 0 where earlier batches hold the beginning.
+    complete: False where later batches hold the rest. Only the last transaction of a batch may be incomplete.
+    """
+
+    position: SourcePosition
+    end: SourcePosition
+    commit_time: int
+    xid: int
+    first_ordinal: int
+    complete: bool
+    changes: list[Change]
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True):
+    """What a source hands to the queue at once, and the queue to a sink. Can be read alone.
+
+    position: all that the source said up to here is in this batch or in earlier ones.
+    size: bytes that it weighs for bounds and progress (the size on the wire, not in memory).
+    A batch without transactions only moves the position.
+    """
+
+    tables: tuple[Table, ...]
+    transactions: list[Transaction]
+    position: SourcePosition
+    size: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether it ends between two transactions."""
+        return not self.transactions or self.transactions[-1].complete
+
+    @property
+    def change_count(self) -> int:
+        """Number of changes in all transactions."""
+        return sum(len(transaction.changes) for transaction in self.transactions)

@@ -1,0 +1,322 @@
+"""The only reader of TOML and environment: a file becomes frozen structs, or a `ConfigError` that names the key."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+
+from cdc.change import TableName
+from cdc.errors import ConfigError
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Bytes = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Identifier = Annotated[str, msgspec.Meta(pattern="^[a-z][a-z0-9_]{0,39}$")]
+"""Names of sources and sinks: they become parts of slot, file and metric names."""
+
+
+class Secret:
+    """A string that shows itself only when asked: a connection URL with its password."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """Return the text itself: for a connection, never for a log."""
+        return self._text
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __repr__(self) -> str:
+        return f"Secret({self})"
+
+    def __str__(self) -> str:
+        return redact(self._text)
+
+
+class Daemon(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[daemon]`: what belongs to the process."""
+
+    data_dir: str = "/var/lib/cdc"
+    http: str = "127.0.0.1:8642"
+    log_format: Literal["auto", "console", "json"] = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    drain_seconds: Seconds = 20.0
+
+
+class QueueOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[queue]`: bounds of each source's queue."""
+
+    max_bytes: Bytes = 10 * 1024**3
+    min_free_bytes: Bytes = 1024**3
+    keep_seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
+class TableGlobs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Globs over `schema.table`: a table is captured if an include matches and no exclude does."""
+
+    include: tuple[str, ...] = ("public.*",)
+    exclude: tuple[str, ...] = ()
+
+    def match(self, table: TableName) -> bool:
+        """Whether the table is captured. Case counts, as it does in the database."""
+        name = str(table)
+        return any(fnmatchcase(name, glob) for glob in self.include) and not any(
+            fnmatchcase(name, glob) for glob in self.exclude
+        )
+
+
+class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[sources.NAME]`: a database whose changes are captured."""
+
+    name: str = ""
+    url: Secret | None = None
+    url_file: str | None = None
+    tables: TableGlobs = TableGlobs()
+    insert_only: tuple[str, ...] = ()
+    slot: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]{0,63}$")] = ""
+    publication: Annotated[str, msgspec.Meta(max_length=50)] = ""
+    heartbeat_seconds: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    pg_dump: str = "pg_dump"
+
+
+class BatchBounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much goes into one transaction on the target while the sink is behind."""
+
+    max_changes: Count = 20_000
+    max_bytes: Count = 4 * 1024**2
+
+
+class TableOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[sinks.NAME.tables."schema.table"]`: what of one table is mirrored."""
+
+    columns: tuple[str, ...] | None = None
+    where: str | None = None
+
+
+class CopyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[sinks.NAME.copy]`: how the initial copy runs."""
+
+    workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    chunk_bytes: Count = 256 * 1024**2
+
+
+class SinkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"source": "from"}):
+    """`[sinks.NAME]`: a target that changes are delivered to."""
+
+    name: str = ""
+    kind: Literal["postgres"] = "postgres"
+    source: str
+    url: Secret | None = None
+    url_file: str | None = None
+    on_error: Literal["stop"] = "stop"
+    batch: BatchBounds = BatchBounds()
+    copy: CopyOptions = CopyOptions()
+    rename: dict[str, str] = {}
+    tables: dict[str, TableOptions] = {}
+
+    def target_name(self, table: TableName) -> TableName:
+        """Where a source table is mirrored to: renamed as a table, else by its schema, else unchanged."""
+        if (renamed := self.rename.get(str(table))) is not None:
+            schema, _, name = renamed.partition(".")
+            return TableName(schema, name)
+        return TableName(self.rename.get(table.schema, table.schema), table.name)
+
+    def options(self, table: TableName) -> TableOptions:
+        """The table's own options, or the defaults."""
+        return self.tables.get(str(table), TableOptions())
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A whole configuration file."""
+
+    daemon: Daemon = Daemon()
+    queue: QueueOptions = QueueOptions()
+    sources: dict[Identifier, SourceConfig]
+    sinks: dict[Identifier, SinkConfig] = {}
+
+    def sinks_of(self, source: str) -> list[SinkConfig]:
+        """The sinks that are fed from a source."""
+        return [sink for sink in self.sinks.values() if sink.source == source]
+
+    def row_filter(self, source: str, table: TableName) -> str | None:
+        """The `where` of a table, which all sinks of a source share (checked by `load`)."""
+        for sink in self.sinks_of(source):
+            return sink.options(table).where
+        return None
+
+
+def load(path: Path, environment: Mapping[str, str] | None = None) -> Config:
+    """Read and check a file. Raises `ConfigError` naming the file, the key and the reason."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(
+            f"{path}: {exc.strerror or exc}", hint="name the file with --config, or write it from config.example.toml"
+        ) from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: not valid TOML: {exc}", hint="see config.example.toml") from exc
+    try:
+        return parse(raw, environment if environment is not None else os.environ)
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: {exc}", hint=exc.hint) from exc
+
+
+def parse(raw: dict[str, Any], environment: Mapping[str, str]) -> Config:
+    """Turn decoded TOML into a `Config`; the file's name is for the caller to add."""
+    expanded = _expand(raw, environment, "")
+    try:
+        config = msgspec.convert(expanded, Config, dec_hook=_decode_hook)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(_readable(str(exc), raw), hint="config.example.toml lists every option") from exc
+    sources = {name: _complete_source(name, source) for name, source in config.sources.items()}
+    sinks = {name: _complete_sink(name, sink, sources) for name, sink in config.sinks.items()}
+    config = msgspec.structs.replace(config, sources=sources, sinks=sinks)
+    _check_filters(config)
+    return config
+
+
+def redact(url: str) -> str:
+    """The URL without its password and without query values that may hold one."""
+    if "://" not in url:
+        return re.sub(r"((?:ssl)?password\s*=\s*)('(?:[^'\\]|\\.)*'|\S+)", r"\1***", url, flags=re.IGNORECASE)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "***"
+    user, at, host = parts.netloc.rpartition("@")
+    if ":" in user:
+        user = user.partition(":")[0] + ":***"
+    query = re.sub(r"((?:^|&)[^=&]*(?:password|secret|token)[^=&]*=)[^&]*", r"\1***", parts.query, flags=re.IGNORECASE)
+    return urlunsplit(parts._replace(netloc=f"{user}{at}{host}", query=query))
+
+
+def _expand(value: Any, environment: Mapping[str, str], key: str) -> Any:
+    """Replace `${NAME}` in every string; `$$` stands for one dollar."""
+    if isinstance(value, dict):
+        return {name: _expand(item, environment, f"{key}.{name}" if key else name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, environment, key) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        if match[0] == "$$":
+            return "$"
+        name = match[1]
+        if name not in environment:
+            raise ConfigError(
+                f"{key}: environment variable {name} is not set", hint=f"export {name}, or write $$ for $"
+            )
+        return environment[name]
+
+    return re.sub(r"\$\$|\$\{([A-Za-z_][A-Za-z0-9_]*)\}", replace, value)
+
+
+def _decode_hook(kind: type, value: object) -> object:
+    if kind is Secret and isinstance(value, str):
+        return Secret(value)
+    raise msgspec.ValidationError(f"Expected `str`, got `{type(value).__name__}`")
+
+
+def _readable(message: str, raw: dict[str, Any]) -> str:
+    """Turn msgspec's `... - at `$.sources[...].url`` into `sources.shop.url: ...`."""
+    reason, _, where = message.partition(" - at `$")
+    path = where.rstrip("`").lstrip(".")
+    if path.startswith("key"):  # a dict key that breaks its pattern: msgspec says only that it is one
+        return f"{reason} (names of sources and sinks: a-z, 0-9 and _, starting with a letter)"
+    for section in ("sources", "sinks"):
+        members = raw.get(section)
+        if path.startswith(f"{section}[...]") and isinstance(members, dict):
+            rest = path[len(f"{section}[...]") :]
+            path = f"{section}.{_culprit(members, section, reason)}{rest}"
+    return f"{path}: {reason}" if path else reason
+
+
+def _culprit(members: dict[str, Any], section: str, reason: str) -> str:
+    """Find which member of `[sources.*]` or `[sinks.*]` a message is about: msgspec does not name dict keys."""
+    kind = SourceConfig if section == "sources" else SinkConfig
+    for name, member in members.items():
+        try:
+            msgspec.convert(member, kind, dec_hook=_decode_hook)
+        except msgspec.ValidationError as exc:
+            if str(exc).startswith(reason):
+                return str(name)
+    return "|".join(map(str, members))
+
+
+def _complete_source(name: str, source: SourceConfig) -> SourceConfig:
+    url = _url(f"sources.{name}", source.url, source.url_file)
+    if url is None:
+        raise ConfigError(f"sources.{name}.url: missing", hint="set url or url_file")
+    default = f"cdc_{name}"
+    return msgspec.structs.replace(
+        source, name=name, url=url, slot=source.slot or default, publication=source.publication or default
+    )
+
+
+def _complete_sink(name: str, sink: SinkConfig, sources: dict[str, SourceConfig]) -> SinkConfig:
+    if sink.source not in sources:
+        raise ConfigError(
+            f"sinks.{name}.from: no source is called {sink.source!r}", hint=f"one of: {', '.join(sources)}"
+        )
+    for table, renamed in sink.rename.items():
+        if ("." in table) != ("." in renamed):
+            raise ConfigError(
+                f"sinks.{name}.rename.{table}: {renamed!r} is not of the same form",
+                hint='rename a schema ("public" = "shop") or a table ("public.a" = "shop.b")',
+            )
+    url = _url(f"sinks.{name}", sink.url, sink.url_file)
+    return msgspec.structs.replace(sink, name=name, url=url or _backup_url(name, sources[sink.source]))
+
+
+def _url(key: str, url: Secret | None, file: str | None) -> Secret | None:
+    if url is not None and file is not None:
+        raise ConfigError(f"{key}: url and url_file exclude each other", hint="keep one of them")
+    if file is None:
+        return url
+    try:
+        return Secret(Path(file).read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{key}.url_file: {file}: {exc}", hint="it must be readable by this user") from exc
+
+
+def _backup_url(name: str, source: SourceConfig) -> Secret:
+    """The source's URL with `_backup` behind the database name: a mirror on the same server."""
+    assert source.url is not None
+    parts = urlsplit(source.url.reveal())
+    database = parts.path.lstrip("/")
+    if not parts.scheme or not database:
+        raise ConfigError(
+            f"sinks.{name}.url: missing, and the url of source {source.name!r} names no database to derive it from",
+            hint="set url for the sink, or write the source's as postgresql://user@host/database",
+        )
+    return Secret(urlunsplit(parts._replace(path=f"/{database}_backup")))
+
+
+def _check_filters(config: Config) -> None:
+    """One publication serves all sinks of a source, so a table has one row filter."""
+    for source in config.sources:
+        sinks = config.sinks_of(source)
+        for table in {table for sink in sinks for table in sink.tables}:
+            schema, _, name = table.partition(".")
+            wheres = {sink.options(TableName(schema, name)).where for sink in sinks}
+            if len(wheres) > 1:
+                raise ConfigError(
+                    f'sinks.*.tables."{table}".where: differs between the sinks of source {source!r}',
+                    hint="row filters are applied by the source's server: give each filter a source (slot) of its own",
+                )

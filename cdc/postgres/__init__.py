@@ -1,0 +1,1 @@
+"""PostgreSQL as a source, and what its mirror shares with it."""

@@ -1,0 +1,130 @@
+"""Connections to PostgreSQL: fixed session settings, and errors sorted into `cdc.errors`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import psycopg
+from psycopg import pq
+from psycopg.conninfo import make_conninfo
+
+from cdc.errors import CdcError, FatalError, PermanentError, TransientError
+
+Connection = psycopg.Connection[Any]
+
+SESSION_SETTINGS: Final = {
+    "datestyle": "ISO",
+    "intervalstyle": "postgres",
+    "extra_float_digits": "3",
+    "timezone": "UTC",
+    "client_encoding": "UTF8",
+    "bytea_output": "hex",
+    "lc_monetary": "C",
+    "row_security": "off",
+    "search_path": "",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+}
+"""Sent with every connection, so that a value's text never depends on a role's or a database's defaults.
+
+`row_security = off` makes a filtered read an error instead of half a table.
+"""
+
+_TRANSIENT_CLASSES: Final = ("08", "53", "57P", "40", "58")
+"""Connection, resources, operator intervention, rollback (deadlock, serialization), system error."""
+
+_TRANSIENT_STATES: Final = frozenset({"55P03", "55006", "25006", "57014"})
+"""lock_not_available, object_in_use, read_only_sql_transaction (a demoted primary), query_canceled."""
+
+_PERMANENT_CLASSES: Final = ("21", "22", "23", "42", "0A", "44", "54", "55", "P0")
+"""Cardinality, data, constraint, syntax or access rule, unsupported, check option, limits, state, PL/pgSQL."""
+
+_FATAL_HINTS: Final = {
+    "28": "check user, password and the server's pg_hba.conf",
+    "3D": "create the database, or correct its name in the url",
+    "42501": "grant the missing privilege; `cdc check` lists what is needed",
+}
+
+
+def connect(
+    url: str, *, application_name: str = "cdc", autocommit: bool = True, replication: bool = False, **settings: str
+) -> Connection:
+    """Open a connection whose session settings are fixed. Raises `CdcError` by the kind of failure.
+
+    replication: a walsender of the url's database (only the simple query protocol works there).
+    settings: more session settings, or others than `SESSION_SETTINGS`.
+    """
+    options = " ".join(f"-c {name}={_escape(value)}" for name, value in (SESSION_SETTINGS | settings).items())
+    extra: dict[str, Any] = {"replication": "database"} if replication else {}
+    with translated_errors():
+        conninfo = make_conninfo(url)
+        given = psycopg.conninfo.conninfo_to_dict(conninfo)
+        merged = f"{given['options']} {options}" if given.get("options") else options
+        return psycopg.connect(
+            conninfo,
+            autocommit=autocommit,
+            options=merged,
+            application_name=application_name,
+            connect_timeout=int(given.get("connect_timeout") or 10),
+            keepalives_idle=int(given.get("keepalives_idle") or 30),
+            keepalives_interval=int(given.get("keepalives_interval") or 10),
+            keepalives_count=int(given.get("keepalives_count") or 3),
+            prepare_threshold=None,
+            **extra,
+        )
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turn psycopg's errors into `CdcError`s."""
+    try:
+        yield
+    except psycopg.Error as exc:
+        raise to_cdc_error(exc) from exc
+
+
+def to_cdc_error(error: psycopg.Error) -> CdcError:
+    """Sort by SQLSTATE (PostgreSQL manual, appendix A); without one, the connection was lost or never made."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return sorted_error(error.sqlstate, text, connection_lost=isinstance(error, psycopg.OperationalError))
+
+
+def result_error(result: pq.abc.PGresult) -> CdcError:
+    """The error that a result of libpq carries."""
+    state = result.error_field(pq.DiagnosticField.SQLSTATE)
+    primary = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or result.error_message
+    detail = result.error_field(pq.DiagnosticField.MESSAGE_DETAIL)
+    text = " ".join(primary.decode("utf-8", "replace").split())
+    # DETAIL quotes row values ("Key (email)=(a@b.c) already exists"): it belongs to the dead letter, not to a log
+    error = sorted_error(state.decode() if state else None, text, connection_lost=state is None)
+    if detail:
+        error.add_note(detail.decode("utf-8", "replace"))
+    return error
+
+
+def sorted_error(state: str | None, text: str, *, connection_lost: bool) -> CdcError:
+    """The `CdcError` of an SQLSTATE."""
+    if state is None:
+        if "password authentication failed" in text or "no password supplied" in text or "pg_hba.conf" in text:
+            return FatalError(text, hint=_FATAL_HINTS["28"])
+        if 'database "' in text and "does not exist" in text:
+            return FatalError(text, hint=_FATAL_HINTS["3D"])
+        if connection_lost:
+            return TransientError(text, hint="is the server running, and reachable from here?")
+        return FatalError(text)
+    for prefix, hint in _FATAL_HINTS.items():
+        if state.startswith(prefix):
+            return FatalError(f"{text} ({state})", hint=hint)
+    if state in _TRANSIENT_STATES or state.startswith(_TRANSIENT_CLASSES):
+        return TransientError(f"{text} ({state})")
+    if state.startswith(_PERMANENT_CLASSES):
+        return PermanentError(f"{text} ({state})")
+    return FatalError(f"{text} ({state})")
+
+
+def _escape(value: str) -> str:
+    """Quote for libpq's `options`: backslash escapes blanks and itself; an empty value needs nothing."""
+    return value.replace("\\", "\\\\").replace(" ", "\\ ")

@@ -1,0 +1,104 @@
+"""What a sink promises.
+
+A sink blocks and is not thread-safe: `cdc.delivery` gives each one a thread of its own. It raises typed errors and
+never waits or retries by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from cdc.change import Batch, Row, Table, TableName
+from cdc.position import Position, SourcePosition
+
+
+class Applied(msgspec.Struct, frozen=True):
+    """What an `apply` did.
+
+    changes: changes taken (those below a table's copy position are taken and skipped).
+    missing_rows: updates and deletes whose row was not there.
+    healed_rows: rows put right, from the change itself or by reading the source again.
+    fallback: whether the set-wise way failed and the ordered one was taken.
+    """
+
+    changes: int
+    missing_rows: int = 0
+    healed_rows: int = 0
+    fallback: bool = False
+
+
+Reread = Callable[[Table, Row], Row | None]
+"""Read one row from the source again, by its key: the row as it is now, or `None` if it is gone."""
+
+
+class Sink(Protocol):
+    """A target that changes are delivered to."""
+
+    name: str
+
+    def open(self) -> Position | None:
+        """Connect and return the position stored in the target; `None` if it was never written to."""
+        ...
+
+    def apply(self, batches: Sequence[Batch], position: Position) -> Applied:
+        """Apply in order; when `batches` end with a complete transaction, all becomes visible at once, with `position`.
+
+        Otherwise the target transaction stays open for the next call. Transactions that commit below the
+        position stored in the target have been filtered out by the caller. After an error nothing of the open
+        target transaction is visible, and the sink must be opened again.
+        """
+        ...
+
+    def close(self) -> None:
+        """Disconnect; what was not complete is rolled back. Safe to call twice."""
+        ...
+
+
+class Loader(Protocol):
+    """One worker's connection for the initial copy."""
+
+    def load(self, table: TableName, blocks: Iterable[bytes], *, binary: bool) -> int:
+        """Write one chunk and return its number of rows; all of it or nothing."""
+        ...
+
+    def close(self) -> None:
+        """Disconnect. Safe to call twice."""
+        ...
+
+
+class Mirror(Sink, Protocol):
+    """A sink that holds a copy of the source: it can be filled, and compared."""
+
+    def copied(self) -> dict[TableName, SourcePosition]:
+        """Tables whose copy is complete, and the snapshot position of each."""
+        ...
+
+    def prepare_copy(self, tables: Sequence[TableName], start: Position, schema: object) -> None:
+        """Create what is missing, empty the tables that are not `copied`, store `start` where no position is.
+
+        schema: what `Source.dump_schema` of the same kind of database returned.
+        """
+        ...
+
+    def column_types(self, table: TableName) -> dict[str, str]:
+        """Column name -> type name on the target, of the columns that the copy writes."""
+        ...
+
+    def loader(self) -> Loader:
+        """Open a connection for a copy worker."""
+        ...
+
+    def table_copied(self, table: TableName, position: SourcePosition, rows: int) -> None:
+        """Record durably that a table is complete as of `position`."""
+        ...
+
+    def finish_copy(self, position: SourcePosition) -> bool:
+        """Build what has waited for the mirror to be consistent: indexes, constraints, triggers.
+
+        position: the mirror stands there. Returns False while a table's copy position is still ahead: call again later.
+        Killed in the middle, it goes on where it was.
+        """
+        ...

@@ -1,0 +1,113 @@
+"""What a source of changes promises.
+
+A source blocks and is not thread-safe: `cdc.capture` gives each one a thread of its own. Snapshots are read by
+other threads, each through a reader (and so a connection) of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import msgspec
+
+from cdc.change import Batch, TableName
+from cdc.position import SourcePosition
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """A part of a table that one worker copies.
+
+    part: which rows, in the words of the snapshot that made it; means nothing elsewhere.
+    rows, size: estimates (rows, bytes), for progress only.
+    """
+
+    table: TableName
+    part: tuple[object, ...]
+    rows: int
+    size: int
+
+
+class SnapshotReader(Protocol):
+    """One worker's connection into a snapshot."""
+
+    def read(self, chunk: Chunk, *, binary: bool) -> Iterator[bytes]:
+        """Yield the chunk's rows in blocks of about 256 KiB, in COPY's binary or text format (or raw BSON).
+
+        Concatenated, the blocks are one complete stream in that format.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave the snapshot. Safe to call twice."""
+        ...
+
+
+class Snapshot(Protocol):
+    """All tables of a source as they were at one position.
+
+    position: a transaction is visible if and only if it commits before it.
+    """
+
+    position: SourcePosition
+
+    def chunks(self, table: TableName) -> Sequence[Chunk]:
+        """Split a table; together the chunks hold every row once."""
+        ...
+
+    def binary_columns(self, table: TableName) -> dict[str, str] | None:
+        """Column name -> type name, where COPY's binary format is exact for all of them; else `None`."""
+        ...
+
+    def reader(self) -> SnapshotReader:
+        """Open a connection into the snapshot."""
+        ...
+
+    def close(self) -> None:
+        """Let the source forget the snapshot. Safe to call twice."""
+        ...
+
+
+class Source(Protocol):
+    """A database whose changes are captured."""
+
+    name: str
+
+    def open(self, position: SourcePosition | None) -> SourcePosition:
+        """Connect, and stream from `position` on (`None`: from where a new stream begins).
+
+        Returns the position that the stream really begins at. Raises `ResyncRequired` where changes after `position`
+        can no longer be had, `TransientError` where trying again may help, `FatalError` otherwise.
+        """
+        ...
+
+    def read(self, timeout_seconds: float) -> Batch | None:
+        """Wait for changes; `None` if nothing new came in time. Never blocks much longer than the time-out.
+
+        Every transaction comes once, in commit order, also across a lost connection that `open` repaired.
+        """
+        ...
+
+    def confirm(self, *, durable: SourcePosition, applied: SourcePosition | None) -> None:
+        """Tell upstream what it need not keep. Cheap: sends only when something is due.
+
+        durable: fsynced in the queue. Nothing beyond it is ever confirmed.
+        applied: stored in the slowest target.
+        """
+        ...
+
+    def tables(self) -> Sequence[TableName]:
+        """The tables that are captured, by name. Uses a connection of its own."""
+        ...
+
+    def dump_schema(self) -> object:
+        """Describe the captured tables and what they need, for a mirror of the same kind of database."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """Open a consistent view for copying or verifying, while the stream goes on."""
+        ...
+
+    def close(self) -> None:
+        """Disconnect; the source's server keeps the changes. Safe to call twice."""
+        ...
