@@ -1,0 +1,371 @@
+"""One snapshot of everything, for `cdc status`, `GET /status`, `/metrics` and the web page alike.
+
+The threads of capture and delivery write plain mutable stats (one writer each, no lock: every field is replaced as a
+whole); `snapshot` reads them into frozen structs. What is shown anywhere is computed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from cdc.change import Operation
+from cdc.position import SourcePosition, format_position
+
+
+class State(StrEnum):
+    """What a pipeline does right now."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    WAITING = "waiting"
+    """Backing off: its server is away, or asked for patience."""
+    PAUSED = "paused"
+    COPYING = "copying"
+    HELD = "held"
+    """Stands still at one position, so that source and target can be compared there."""
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(slots=True)
+class SlotStats:
+    """A replication slot, as its server describes it.
+
+    wal_status: `reserved`, `extended`, `unreserved` or `lost`.
+    retained_bytes: WAL that the slot keeps from being removed.
+    safe_bytes: WAL that may still be written before the slot is lost; `None` without a limit.
+    """
+
+    name: str
+    active: bool = False
+    wal_status: str | None = None
+    retained_bytes: int = 0
+    safe_bytes: int | None = None
+    restart_lsn: int | None = None
+    confirmed_flush_lsn: int | None = None
+
+
+@dataclass(slots=True)
+class CaptureStats:
+    """Written by a source's capture thread. Counters count since the daemon started; times are unix seconds.
+
+    received: everything up to here was read from the source.
+    server_end: where the source's log ends, as the server last told.
+    confirmed: everything up to here is durable in the queue, and the server was told so.
+    last_commit_time: when the last captured transaction was committed, by the source's clock.
+    caught_up_at: when `confirmed` last was at or past `server_end`.
+    changes: by name of the operation.
+    """
+
+    name: str
+    state: State = State.STARTING
+    error: str | None = None
+    hint: str = ""
+    received: SourcePosition | None = None
+    server_end: SourcePosition | None = None
+    confirmed: SourcePosition | None = None
+    last_commit_time: float | None = None
+    caught_up_at: float | None = None
+    connected_at: float | None = None
+    transactions: int = 0
+    changes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OPERATIONS, 0))
+    bytes: int = 0
+    retries: int = 0
+    slot: SlotStats | None = None
+    insert_only: tuple[str, ...] = ()
+
+
+class CopyStatus(msgspec.Struct, frozen=True):
+    """How far an initial copy has come. What is expected is the planner's estimate."""
+
+    tables_done: int
+    tables_expected: int
+    rows_done: int
+    rows_expected: int
+    bytes_done: int
+    bytes_expected: int
+    seconds_left: float | None = None
+
+
+@dataclass(slots=True)
+class DeliveryStats:
+    """Written by a sink's delivery thread. Counters count since the daemon started; times are unix seconds.
+
+    position, seq: where the target stands, in the source's terms and in the queue's.
+    last_commit_time: when the last applied transaction was committed, by the source's clock.
+    caught_up_at: when everything that was captured was applied, last.
+    """
+
+    name: str
+    source: str
+    state: State = State.STARTING
+    error: str | None = None
+    hint: str = ""
+    position: SourcePosition | None = None
+    seq: int = 0
+    last_commit_time: float | None = None
+    caught_up_at: float | None = None
+    transactions: int = 0
+    changes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OPERATIONS, 0))
+    missing_rows: int = 0
+    healed_rows: int = 0
+    fallbacks: int = 0
+    retries: int = 0
+    parked: int = 0
+    dead: int = 0
+    copy: CopyStatus | None = None
+
+
+OPERATIONS: Final = tuple(operation.name.lower() for operation in Operation)
+"""Keys of `changes`: a closed set, so that metrics stay bounded."""
+
+
+class QueueStatus(msgspec.Struct, frozen=True):
+    """What waits in a source's queue. `last_seq`: of the newest batch, 0 if there never was one."""
+
+    batches: int
+    bytes: int
+    last_seq: int
+    oldest_age_seconds: float = 0.0
+
+
+class SlotStatus(msgspec.Struct, frozen=True):
+    """`SlotStats`, with positions as text."""
+
+    name: str
+    active: bool
+    wal_status: str | None
+    retained_bytes: int
+    safe_bytes: int | None
+    restart_lsn: str | None
+    confirmed_flush_lsn: str | None
+
+
+class SourceStatus(msgspec.Struct, frozen=True):
+    """A source and its queue. Positions as text; times in unix seconds.
+
+    lag_seconds, lag_bytes: how far `confirmed` is behind the server; `None` while that is not known.
+    """
+
+    state: State
+    error: str | None
+    hint: str
+    received: str | None
+    server_end: str | None
+    confirmed: str | None
+    lag_seconds: float | None
+    lag_bytes: int | None
+    last_commit_time: float | None
+    connected_at: float | None
+    transactions: int
+    changes: dict[str, int]
+    bytes: int
+    retries: int
+    slot: SlotStatus | None
+    insert_only: tuple[str, ...]
+    queue: QueueStatus | None
+
+
+class SinkStatus(msgspec.Struct, frozen=True):
+    """A sink. Positions as text; times in unix seconds.
+
+    lag_seconds, lag_bytes: how far the target is behind the source's server, capture included.
+    """
+
+    source: str
+    state: State
+    error: str | None
+    hint: str
+    position: str | None
+    seq: int
+    lag_seconds: float | None
+    lag_bytes: int | None
+    last_commit_time: float | None
+    transactions: int
+    changes: dict[str, int]
+    missing_rows: int
+    healed_rows: int
+    fallbacks: int
+    retries: int
+    parked: int
+    dead: int
+    copy: CopyStatus | None
+
+
+class DaemonStatus(msgspec.Struct, frozen=True):
+    """The whole daemon.
+
+    healthy: no pipeline is in trouble; `problems` names the trouble, one line each.
+    ready: all sources are connected (a paused one counts: a person wanted it so).
+    """
+
+    version: str
+    started_at: float
+    healthy: bool
+    ready: bool
+    problems: tuple[str, ...]
+    sources: dict[str, SourceStatus]
+    sinks: dict[str, SinkStatus]
+
+
+class Observed(msgspec.Struct, frozen=True):
+    """A source's stats beside a way to ask its queue; `queue` returns `None` where there is none to ask."""
+
+    stats: CaptureStats
+    queue: Callable[[], QueueStatus | None]
+
+
+def snapshot(
+    *,
+    version: str,
+    started_at: float,
+    sources: Mapping[str, Observed],
+    sinks: Mapping[str, DeliveryStats],
+    now: float | None = None,
+) -> DaemonStatus:
+    """Read everything once. Never waits for a pipeline."""
+    now = time.time() if now is None else now
+    source_status = {name: _source(observed, now) for name, observed in sources.items()}
+    sink_status = {
+        name: _sink(stats, sources[stats.source].stats, source_status[stats.source], now)
+        for name, stats in sinks.items()
+    }
+    problems = (*_source_problems(source_status), *_sink_problems(sink_status))
+    return DaemonStatus(
+        version=version,
+        started_at=started_at,
+        healthy=not problems,
+        ready=all(source.state in _CONNECTED for source in source_status.values()),
+        problems=problems,
+        sources=source_status,
+        sinks=sink_status,
+    )
+
+
+def to_json(status: DaemonStatus) -> bytes:
+    """What `GET /status` and `cdc status --json` print."""
+    return msgspec.json.encode(status)
+
+
+def from_json(data: bytes) -> DaemonStatus:
+    """Read `to_json`'s form; raises `msgspec.DecodeError` (or its `ValidationError`) on anything else."""
+    return msgspec.json.decode(data, type=DaemonStatus)
+
+
+_CONNECTED: Final = frozenset({State.RUNNING, State.PAUSED})
+
+_TROUBLE: Final = frozenset({State.FAILED, State.STOPPED, State.WAITING})
+
+
+def _source(observed: Observed, now: float) -> SourceStatus:
+    stats = observed.stats
+    lag_bytes = _distance(stats.confirmed, stats.server_end)
+    return SourceStatus(
+        state=stats.state,
+        error=stats.error,
+        hint=stats.hint,
+        received=format_position(stats.received),
+        server_end=format_position(stats.server_end),
+        confirmed=format_position(stats.confirmed),
+        lag_seconds=_age(stats.last_commit_time, stats.caught_up_at, now) if lag_bytes != 0 else 0.0,
+        lag_bytes=lag_bytes,
+        last_commit_time=stats.last_commit_time,
+        connected_at=stats.connected_at,
+        transactions=stats.transactions,
+        changes=dict(stats.changes),
+        bytes=stats.bytes,
+        retries=stats.retries,
+        slot=_slot(stats.slot),
+        insert_only=stats.insert_only,
+        queue=observed.queue(),
+    )
+
+
+def _slot(slot: SlotStats | None) -> SlotStatus | None:
+    if slot is None:
+        return None
+    return SlotStatus(
+        name=slot.name,
+        active=slot.active,
+        wal_status=slot.wal_status,
+        retained_bytes=slot.retained_bytes,
+        safe_bytes=slot.safe_bytes,
+        restart_lsn=format_position(slot.restart_lsn),
+        confirmed_flush_lsn=format_position(slot.confirmed_flush_lsn),
+    )
+
+
+def _sink(stats: DeliveryStats, capture: CaptureStats, source: SourceStatus, now: float) -> SinkStatus:
+    lag_seconds, lag_bytes = _sink_lag(stats, capture, source, now)
+    return SinkStatus(
+        source=stats.source,
+        state=stats.state,
+        error=stats.error,
+        hint=stats.hint,
+        position=format_position(stats.position),
+        seq=stats.seq,
+        lag_seconds=lag_seconds,
+        lag_bytes=lag_bytes,
+        last_commit_time=stats.last_commit_time,
+        transactions=stats.transactions,
+        changes=dict(stats.changes),
+        missing_rows=stats.missing_rows,
+        healed_rows=stats.healed_rows,
+        fallbacks=stats.fallbacks,
+        retries=stats.retries,
+        parked=stats.parked,
+        dead=stats.dead,
+        copy=stats.copy,
+    )
+
+
+def _sink_lag(
+    stats: DeliveryStats, capture: CaptureStats, source: SourceStatus, now: float
+) -> tuple[float | None, int | None]:
+    """Seconds and bytes. A sink that applied all that was captured is as late as its source, and no later."""
+    if source.queue is not None and stats.position is not None and stats.seq >= source.queue.last_seq:
+        return source.lag_seconds, source.lag_bytes
+    lag_bytes = _distance(stats.position, capture.server_end)
+    return _age(stats.last_commit_time, stats.caught_up_at, now), lag_bytes
+
+
+def _distance(reached: SourcePosition | None, end: SourcePosition | None) -> int | None:
+    """Bytes of log between two positions; `None` where they cannot be subtracted."""
+    if isinstance(reached, int) and isinstance(end, int):
+        return max(end - reached, 0)
+    return 0 if reached is not None and reached == end else None
+
+
+def _age(last_commit_time: float | None, caught_up_at: float | None, now: float) -> float | None:
+    """Seconds since the newest moment of which all is known to be done.
+
+    Both are such moments. After an idle hour the last commit is an hour old while nothing is late.
+    """
+    known = [moment for moment in (last_commit_time, caught_up_at) if moment is not None]
+    return max(now - max(known), 0.0) if known else None
+
+
+def _source_problems(sources: Mapping[str, SourceStatus]) -> list[str]:
+    problems = [_problem(name, source.state, source.error) for name, source in sources.items()]
+    for name, source in sources.items():
+        if source.slot is not None and source.slot.wal_status in {"unreserved", "lost"}:
+            problems.append(f"{name}: slot {source.slot.name} is {source.slot.wal_status}: the server gives up its WAL")
+    return [problem for problem in problems if problem]
+
+
+def _sink_problems(sinks: Mapping[str, SinkStatus]) -> list[str]:
+    problems = [_problem(name, sink.state, sink.error) for name, sink in sinks.items()]
+    problems += [f"{name}: {sink.dead} changes are dead" for name, sink in sinks.items() if sink.dead]
+    return [problem for problem in problems if problem]
+
+
+def _problem(name: str, state: State, error: str | None) -> str:
+    if state not in _TROUBLE:
+        return ""
+    return f"{name}: {state}: {error}" if error else f"{name}: {state}"
