@@ -18,6 +18,10 @@ from cdc.change import Operation
 from cdc.position import SourcePosition, format_position
 
 
+OPERATIONS: Final = tuple(operation.name.lower() for operation in Operation)
+"""Keys of `changes`: a closed set, so that metrics stay bounded."""
+
+
 class State(StrEnum):
     """What a pipeline does right now."""
 
@@ -120,10 +124,6 @@ class DeliveryStats:
     parked: int = 0
     dead: int = 0
     copy: CopyStatus | None = None
-
-
-OPERATIONS: Final = tuple(operation.name.lower() for operation in Operation)
-"""Keys of `changes`: a closed set, so that metrics stay bounded."""
 
 
 class QueueStatus(msgspec.Struct, frozen=True):
@@ -266,6 +266,8 @@ _TROUBLE: Final = frozenset({State.FAILED, State.STOPPED, State.WAITING})
 def _source(observed: Observed, now: float) -> SourceStatus:
     stats = observed.stats
     lag_bytes = _distance(stats.confirmed, stats.server_end)
+    # what a server told before it went away says nothing about now
+    caught_up = stats.state == State.RUNNING and lag_bytes == 0
     return SourceStatus(
         state=stats.state,
         error=stats.error,
@@ -273,7 +275,7 @@ def _source(observed: Observed, now: float) -> SourceStatus:
         received=format_position(stats.received),
         server_end=format_position(stats.server_end),
         confirmed=format_position(stats.confirmed),
-        lag_seconds=_age(stats.last_commit_time, stats.caught_up_at, now) if lag_bytes != 0 else 0.0,
+        lag_seconds=0.0 if caught_up else _age(stats.last_commit_time, stats.caught_up_at, now),
         lag_bytes=lag_bytes,
         last_commit_time=stats.last_commit_time,
         connected_at=stats.connected_at,
