@@ -17,7 +17,6 @@ import msgspec
 from cdc.change import Operation
 from cdc.position import SourcePosition, format_position
 
-
 OPERATIONS: Final = tuple(operation.name.lower() for operation in Operation)
 """Keys of `changes`: a closed set, so that metrics stay bounded."""
 
