@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tomllib
@@ -48,14 +49,31 @@ class Secret:
         return redact(self._text)
 
 
+class Token(Secret):
+    """A secret of which no part may be shown."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "***"
+
+
 class Daemon(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[daemon]`: what belongs to the process."""
 
     data_dir: str = "/var/lib/cdc"
     http: str = "127.0.0.1:8642"
+    http_token: Token | None = None
+    http_token_file: str | None = None
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_seconds: Seconds = 20.0
+
+    @property
+    def http_address(self) -> tuple[str, int]:
+        """Host and port to listen on; port 0 takes a free one."""
+        host, _, port = self.http.rpartition(":")
+        return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 class QueueOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -183,9 +201,10 @@ def parse(raw: dict[str, Any], environment: Mapping[str, str]) -> Config:
         config = msgspec.convert(expanded, Config, dec_hook=_decode_hook)
     except msgspec.ValidationError as exc:
         raise ConfigError(_readable(str(exc), raw), hint="config.example.toml lists every option") from exc
+    daemon = _complete_daemon(config.daemon)
     sources = {name: _complete_source(name, source) for name, source in config.sources.items()}
     sinks = {name: _complete_sink(name, sink, sources) for name, sink in config.sinks.items()}
-    config = msgspec.structs.replace(config, sources=sources, sinks=sinks)
+    config = msgspec.structs.replace(config, daemon=daemon, sources=sources, sinks=sinks)
     _check_filters(config)
     return config
 
@@ -228,8 +247,8 @@ def _expand(value: Any, environment: Mapping[str, str], key: str) -> Any:
 
 
 def _decode_hook(kind: type, value: object) -> object:
-    if kind is Secret and isinstance(value, str):
-        return Secret(value)
+    if issubclass(kind, Secret) and isinstance(value, str):
+        return kind(value)
     raise msgspec.ValidationError(f"Expected `str`, got `{type(value).__name__}`")
 
 
@@ -259,8 +278,31 @@ def _culprit(members: dict[str, Any], section: str, reason: str) -> str:
     return "|".join(map(str, members))
 
 
+def _complete_daemon(daemon: Daemon) -> Daemon:
+    secret = _secret("daemon.http_token", daemon.http_token, daemon.http_token_file)
+    token = Token(secret.reveal()) if secret is not None else None
+    if token is not None and not token.reveal():
+        raise ConfigError("daemon.http_token: empty", hint="a token that nobody knows is a long random string")
+    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):\d{1,5}", daemon.http) or daemon.http_address[1] > 65535:
+        raise ConfigError(f"daemon.http: {daemon.http!r} is not host:port", hint='for example "127.0.0.1:8642"')
+    if token is None and not is_loopback(daemon.http_address[0]):
+        raise ConfigError(
+            f"daemon.http: {daemon.http} can be reached from other machines, and there is no http_token",
+            hint="set daemon.http_token (or http_token_file), or listen on 127.0.0.1",
+        )
+    return msgspec.structs.replace(daemon, http_token=token)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _complete_source(name: str, source: SourceConfig) -> SourceConfig:
-    url = _url(f"sources.{name}", source.url, source.url_file)
+    url = _secret(f"sources.{name}.url", source.url, source.url_file)
     if url is None:
         raise ConfigError(f"sources.{name}.url: missing", hint="set url or url_file")
     default = f"cdc_{name}"
@@ -274,25 +316,30 @@ def _complete_sink(name: str, sink: SinkConfig, sources: dict[str, SourceConfig]
         raise ConfigError(
             f"sinks.{name}.from: no source is called {sink.source!r}", hint=f"one of: {', '.join(sources)}"
         )
+    if name in sources:
+        raise ConfigError(
+            f"sinks.{name}: a source has the same name", hint="`cdc pause NAME` and `cdc drop NAME` must know which"
+        )
     for table, renamed in sink.rename.items():
         if ("." in table) != ("." in renamed):
             raise ConfigError(
                 f"sinks.{name}.rename.{table}: {renamed!r} is not of the same form",
                 hint='rename a schema ("public" = "shop") or a table ("public.a" = "shop.b")',
             )
-    url = _url(f"sinks.{name}", sink.url, sink.url_file)
+    url = _secret(f"sinks.{name}.url", sink.url, sink.url_file)
     return msgspec.structs.replace(sink, name=name, url=url or _backup_url(name, sources[sink.source]))
 
 
-def _url(key: str, url: Secret | None, file: str | None) -> Secret | None:
-    if url is not None and file is not None:
-        raise ConfigError(f"{key}: url and url_file exclude each other", hint="keep one of them")
+def _secret(key: str, text: Secret | None, file: str | None) -> Secret | None:
+    if text is not None and file is not None:
+        raise ConfigError(f"{key}: excludes {key.rpartition('.')[2]}_file", hint="keep one of them")
     if file is None:
-        return url
+        return text
     try:
         return Secret(Path(file).read_text(encoding="utf-8").strip())
     except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{key}.url_file: {file}: {exc}", hint="it must be readable by this user") from exc
+        reason = exc.strerror if isinstance(exc, OSError) else "not text"
+        raise ConfigError(f"{key}_file: {file}: {reason}", hint="it must be readable by this user") from exc
 
 
 def _backup_url(name: str, source: SourceConfig) -> Secret:
