@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import fcntl
-import getpass
 import itertools
 import os
 import re
@@ -295,7 +294,7 @@ class _TemporaryFolders:
             shutil.rmtree(self._base, ignore_errors=True)
 
     def _make_base(self) -> Path:
-        root = Path(tempfile.gettempdir(), f"cdc-servers-{getpass.getuser()}")
+        root = Path(tempfile.gettempdir(), f"cdc-servers-{os.geteuid()}")
         root.mkdir(mode=0o711, exist_ok=True)
         for leftover in root.iterdir():
             _remove_if_abandoned(leftover)
@@ -362,7 +361,7 @@ def _reachable(install: Path) -> Path:
     if _starts(install):
         return install
     name = re.sub(r"\W+", "-", str(install)).strip("-")
-    copy = Path(tempfile.gettempdir(), f"cdc-binaries-{getpass.getuser()}", f"{name}-{install.stat().st_mtime_ns}")
+    copy = Path(tempfile.gettempdir(), f"cdc-binaries-{os.geteuid()}", f"{name}-{install.stat().st_mtime_ns}")
     if not copy.exists():
         copy.parent.mkdir(mode=0o755, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=copy.parent))

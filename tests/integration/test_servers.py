@@ -1,0 +1,68 @@
+"""The test servers themselves: they recover, and they never stay behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from tests.conftest import NewDatabase
+from tests.processes import wait_until
+from tests.servers import Database, PostgresServer
+
+CHECKOUT = Path(__file__).parents[2]
+
+START_AND_HANG = """
+import time
+from tests.servers import PostgresServer
+server = PostgresServer().start()
+print(server.pid, server.data_dir, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_server_keeps_what_was_committed(postgres: PostgresServer, source_db: Database) -> None:
+    source_db.execute("CREATE TABLE kept AS SELECT 1 AS id")
+    postgres.kill()
+    assert not postgres.running
+    postgres.start()
+    assert source_db.value("SELECT id FROM kept") == 1
+
+
+def test_servers_of_a_killed_interpreter_end_with_the_next_one() -> None:
+    hanging = subprocess.Popen([sys.executable, "-c", START_AND_HANG], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
+    assert hanging.stdout is not None
+    pid, data_dir = hanging.stdout.readline().split()
+    hanging.kill()
+    hanging.communicate()
+    assert psutil.pid_exists(int(pid))
+    next_one = "from tests.servers import PostgresServer; PostgresServer()"
+    subprocess.run([sys.executable, "-c", next_one], cwd=CHECKOUT, check=True)
+    wait_until(lambda: not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE)
+    assert not Path(data_dir).exists()
+
+
+def test_a_database_is_dropped_with_its_slots_and_connections(
+    postgres18: PostgresServer, new_database: NewDatabase
+) -> None:
+    database = new_database(postgres18)
+    database.execute("SELECT pg_create_logical_replication_slot('left_behind', 'pgoutput')")
+    with database.connect():
+        database.drop()
+    assert postgres18.psql("SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'left_behind'") == "0\n"
+
+
+def test_members_of_the_password_role_are_not_trusted(postgres18: PostgresServer, source_db: Database) -> None:
+    source_db.execute("CREATE ROLE needs_password; CREATE ROLE careful LOGIN PASSWORD 'right' IN ROLE needs_password")
+    try:
+        refused = subprocess.run(
+            [postgres18.bin_dir / "psql", "-c", "", postgres18.url(source_db.name, user="careful", password="wrong")],
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        assert "password authentication failed" in refused.stderr
+    finally:
+        source_db.execute("DROP ROLE careful, needs_password")
