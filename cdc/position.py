@@ -56,3 +56,13 @@ def format_position(position: SourcePosition | None) -> str | None:
     if position is None:
         return None
     return format_lsn(position) if isinstance(position, int) else position.hex()
+
+
+def parse_position(text: str) -> SourcePosition:
+    """Parse what `format_position` wrote. Raises `DecodeError` on anything else."""
+    if "/" in text:
+        return parse_lsn(text)
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise DecodeError(f"not a position: {text[:40]!r}") from None

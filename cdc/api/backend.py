@@ -1,0 +1,40 @@
+"""What the routes ask of the daemon."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from cdc.errors import CdcError
+from cdc.position import SourcePosition
+from cdc.status import DaemonStatus
+
+
+class UnknownName(CdcError):
+    """No source or sink has that name."""
+
+
+class Backend(Protocol):
+    """The daemon, as HTTP sees it. All but `status` may block and are called from threads."""
+
+    def status(self) -> DaemonStatus:
+        """Take a snapshot. Never blocks."""
+        ...
+
+    def pause(self, name: str) -> None:
+        """Pause a source or a sink until `resume`, also over restarts. Raises `UnknownName`."""
+        ...
+
+    def resume(self, name: str) -> None:
+        """Undo `pause`. Raises `UnknownName`."""
+        ...
+
+    def hold(self, name: str, until: SourcePosition, seconds: float) -> SourcePosition:
+        """Block until a sink stands exactly at `until`, and keep it there until `release`; return where it stands.
+
+        Raises `UnknownName`, `TimeoutError`, or another `CdcError` where it cannot stand there.
+        """
+        ...
+
+    def release(self, name: str) -> None:
+        """Let a held sink go on; nothing happens to one that is not held. Raises `UnknownName`."""
+        ...

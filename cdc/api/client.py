@@ -1,0 +1,78 @@
+"""A client for the daemon's HTTP interface, for the command line. Standard library only."""
+
+from __future__ import annotations
+
+from http.client import HTTPConnection, HTTPException
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from cdc.config import Token
+from cdc.errors import CdcError
+from cdc.position import SourcePosition, format_position, parse_position
+from cdc.status import DaemonStatus, from_json
+
+
+class DaemonUnreachable(CdcError):
+    """Nothing that is our daemon answers at the address."""
+
+
+class Client:
+    """Talks to one daemon; every call is one short connection."""
+
+    def __init__(self, host: str, port: int, token: Token | None = None) -> None:
+        self._address = (host, port)
+        self._headers = {"Authorization": f"Bearer {token.reveal()}"} if token is not None else {}
+
+    def status(self) -> DaemonStatus:
+        """The daemon's snapshot."""
+        data = self._request("GET", "/status")
+        try:
+            return from_json(data)
+        except msgspec.DecodeError as exc:
+            raise DaemonUnreachable(f"{self._where}: does not answer as a cdc daemon") from exc
+
+    def pause(self, name: str) -> None:
+        """Pause a source or a sink."""
+        self._request("POST", f"/pause/{quote(name, safe='')}")
+
+    def resume(self, name: str) -> None:
+        """Let it go on."""
+        self._request("POST", f"/resume/{quote(name, safe='')}")
+
+    def hold(self, name: str, until: SourcePosition, seconds: float) -> SourcePosition:
+        """Block until a sink stands exactly at `until`; it stays there until `release`."""
+        body = msgspec.json.encode({"until": format_position(until), "seconds": seconds})
+        data = self._request("POST", f"/sinks/{quote(name, safe='')}/hold", body, timeout_seconds=seconds + 10)
+        return parse_position(msgspec.json.decode(data)["position"])
+
+    def release(self, name: str) -> None:
+        """Let a held sink go on."""
+        self._request("POST", f"/sinks/{quote(name, safe='')}/release")
+
+    @property
+    def _where(self) -> str:
+        return f"http://{self._address[0]}:{self._address[1]}"
+
+    def _request(self, method: str, path: str, body: bytes | None = None, timeout_seconds: float = 10.0) -> bytes:
+        connection = HTTPConnection(*self._address, timeout=timeout_seconds)
+        try:
+            connection.request(method, path, body, self._headers)
+            response = connection.getresponse()
+            data = response.read()
+        except (OSError, HTTPException) as exc:
+            raise DaemonUnreachable(f"{self._where}: {exc}", hint="is the daemon running?") from exc
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise _refusal(response.status, data)
+        return data
+
+
+def _refusal(status: int, data: bytes) -> CdcError:
+    try:
+        error: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
+    except msgspec.DecodeError:
+        error = {}
+    return CdcError(str(error.get("error", f"the daemon answered {status}")), hint=str(error.get("hint", "")))

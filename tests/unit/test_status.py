@@ -1,0 +1,145 @@
+"""What status computes from what capture and delivery count."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from cdc.status import (
+    CaptureStats,
+    CopyStatus,
+    DaemonStatus,
+    DeliveryStats,
+    Observed,
+    QueueStatus,
+    SlotStats,
+    State,
+    from_json,
+    snapshot,
+    to_json,
+)
+
+NOW = 1_000_000.0
+
+
+def take(capture: CaptureStats, *sinks: DeliveryStats) -> DaemonStatus:
+    return snapshot(
+        version="1",
+        started_at=NOW - 100,
+        sources={capture.name: Observed(capture, lambda: QueueStatus(1, 10, last_seq=7))},
+        sinks={sink.name: sink for sink in sinks},
+        now=NOW,
+    )
+
+
+def running(**fields: object) -> CaptureStats:
+    stats = CaptureStats("shop", State.RUNNING, received=1000, server_end=1000, confirmed=1000)
+    for name, value in fields.items():
+        setattr(stats, name, value)
+    return stats
+
+
+def delivering(**fields: object) -> DeliveryStats:
+    stats = DeliveryStats("mirror", "shop", State.RUNNING, position=900, seq=7)
+    for name, value in fields.items():
+        setattr(stats, name, value)
+    return stats
+
+
+def test_idle_pipeline_has_no_lag() -> None:
+    """An hour without a commit is not an hour of lag, and a sink need not store every keepalive's position."""
+    status = take(running(last_commit_time=NOW - 3600), delivering(last_commit_time=NOW - 3600))
+    source, sink = status.sources["shop"], status.sinks["mirror"]
+    assert (source.lag_seconds, source.lag_bytes) == (0.0, 0)
+    assert (sink.lag_seconds, sink.lag_bytes) == (0.0, 0)
+
+
+def test_first_commit_after_an_idle_hour_is_not_an_hour_late() -> None:
+    capture = running(server_end=1500, last_commit_time=NOW - 3600, caught_up_at=NOW - 2)
+    source = take(capture).sources["shop"]
+    assert (source.lag_seconds, source.lag_bytes) == (2.0, 500)
+
+
+def test_lag_of_a_sink_spans_the_whole_way_from_the_server() -> None:
+    sink = delivering(seq=3, position=400, last_commit_time=NOW - 50)
+    status = take(running(server_end=1200), sink).sinks["mirror"]
+    assert (status.lag_seconds, status.lag_bytes) == (50.0, 800)
+
+
+def test_sink_that_applied_everything_is_as_late_as_its_source() -> None:
+    capture = running(server_end=1600, last_commit_time=NOW - 9)
+    status = take(capture, delivering(last_commit_time=NOW - 400)).sinks["mirror"]
+    assert (status.lag_seconds, status.lag_bytes) == (9.0, 600)
+
+
+def test_lag_grows_while_the_source_is_away() -> None:
+    """What the server told before it went away says nothing about now."""
+    capture = running(state=State.WAITING, error="connection refused", caught_up_at=NOW - 60)
+    assert take(capture).sources["shop"].lag_seconds == 60.0
+
+
+def test_lag_is_unknown_before_anything_is_known() -> None:
+    source = take(CaptureStats("shop"), DeliveryStats("mirror", "shop"))
+    assert source.sources["shop"].lag_seconds is None
+    assert source.sinks["mirror"].lag_bytes is None
+
+
+def test_f88_clock_ahead_at_the_source_gives_no_negative_lag() -> None:
+    capture = running(server_end=1001, last_commit_time=NOW + 30)
+    assert take(capture).sources["shop"].lag_seconds == 0.0
+
+
+def test_opaque_positions_are_shown_and_not_subtracted() -> None:
+    capture = CaptureStats("docs", State.RUNNING, received=b"\x82\x01", confirmed=b"\x82\x01", server_end=b"\x82\x02")
+    source = take(capture).sources["docs"]
+    assert (source.received, source.lag_bytes) == ("8201", None)
+
+
+@pytest.mark.parametrize("state", [State.FAILED, State.WAITING, State.STOPPED])
+def test_pipeline_in_trouble_makes_the_daemon_unhealthy(state: State) -> None:
+    status = take(running(), delivering(state=state, error="no such table", hint="create it"))
+    assert not status.healthy
+    assert status.problems == (f"mirror: {state}: no such table",)
+    assert status.sinks["mirror"].hint == "create it"
+
+
+@pytest.mark.parametrize("state", [State.RUNNING, State.PAUSED, State.COPYING, State.HELD, State.STARTING])
+def test_pipeline_at_work_is_healthy(state: State) -> None:
+    assert take(running(), delivering(state=state)).healthy
+
+
+@pytest.mark.parametrize(("wal_status", "healthy"), [("reserved", True), ("unreserved", False), ("lost", False)])
+def test_f9_slot_about_to_be_lost_is_a_problem(wal_status: str, healthy: bool) -> None:
+    assert take(running(slot=SlotStats("cdc_shop", wal_status=wal_status))).healthy is healthy
+
+
+def test_dead_changes_are_a_problem() -> None:
+    assert take(running(), delivering(dead=2)).problems == ("mirror: 2 changes are dead",)
+
+
+@pytest.mark.parametrize(
+    ("state", "ready"),
+    [(State.RUNNING, True), (State.PAUSED, True), (State.STARTING, False), (State.WAITING, False)],
+)
+def test_ready_once_all_sources_are_connected(state: State, ready: bool) -> None:
+    assert take(running(state=state)).ready is ready
+
+
+def test_json_and_back() -> None:
+    copy = CopyStatus(1, 2, 10, 20, 100, 200, seconds_left=1.5)
+    capture = running(slot=SlotStats("s", True, "reserved", 5, None, 17, 18), insert_only=("public.log",))
+    status = take(capture, delivering(copy=copy))
+    assert from_json(to_json(status)) == status
+
+
+def test_f108_snapshot_is_cheap_and_does_not_grow() -> None:
+    """A thousand snapshots of a busy daemon take well under a second and keep one size."""
+    capture, sink = running(), delivering()
+    sizes = set()
+    began = time.monotonic()
+    for _ in range(1000):
+        capture.changes["insert"] += 1
+        sizes.add(len(to_json(take(capture, sink))) - len(str(capture.changes["insert"])))
+    assert len(sizes) == 1
+    assert time.monotonic() - began < 1
