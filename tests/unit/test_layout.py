@@ -1,0 +1,117 @@
+"""The house rules that no tool checks: imports point one way, and everything that is code gets packaged."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+CHECKOUT: Final = Path(__file__).parents[2]
+
+VALUES: Final = ("cdc.change", "cdc.position", "cdc.errors")
+"""What everybody may import, for they import nothing but each other."""
+
+ONLY: Final = {
+    "cdc.change": VALUES,
+    "cdc.position": VALUES,
+    "cdc.errors": VALUES,
+    "cdc.source": VALUES,
+    "cdc.sink": VALUES,
+    "cdc.api": (*VALUES, "cdc.api", "cdc.status", "cdc.metrics", "cdc.queue", "cdc.config"),
+    "sinks": (*VALUES, "sinks", "cdc.sink", "cdc.postgres", "cdc.mongodb"),
+}
+"""Who may import only these of ours."""
+
+NEVER: Final = {
+    "cdc": ("sinks", "cli", "cdc.postgres", "cdc.mongodb"),
+    "cdc.postgres": ("sinks", "cli", "cdc.mongodb", "cdc.api"),
+    "cdc.mongodb": ("sinks", "cli", "cdc.postgres", "cdc.api"),
+}
+"""Who may import anything of ours but these. Of several names that fit an importer the longest counts."""
+
+OURS: Final = ("cdc", "sinks", "cli")
+
+
+def modules() -> dict[str, Path]:
+    """All modules that are shipped, by dotted name."""
+    files = [CHECKOUT / "cli.py", *(CHECKOUT / "cdc").rglob("*.py"), *(CHECKOUT / "sinks").rglob("*.py")]
+    return {dotted(file.relative_to(CHECKOUT)): file for file in files}
+
+
+def dotted(file: Path) -> str:
+    parts = file.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(source: str) -> Iterator[str]:
+    """Names of ours that a module imports, at any depth; `from cdc import x` counts as `cdc.x`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where they point"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if is_in(name, OURS))
+
+
+def is_in(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def violations(importer: str, source: str) -> list[str]:
+    """Imports that break the rule for this importer."""
+    rule = max((name for name in (*ONLY, *NEVER) if is_in(importer, (name,))), key=len, default="")
+    if rule in ONLY:
+        return [name for name in imports(source) if not is_in(name, (rule, *ONLY[rule]))]
+    return [name for name in imports(source) if is_in(name, NEVER.get(rule, ()))]
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_point_one_way(module: str) -> None:
+    assert violations(module, modules()[module].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("importer", "statement"),
+    [
+        ("cdc.capture", "import sinks"),
+        ("cdc.delivery", "from cdc.postgres.connection import connect"),
+        ("cdc.postgres.source", "from cdc import mongodb"),
+        ("cdc.api.app", "from cdc.delivery import deliver"),
+        ("sinks.jsonl", "def late():\n    from cdc.queue import Queue"),
+        ("cdc.change", "import cdc.config"),
+    ],
+)
+def test_a_wrong_import_is_seen(importer: str, statement: str) -> None:
+    assert violations(importer, statement)
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    known = modules()
+    graph = {
+        module: {target for name in imports(file.read_text()) if (target := module_of(name, known)) != module}
+        for module, file in known.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as exc:
+        pytest.fail(" -> ".join(exc.args[1]))
+
+
+def module_of(name: str, known: dict[str, Path]) -> str:
+    """The module that an imported name lives in."""
+    return name if name in known else name.rpartition(".")[0]
+
+
+def test_every_package_folder_is_shipped() -> None:
+    settings = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {dotted(file.parent.relative_to(CHECKOUT)) for file in modules().values() if file.name != "cli.py"}
+    assert folders == set(settings["packages"])
+    assert settings["py-modules"] == ["cli"]
