@@ -249,15 +249,15 @@ def _expand(value: Any, environment: Mapping[str, str], key: str) -> Any:
 def _decode_hook(kind: type, value: object) -> object:
     if issubclass(kind, Secret) and isinstance(value, str):
         return kind(value)
-    raise msgspec.ValidationError(f"Expected `str`, got `{type(value).__name__}`")
+    raise TypeError(f"Expected `str`, got `{type(value).__name__}`")  # msgspec adds the path
 
 
 def _readable(message: str, raw: dict[str, Any]) -> str:
     """Turn msgspec's `... - at `$.sources[...].url`` into `sources.shop.url: ...`."""
-    reason, _, where = message.partition(" - at `$")
-    path = where.rstrip("`").lstrip(".")
-    if path.startswith("key"):  # a dict key that breaks its pattern: msgspec says only that it is one
-        return f"{reason} (names of sources and sinks: a-z, 0-9 and _, starting with a letter)"
+    reason, _, where = message.partition(" - at `")
+    path = where.rstrip("`").lstrip("$.")
+    if where.startswith("key`"):  # a dict key that breaks its pattern: msgspec says only that it is one
+        return f"{where.rpartition('.')[2].rstrip('`')}: names consist of a-z, 0-9 and _, and start with a letter"
     for section in ("sources", "sinks"):
         members = raw.get(section)
         if path.startswith(f"{section}[...]") and isinstance(members, dict):
@@ -345,7 +345,10 @@ def _secret(key: str, text: Secret | None, file: str | None) -> Secret | None:
 def _backup_url(name: str, source: SourceConfig) -> Secret:
     """The source's URL with `_backup` behind the database name: a mirror on the same server."""
     assert source.url is not None
-    parts = urlsplit(source.url.reveal())
+    try:
+        parts = urlsplit(source.url.reveal())
+    except ValueError as exc:
+        raise ConfigError(f"sources.{source.name}.url: {exc}", hint="special characters are written as %XX") from exc
     database = parts.path.lstrip("/")
     if not parts.scheme or not database:
         raise ConfigError(

@@ -1,0 +1,253 @@
+"""The configuration: what is accepted, what is refused and how, and the example that lists everything."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from cdc.change import TableName
+from cdc.config import Config, Secret, Token, load, parse, redact
+from cdc.errors import ConfigError
+
+EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
+MINIMAL = '[sources.shop]\nurl = "postgresql://me:geheim@db/shop"\n'
+COMPLETED = {"name", "from", "url"}
+"""Filled in by the loader, or without a default."""
+
+
+def configure(text: str, tmp_path: Path, **environment: str) -> Config:
+    path = tmp_path / "cdc.toml"
+    path.write_text(text)
+    return load(path, environment)
+
+
+def refusal(text: str, tmp_path: Path, **environment: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        configure(text, tmp_path, **environment)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / 'cdc.toml'}: ")
+    return str(caught.value).partition("cdc.toml: ")[2]
+
+
+def test_example_loads() -> None:
+    config = load(EXAMPLE, {"SHOP_URL": "postgresql://db/shop"})
+    assert config.sinks["mirror"].url == Secret("postgresql://db/shop_backup")
+
+
+def test_example_lists_every_option_with_its_default() -> None:
+    """Of every struct, commented options included; and nothing that does not exist."""
+    text = re.sub(r'^#(?=[\w"\[])', "", EXAMPLE.read_text(), flags=re.MULTILINE)
+    assert_complete(tomllib.loads(text), Config, "")
+
+
+def assert_complete(written: dict[str, Any], kind: type[msgspec.Struct], where: str) -> None:
+    fields = {field.encode_name: field for field in msgspec.structs.fields(kind) if field.encode_name != "name"}
+    assert set(written) == set(fields), f"[{where}] lists other options than {kind.__name__} has"
+    for name, field in fields.items():
+        key = f"{where}.{name}".lstrip(".")
+        member = struct_within(field.type)
+        if member is None:
+            assert_default(written[name], field, key)
+        elif isinstance(field.type, type):
+            assert_complete(written[name], member, key)
+        else:
+            for member_name, value in written[name].items():
+                assert_complete(value, member, f"{key}.{member_name}")
+
+
+def struct_within(kind: Any) -> type[msgspec.Struct] | None:
+    """The struct that a field holds: itself, or as the values of a dict."""
+    candidate = kind if isinstance(kind, type) else getattr(kind, "__args__", (None,))[-1]
+    return candidate if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct) else None
+
+
+def assert_default(value: Any, field: msgspec.structs.FieldInfo, key: str) -> None:
+    if field.default in (None, msgspec.NODEFAULT):
+        assert value, f"{key} has no default: show what it looks like"
+    else:
+        assert (tuple(value) if isinstance(value, list) else value) == field.default, key
+
+
+def test_every_option_of_the_example_says_why() -> None:
+    """Above each stands a comment, but where the section's own speaks for all."""
+    grouped = ("[sources.shop.tables]", "[sinks.mirror.batch]", "[sinks.mirror.rename]")
+    section, before = "", ""
+    for line in EXAMPLE.read_text().splitlines():
+        is_section = re.match(r"#?\[", line) is not None
+        section = line if is_section else section
+        if section in grouped if is_section else re.match(r'#?[\w"][^#]* = ', line) and section not in grouped:
+            assert before.startswith("# "), line
+        before = line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[daemon]\ndata_dri = '/x'\n", "daemon: Object contains unknown field `data_dri`"),
+        (MINIMAL + "slots = 'x'\n", "sources.shop: Object contains unknown field `slots`"),
+        ("[daemon]\ndrain_seconds = 'long'\n", "daemon.drain_seconds: Expected `float`, got `str`"),
+        ("[daemon]\ndrain_seconds = 0\n", "daemon.drain_seconds: Expected `float` > 0.0"),
+        (MINIMAL + "[sources.other]\nurl = 5\n", "sources.other.url: Expected `str`, got `int`"),
+        (MINIMAL + "slot = 'Über'\n", "sources.shop.slot: "),
+        ("[sources.Shop]\nurl = 'x'\n", "sources: names consist of a-z, 0-9 and _"),
+        ("[sources.shop]\n", "sources.shop.url: missing"),
+        ("", "Object missing required field `sources`"),
+        ("[daemon\n", "not valid TOML"),
+        (MINIMAL + "[sinks.m]\nfrom = 'shopp'\n", "sinks.m.from: no source is called 'shopp'"),
+        (MINIMAL + "[sinks.m]\nkind = 'kafka'\nfrom = 'shop'\n", "sinks.m.kind: Invalid enum value 'kafka'"),
+        (MINIMAL + "[sinks.shop]\nfrom = 'shop'\n", "sinks.shop: a source has the same name"),
+        (MINIMAL + "[sinks.m]\nfrom = 'shop'\nrename = {public = 'a.b'}\n", "sinks.m.rename.public: 'a.b'"),
+        (MINIMAL + "[daemon]\nhttp = 'nowhere'\n", "daemon.http: 'nowhere' is not host:port"),
+        (MINIMAL + "[daemon]\nhttp = '127.0.0.1:99999'\n", "daemon.http: '127.0.0.1:99999' is not host:port"),
+        (MINIMAL + "[daemon]\nhttp_token = ''\n", "daemon.http_token: empty"),
+    ],
+)
+def test_f112_errors_name_file_key_and_reason(text: str, message: str, tmp_path: Path) -> None:
+    assert message in refusal(text, tmp_path)
+
+
+def test_f112_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.toml: No such file") as caught:
+        load(tmp_path / "missing.toml")
+    assert "--config" in caught.value.hint
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:8642", "[::]:8642", "10.0.0.7:80", "cdc.example:8642"])
+def test_address_that_others_reach_demands_a_token(address: str, tmp_path: Path) -> None:
+    text = f"{MINIMAL}[daemon]\nhttp = '{address}'\n"
+    assert "there is no http_token" in refusal(text, tmp_path)
+    assert configure(text + "http_token = 'sesame'\n", tmp_path).daemon.http == address
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [("127.0.0.1:0", ("127.0.0.1", 0)), ("[::1]:8642", ("::1", 8642)), ("localhost:80", ("localhost", 80))],
+)
+def test_loopback_needs_none(address: str, parts: tuple[str, int], tmp_path: Path) -> None:
+    assert configure(f"{MINIMAL}[daemon]\nhttp = '{address}'\n", tmp_path).daemon.http_address == parts
+
+
+def test_environment_in_any_string(tmp_path: Path) -> None:
+    text = (
+        "[sources.shop]\nurl = 'postgresql://${USER_}:${PASS}@db/shop'\n[sources.shop.tables]\ninclude = ['${S}.*']\n"
+    )
+    source = configure(text, tmp_path, USER_="me", PASS="a$b", S="sales").sources["shop"]
+    assert source.url == Secret("postgresql://me:a$b@db/shop")
+    assert source.tables.include == ("sales.*",)
+
+
+def test_two_dollars_are_one(tmp_path: Path) -> None:
+    text = MINIMAL + "[sinks.m]\nfrom = 'shop'\n[sinks.m.tables.'public.a']\nwhere = 'x = $${y}$$'\n"
+    assert configure(text, tmp_path).sinks["m"].tables["public.a"].where == "x = ${y}$"
+
+
+def test_f112_missing_variable_is_named(tmp_path: Path) -> None:
+    text = "[sources.shop]\nurl = '${NOT_THERE}'\n"
+    assert refusal(text, tmp_path) == "sources.shop.url: environment variable NOT_THERE is not set"
+
+
+def test_secrets_from_files(tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("postgresql://me:geheim@db/shop\n")
+    (tmp_path / "token").write_text("sesame\n")
+    config = configure(
+        f"[daemon]\nhttp_token_file = '{tmp_path}/token'\n[sources.shop]\nurl_file = '{tmp_path}/url'\n", tmp_path
+    )
+    assert config.sources["shop"].url == Secret("postgresql://me:geheim@db/shop")
+    assert config.daemon.http_token == Token("sesame")
+
+
+def test_f112_unreadable_secret_file_is_named(tmp_path: Path) -> None:
+    text = f"[sources.shop]\nurl_file = '{tmp_path}/none'\n"
+    assert refusal(text, tmp_path) == f"sources.shop.url_file: {tmp_path}/none: No such file or directory"
+
+
+def test_url_and_url_file_exclude_each_other(tmp_path: Path) -> None:
+    assert refusal(MINIMAL + "url_file = 'x'\n", tmp_path) == "sources.shop.url: excludes url_file"
+
+
+@pytest.mark.parametrize(
+    ("url", "backup"),
+    [
+        ("postgresql://me:pw@db:5433/shop?sslmode=require", "postgresql://me:pw@db:5433/shop_backup?sslmode=require"),
+        ("postgresql://db/shop", "postgresql://db/shop_backup"),
+    ],
+)
+def test_sink_without_url_is_a_backup_on_the_same_server(url: str, backup: str, tmp_path: Path) -> None:
+    config = configure(f"[sources.shop]\nurl = '{url}'\n[sinks.m]\nfrom = 'shop'\n", tmp_path)
+    assert config.sinks["m"].url == Secret(backup)
+
+
+@pytest.mark.parametrize("url", ["postgresql://db", "host=db dbname=shop"])
+def test_backup_needs_a_database_name(url: str, tmp_path: Path) -> None:
+    text = f"[sources.shop]\nurl = '{url}'\n[sinks.m]\nfrom = 'shop'\n"
+    assert refusal(text, tmp_path).startswith("sinks.m.url: missing")
+
+
+def test_slot_and_publication_are_named_after_the_source(tmp_path: Path) -> None:
+    source = configure(MINIMAL, tmp_path).sources["shop"]
+    assert (source.name, source.slot, source.publication) == ("shop", "cdc_shop", "cdc_shop")
+
+
+def test_row_filters_of_one_source_must_agree(tmp_path: Path) -> None:
+    text = MINIMAL + "[sinks.a]\nfrom = 'shop'\ntables.'public.t'.where = 'x'\n[sinks.b]\nfrom = 'shop'\n"
+    assert "differs between the sinks of source 'shop'" in refusal(text, tmp_path)
+
+
+def test_target_names(tmp_path: Path) -> None:
+    text = MINIMAL + "[sinks.m]\nfrom = 'shop'\nrename = {public = 'shop', 'public.a' = 'other.b'}\n"
+    sink = configure(text, tmp_path).sinks["m"]
+    assert sink.target_name(TableName("public", "a")) == TableName("other", "b")
+    assert sink.target_name(TableName("public", "c")) == TableName("shop", "c")
+    assert sink.target_name(TableName("sales", "c")) == TableName("sales", "c")
+
+
+def test_globs_are_case_sensitive_and_excludes_win(tmp_path: Path) -> None:
+    tables = configure(MINIMAL + "tables = {exclude = ['public.tmp_*']}\n", tmp_path).sources["shop"].tables
+    assert tables.match(TableName("public", "orders"))
+    assert not tables.match(TableName("public", "tmp_orders"))
+    assert not tables.match(TableName("Public", "orders"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql://me:geheim@db:5432/shop",
+        "postgresql://me:ge%2Fheim@db/shop?sslpassword=geheim&x=1",
+        "host=db user=me password=geheim",
+        "host=db password = 'ge heim' user=me",
+        "mongodb+srv://me:geheim@cluster/?authSource=admin",
+    ],
+)
+def test_f113_secrets_do_not_show_themselves(text: str) -> None:
+    secret = Secret(text)
+    for shown in (str(secret), repr(secret), f"{secret}", f"{[secret]}", redact(text)):
+        assert "heim" not in shown
+        assert "me" in shown
+
+
+def test_f113_config_can_be_printed(tmp_path: Path) -> None:
+    text = "[daemon]\nhttp_token = 'geheim=='\n" + MINIMAL + "[sinks.m]\nfrom = 'shop'\n"
+    assert "geheim" not in repr(configure(text, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MINIMAL + "slots = 'x'\n",
+        "[sources.shop]\nurl = 'postgresql://me:geheim@[db/shop'\n[sinks.m]\nfrom = 'shop'\n",
+        "[sources.shop]\nurl = 'postgresql://me:geheim@db'\n[sinks.m]\nfrom = 'shop'\n",
+    ],
+)
+def test_f113_errors_do_not_quote_secrets(text: str, tmp_path: Path) -> None:
+    assert "geheim" not in refusal(text, tmp_path)
+
+
+def test_parse_works_without_a_file() -> None:
+    config = parse({"sources": {"shop": {"url": "postgresql://db/shop"}}}, {})
+    assert [sink.name for sink in config.sinks_of("shop")] == []

@@ -1,0 +1,93 @@
+"""What reaches the log, and what does not."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from typing import Any
+
+import pytest
+import structlog
+
+from cdc import logs
+from cdc.config import Secret
+
+URL = "postgresql://me:geheim@db/shop"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def logged(write: Any, log_format: logs.Format = "json", level: str = "info", stream: io.StringIO | None = None) -> str:
+    stream = stream or io.StringIO()
+    logs.configure(log_format, level, stream)
+    write(structlog.get_logger())
+    return stream.getvalue()
+
+
+def raise_and_log(log: Any) -> None:
+    try:
+        raise ValueError(f"cannot reach {URL}")
+    except ValueError:
+        log.exception("broken")
+
+
+def test_one_line_of_json_a_fact() -> None:
+    text = logged(lambda log: log.info("applied", changes=3, sink="mirror"))
+    assert text.count("\n") == 1
+    entry = json.loads(text)
+    assert (entry["event"], entry["changes"], entry["sink"], entry["level"]) == ("applied", 3, "mirror", "info")
+    assert entry["timestamp"].endswith("Z")
+
+
+def test_tracebacks_stay_on_one_line_of_json() -> None:
+    text = logged(raise_and_log)
+    assert text.count("\n") == 1
+    assert "Traceback" in json.loads(text)["exception"]
+
+
+@pytest.mark.parametrize(
+    ("log_format", "stream", "is_json"),
+    [
+        ("auto", io.StringIO(), True),
+        ("auto", Terminal(), False),
+        ("json", Terminal(), True),
+        ("console", io.StringIO(), False),
+    ],
+)
+def test_format_follows_the_terminal_unless_told(log_format: logs.Format, stream: io.StringIO, is_json: bool) -> None:
+    text = logged(lambda log: log.info("hello"), log_format, stream=stream)
+    assert text.startswith("{") is is_json
+
+
+def test_level_is_a_threshold() -> None:
+    def write(log: Any) -> None:
+        log.info("too little")
+        log.warning("enough")
+
+    assert [json.loads(line)["event"] for line in logged(write, level="warning").splitlines()] == ["enough"]
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda log: log.info(f"connecting to {URL}"),
+        lambda log: log.info("connecting", url=URL),
+        lambda log: log.info("connecting", urls=[URL, {"deep": URL}]),
+        lambda log: log.info("connecting", url=Secret(URL)),
+        lambda log: log.info("connecting", conninfo="host=db password='geheim' user=me"),
+        lambda log: log.info("connecting", url="mongodb+srv://me:gehe:im@geheim@cluster/"),
+        lambda log: log.info("connecting", url="https://db/?api_token=geheim&x=1"),
+        lambda log: log.info("failed", error=ConnectionError(URL)),
+        raise_and_log,
+        lambda log: logging.getLogger("uvicorn.error").error("failed: %s", URL),
+    ],
+)
+def test_f113_secrets_are_struck_out(write: Any, log_format: logs.Format) -> None:
+    text = logged(write, log_format)
+    assert text
+    assert "gehe" not in text
