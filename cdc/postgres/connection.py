@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -48,6 +49,14 @@ _FATAL_HINTS: Final = {
     "42501": "grant the missing privilege; `cdc check` lists what is needed",
 }
 
+_STARTUP_HINTS: Final = {
+    r"password authentication failed|no password supplied|pg_hba\.conf|role \".*\" does not exist": _FATAL_HINTS["28"],
+    r"database \".*\" does not exist": _FATAL_HINTS["3D"],
+    r"start WAL ?sender": "ALTER ROLE ... REPLICATION, for the user of the url",
+    r"unsupported startup parameter": "the url leads to a connection pooler: connect to the server itself",
+}
+"""A failed connection attempt carries no SQLSTATE through libpq: these texts mean that trying again is in vain."""
+
 
 def connect(
     url: str, *, application_name: str = "cdc", autocommit: bool = True, replication: bool = False, **settings: str
@@ -88,7 +97,8 @@ def translated_errors() -> Iterator[None]:
 
 def to_cdc_error(error: psycopg.Error) -> CdcError:
     """Sort by SQLSTATE (PostgreSQL manual, appendix A); without one, the connection was lost or never made."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    # the primary message only: DETAIL and CONTEXT quote row values
+    text = " ".join((error.diag.message_primary or str(error)).split()) or type(error).__name__
     return sorted_error(error.sqlstate, text, connection_lost=isinstance(error, psycopg.OperationalError))
 
 
@@ -108,10 +118,9 @@ def result_error(result: pq.abc.PGresult) -> CdcError:
 def sorted_error(state: str | None, text: str, *, connection_lost: bool) -> CdcError:
     """The `CdcError` of an SQLSTATE."""
     if state is None:
-        if "password authentication failed" in text or "no password supplied" in text or "pg_hba.conf" in text:
-            return FatalError(text, hint=_FATAL_HINTS["28"])
-        if 'database "' in text and "does not exist" in text:
-            return FatalError(text, hint=_FATAL_HINTS["3D"])
+        for pattern, hint in _STARTUP_HINTS.items():
+            if re.search(pattern, text, re.IGNORECASE):
+                return FatalError(text, hint=hint)
         if connection_lost:
             return TransientError(text, hint="is the server running, and reachable from here?")
         return FatalError(text)

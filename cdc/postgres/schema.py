@@ -20,7 +20,7 @@ _TEXT_ONLY: Final = frozenset({142}) | frozenset({24, 2202, 2203, 2204, 2205, 22
 class SchemaColumn(msgspec.Struct, frozen=True):
     """A column.
 
-    type_name: as `format_type` writes it, with schema unless in pg_catalog.
+    type_name: as `format_type` writes it, with schema unless in pg_catalog; base_type_name: without modifier.
     generated: `s` stored, `v` virtual, empty otherwise. identity: `a` always, `d` by default, empty otherwise.
     binary_exact: whether COPY's binary format carries it exactly to another server.
     """
@@ -28,6 +28,7 @@ class SchemaColumn(msgspec.Struct, frozen=True):
     name: str
     type_oid: int
     type_name: str
+    base_type_name: str
     not_null: bool
     generated: str
     identity: str
@@ -165,10 +166,11 @@ SELECT c.oid, n.nspname, c.relname, c.relkind = 'p', c.relreplident::text,
  ORDER BY n.nspname, c.relname
 """  # noqa: S608 - a constant
 
-_COLUMN_FIELDS: Final = ("name", "type_oid", "type_name", "not_null", "generated", "identity")
+_COLUMN_FIELDS: Final = ("name", "type_oid", "type_name", "base_type_name", "not_null", "generated", "identity")
 
 _COLUMNS: Final = f"""
-SELECT c.oid, a.attname, a.atttypid, format_type(a.atttypid, a.atttypmod), a.attnotnull,
+SELECT c.oid, a.attname, a.atttypid, format_type(a.atttypid, a.atttypmod), format_type(a.atttypid, NULL),
+       a.attnotnull,
        a.attgenerated::text, a.attidentity::text
   FROM pg_attribute a
   JOIN pg_class c ON c.oid = a.attrelid
@@ -179,7 +181,8 @@ SELECT c.oid, a.attname, a.atttypid, format_type(a.atttypid, a.atttypmod), a.att
 
 _TYPES: Final = """
 WITH RECURSIVE one AS (
-    SELECT t.oid, t.typtype::text AS kind, t.typcategory = 'A' AND t.typelem <> 0 AS is_array, t.typreceive <> 0 AS has_receive,
+    SELECT t.oid, t.typtype::text AS kind, t.typcategory = 'A' AND t.typelem <> 0 AS is_array,
+           t.typreceive <> 0 AS has_receive,
            CASE t.typtype WHEN 'd' THEN t.typbasetype
                           WHEN 'r' THEN (SELECT rngsubtype FROM pg_range WHERE rngtypid = t.oid)
                           WHEN 'm' THEN (SELECT rngtypid FROM pg_range WHERE rngmultitypid = t.oid)

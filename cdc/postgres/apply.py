@@ -1,0 +1,332 @@
+"""Three ways to apply changes to a mirror: a few in one round trip, many set-wise, or carefully one by one.
+
+All three run inside a target transaction that the caller began, and leave it open. The first two are fast and give
+up on anything unusual (`FoldError`, or the server's error); the third is always right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import psycopg
+from psycopg import pq, sql
+from psycopg.abc import Buffer
+from psycopg.adapt import Dumper
+
+from cdc.change import (
+    DELETE,
+    INSERT,
+    MESSAGE,
+    TRUNCATE,
+    UNCHANGED,
+    UPDATE,
+    Change,
+    Operation,
+    Row,
+    Table,
+    TableName,
+    Transaction,
+    Truncate,
+)
+from cdc.config import SinkConfig
+from cdc.errors import PermanentError
+from cdc.position import format_position
+from cdc.postgres.connection import Connection, to_cdc_error
+from cdc.postgres.fold import Appends, Fold, FoldError, changed_columns, copy_text
+from cdc.postgres.plan import Statement, TablePlan, truncate
+from cdc.postgres.schema import SchemaTable
+from cdc.sink import Reread
+
+Tables = tuple[Table, ...]
+
+Work = Sequence[tuple[Tables, Transaction]]
+"""Transactions in commit order, each with the tables that its changes point to."""
+
+Sent = Sequence[tuple[Change, psycopg.Cursor[Any]]]
+
+
+class Applier:
+    """Applies work on one connection.
+
+    missing: updates and deletes whose row was not there; healed: rows put right. Both only grow.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        config: SinkConfig,
+        target: dict[TableName, SchemaTable],
+        reread: Reread | None,
+    ) -> None:
+        self.missing = 0
+        self.healed = 0
+        self._connection = connection
+        self._config = config
+        self._target = target
+        self._reread = reread
+        self._plans: dict[Table, TablePlan] = {}
+        self._staging = _Staging(connection)
+        connection.prepared_max = 1000
+        connection.adapters.register_dumper(bytes, _TextDumper)
+        self._deferrable = bool(
+            connection.execute("SELECT EXISTS (SELECT FROM pg_catalog.pg_constraint WHERE condeferrable)").fetchall()[
+                0
+            ][0]
+        )
+
+    def send(self, work: Work) -> Sent:
+        """Send every change as a prepared statement, inside a pipeline of the caller's; `check` afterwards."""
+        sent = [
+            (change, self._execute(statement))
+            for tables, transaction in work
+            for change in transaction.changes
+            if (statement := self._statement(tables, change)) is not None
+        ]
+        self._check_deferred(work)
+        return sent
+
+    def check(self, sent: Sent) -> None:
+        """Raise `FoldError` if a row was not there for its update: it is healed the careful way."""
+        for change, cursor in sent:
+            if cursor.rowcount == 0 and change.operation == UPDATE:
+                raise FoldError
+            if cursor.rowcount == 0 and change.operation == DELETE:
+                self.missing += 1
+
+    def many(self, work: Work) -> None:
+        """Fold the changes by key and write each table's net effect in a few statements."""
+        lanes: dict[TableName, _Lane] = {}
+        known: Tables | None = None
+        by_index: list[_Lane] = []
+        for tables, transaction in work:
+            if tables is not known:
+                known, by_index = tables, [self._lane(lanes, table) for table in tables]
+            for change in transaction.changes:
+                if change.operation >= TRUNCATE:
+                    if change.operation == TRUNCATE:
+                        self._flush_all(lanes.values())
+                        self._execute(self._truncate(tables, change))
+                elif not (lane := by_index[change.table]).fold.add(change):
+                    self._flush(lane)
+                    self._alone(lane.plan, change)
+        self._flush_all(lanes.values())
+        self._check_deferred(work)
+
+    def carefully(self, work: Work) -> None:
+        """Apply one change at a time, constraints deferred within each source transaction; heal missing rows."""
+        for tables, transaction in work:
+            if self._deferrable:
+                self._connection.execute("SET CONSTRAINTS ALL DEFERRED")
+            for index, change in enumerate(transaction.changes):
+                try:
+                    self._one(tables, change)
+                except psycopg.Error as exc:
+                    raise _refused(exc, tables, transaction, index) from exc
+            self._check_deferred([(tables, transaction)])
+
+    def rolled_back(self) -> None:
+        """Forget what a rollback to the savepoint has undone."""
+        self._staging.drop()
+
+    def committed(self) -> None:
+        """Note that the target transaction has ended: staging tables are empty again."""
+        self._staging.emptied()
+
+    # statements
+
+    def _plan(self, table: Table) -> TablePlan:
+        plan = self._plans.get(table)
+        if plan is None:
+            name = self._config.target_name(table.qualified)
+            target = self._target.get(name)
+            if target is None:
+                raise PermanentError(
+                    f"table {table.qualified} was never copied to the mirror",
+                    hint="restart `cdc run`: it copies tables that are new",
+                )
+            plan = self._plans[table] = TablePlan(table, target, self._config.options(table.qualified).columns)
+        return plan
+
+    def _statement(self, tables: Tables, change: Change) -> Statement | None:
+        if change.operation == TRUNCATE:
+            return self._truncate(tables, change)
+        if change.operation == MESSAGE:
+            return None
+        plan = self._plan(tables[change.table])
+        if change.operation == INSERT:
+            assert change.after is not None
+            return plan.insert(change.after)
+        return plan.update(change) if change.operation == UPDATE else plan.delete(change)
+
+    def _truncate(self, tables: Tables, change: Change) -> Statement:
+        detail = change.detail
+        assert isinstance(detail, Truncate)
+        names = [self._config.target_name(tables[index].qualified) for index in detail.tables]
+        return truncate(names, restart_identity=detail.restart_identity).as_bytes(), ()
+
+    def _execute(self, statement: Statement) -> psycopg.Cursor[Any]:
+        query, parameters = statement
+        return self._connection.execute(query, parameters or None, prepare=bool(parameters))
+
+    def _check_deferred(self, work: Work) -> None:
+        """Check what would otherwise fail at COMMIT, outside the savepoint."""
+        if self._deferrable and work and work[-1][1].complete:
+            self._connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+
+    # set-wise
+
+    def _lane(self, lanes: dict[TableName, _Lane], table: Table) -> _Lane:
+        lane = lanes.get(table.qualified)
+        if lane is None or lane.plan.source != table:
+            if lane is not None:  # the table has a new shape: what came in the old one goes first
+                self._flush(lane)
+            lane = lanes[table.qualified] = _Lane(self._plan(table))
+        return lane
+
+    def _flush_all(self, lanes: Iterable[_Lane]) -> None:
+        for lane in lanes:
+            self._flush(lane)
+
+    def _flush(self, lane: _Lane) -> None:
+        fold, plan = lane.fold, lane.plan
+        if not fold.count:
+            return
+        lane.reset()
+        if isinstance(fold, Fold):
+            self._delete(plan, list(fold.deletes.values()))
+            self._update(plan, fold.updates.values())
+        if rows := list(fold.inserted()):
+            self._copy(plan.copy_in(), rows if plan.takes_all else plan.pick(rows, plan.columns))
+
+    def _delete(self, plan: TablePlan, rows: list[Row]) -> None:
+        if rows:
+            name = self._stage(plan, plan.key, rows)
+            self.missing += len(rows) - self._connection.execute(plan.delete_staged(name)).rowcount
+
+    def _update(self, plan: TablePlan, rows: Iterable[Row]) -> None:
+        groups: dict[tuple[int, ...] | None, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(changed_columns(row), []).append(row)
+        for changed, group in groups.items():
+            columns = plan.columns if changed is None else tuple(index for index in plan.columns if index in changed)
+            if len(columns) == len(plan.key):
+                continue  # nothing but the key travelled
+            name = self._stage(plan, columns, group)
+            if self._connection.execute(plan.update_staged(name, columns)).rowcount != len(group):
+                raise FoldError
+
+    def _stage(self, plan: TablePlan, columns: tuple[int, ...], rows: list[Row]) -> str:
+        name = self._staging.table(plan, columns)
+        copy = sql.SQL("COPY {} ({}) FROM STDIN").format(sql.Identifier("pg_temp", name), plan.names(columns))
+        self._copy(copy, plan.pick(rows, columns))
+        return name
+
+    def _copy(self, query: sql.Composed, rows: Sequence[Row]) -> None:
+        with self._connection.cursor() as cursor, cursor.copy(query) as copy:
+            copy.write(copy_text(rows))
+
+    def _alone(self, plan: TablePlan, change: Change) -> None:
+        statement = plan.update(change) if change.operation == UPDATE else plan.delete(change)
+        if statement is not None and self._execute(statement).rowcount == 0:
+            raise FoldError
+
+    # one by one
+
+    def _one(self, tables: Tables, change: Change) -> None:
+        if change.operation == INSERT:
+            assert change.after is not None
+            self._execute(self._plan(tables[change.table]).insert(change.after, upsert=True))
+            return
+        statement = self._statement(tables, change)
+        if statement is None or self._execute(statement).rowcount != 0 or change.operation == TRUNCATE:
+            return
+        self.missing += 1
+        if change.operation == UPDATE:
+            self._heal(self._plan(tables[change.table]), change)
+
+    def _heal(self, plan: TablePlan, change: Change) -> None:
+        """Write a row that should have been there: from the change, or as the source has it now.
+
+        Gone from the source as well, its DELETE is on its way.
+        """
+        row = change.after
+        assert row is not None
+        if any(row[index] is UNCHANGED for index in plan.columns):
+            if self._reread is None:
+                raise PermanentError(
+                    f"a row of {plan.target.name} is missing, and its update does not carry all columns",
+                    hint="something else wrote to the mirror: find the rows with `cdc verify`",
+                )
+            row = self._reread(plan.source, row)
+        if row is not None:
+            self._execute(plan.insert(row, upsert=True))
+            self.healed += 1
+
+
+class _Lane:
+    """What has come for one table and is not written yet."""
+
+    __slots__ = ("fold", "plan")
+
+    def __init__(self, plan: TablePlan) -> None:
+        self.plan = plan
+        self.reset()
+
+    def reset(self) -> None:
+        self.fold: Fold | Appends = Fold(self.plan.key_of) if self.plan.key else Appends()
+
+
+class _Staging:
+    """Temporary tables of the session, one for each set of columns, empty outside a target transaction."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._names: dict[tuple[TablePlan, tuple[int, ...]], str] = {}
+        self._filled: set[str] = set()
+
+    def table(self, plan: TablePlan, columns: tuple[int, ...]) -> str:
+        """An empty temporary table with these columns of the plan's table."""
+        name = self._names.get((plan, columns))
+        if name is None:
+            name = self._names[plan, columns] = f"cdc_stage_{len(self._names)}"
+            self._connection.execute(plan.staging(name, columns))
+        elif name in self._filled:
+            self._connection.execute(sql.SQL("TRUNCATE {}").format(sql.Identifier("pg_temp", name)))
+        self._filled.add(name)
+        return name
+
+    def emptied(self) -> None:
+        """The transaction has committed."""
+        self._filled.clear()
+
+    def drop(self) -> None:
+        """Start over: a rollback may have undone the creation of some of them."""
+        for name in self._names.values():
+            self._connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier("pg_temp", name)))
+        self._names.clear()
+        self._filled.clear()
+
+
+class _TextDumper(Dumper):
+    """Sends a value's text as it is, and lets the server find its type from the column."""
+
+    format = pq.Format.TEXT
+    oid = 0
+
+    def dump(self, obj: Buffer) -> Buffer:
+        return obj
+
+
+def _refused(error: psycopg.Error, tables: Tables, transaction: Transaction, index: int) -> Exception:
+    """Say which change the target refuses; its values belong to no log."""
+    translated = to_cdc_error(error)
+    if not isinstance(translated, PermanentError):
+        return translated
+    change = transaction.changes[index]
+    return PermanentError(
+        f"{Operation(change.operation).name} of {tables[change.table].qualified} "
+        f"(change {transaction.first_ordinal + index} of the transaction at {format_position(transaction.position)}) "
+        f"is refused by the mirror: {translated}",
+        hint="put the mirror's table right (schema, or rows that something else wrote); then `cdc resume`",
+    )

@@ -1,0 +1,186 @@
+"""Puts pgoutput messages together to batches of whole transactions. Pure: no I/O."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cdc.change import (
+    DELETE,
+    INSERT,
+    MESSAGE,
+    TRUNCATE,
+    UNCHANGED,
+    UPDATE,
+    Batch,
+    Change,
+    Message,
+    Row,
+    Table,
+    Transaction,
+    Truncate,
+)
+from cdc.errors import DecodeError, ResyncRequired
+from cdc.position import format_lsn
+from cdc.postgres import pgoutput
+
+HEARTBEAT_PREFIX: Final = "cdc.heartbeat"
+"""Logical messages that only move the position."""
+
+PART_BYTES: Final = 1024**2
+"""A transaction is cut into batches above this size; a decode never holds the interpreter for much longer."""
+
+
+class Assembler:
+    """Collects messages and gives out batches.
+
+    position: transactions that commit below it have been given out (or were not wanted).
+    """
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+        self.pending_bytes = 0
+        self.last_commit_time = 0
+        self._relations: dict[int, Table] = {}
+        self._tables: list[Table] = []
+        self._indexes: dict[int, int] = {}  # relation OID -> index into _tables
+        self._transactions: list[Transaction] = []
+        self._begin: pgoutput.Begin | None = None
+        self._open_bytes = 0  # of the transaction that has begun
+        self._skip_transaction = False
+        self._changes: list[Change] = []
+        self._ordinal = 0  # of _changes[0]
+        self._given: tuple[int, int] | None = (
+            None  # commit LSN and ordinal up to which an open transaction was given out
+        )
+        self._skip_changes = 0
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether the last message was inside a transaction."""
+        return self._begin is not None
+
+    def reset(self) -> None:
+        """Forget what was not given out: the stream begins again at `position`, with Relation messages."""
+        given = self._given
+        self.__init__(self.position)  # type: ignore[misc]
+        self._given = given
+
+    def feed(self, data: bytes, at: int) -> None:
+        """Take the message that starts at byte `at`. Raises `DecodeError` on what cannot be understood."""
+        message = pgoutput.decode(data, at)
+        self.pending_bytes += len(data) - at
+        self._open_bytes += len(data) - at
+        if isinstance(message, pgoutput.Insert):
+            self._add(Change(INSERT, self._table(message.relation), None, None, message.after))
+        elif isinstance(message, pgoutput.Update):
+            self._update(message)
+        elif isinstance(message, pgoutput.Begin):
+            self._start(message)
+        elif isinstance(message, pgoutput.Commit):
+            self._commit(message)
+        elif isinstance(message, pgoutput.Delete):
+            self._add(Change(DELETE, self._table(message.relation), message.key, message.before, None))
+        else:
+            self._feed_rare(message)
+
+    def take(self, *, part: bool = False) -> Batch | None:
+        """Give out the finished transactions, and with `part` also what has come of the open one."""
+        transactions = self._transactions
+        tables = tuple(self._tables)
+        if part and self._begin is not None and self._changes:
+            begin = self._begin
+            transactions.append(self._cut(begin, end=self.position, complete=False))
+            self._given = (begin.commit_lsn, self._ordinal)
+        if not transactions:
+            return None
+        if part or self._begin is None:
+            self._open_bytes = 0
+        size = self.pending_bytes - self._open_bytes
+        self.pending_bytes = self._open_bytes
+        self._transactions = []
+        if not self._changes:  # else the open transaction's changes refer to these tables
+            self._tables = []
+            self._indexes = {}
+        return Batch(tables, transactions, self.position, size)
+
+    def _feed_rare(self, message: pgoutput.PgMessage) -> None:
+        match message:
+            case pgoutput.Relation(oid=oid, table=table):
+                self._relations[oid] = table
+                self._indexes.pop(oid, None)
+            case pgoutput.Truncate(relations=relations, cascade=cascade, restart_identity=restart):
+                tables = tuple(self._table(relation) for relation in relations)
+                self._add(Change(TRUNCATE, tables[0], None, None, None, Truncate(tables, cascade, restart)))
+            case pgoutput.LogicalMessage(transactional=True, prefix=prefix, content=content):
+                if prefix != HEARTBEAT_PREFIX:
+                    self._add(Change(MESSAGE, -1, None, None, None, Message(prefix, content)))
+            case _:  # names of types, origins, and messages outside transactions say nothing about rows
+                pass
+
+    def _start(self, begin: pgoutput.Begin) -> None:
+        if self._begin is not None:
+            raise DecodeError("pgoutput: transaction begins inside another")
+        self._begin = begin
+        self._open_bytes = 0
+        # the server sends again what it does not know to be confirmed
+        self._skip_transaction = begin.commit_lsn < self.position
+        if self._given is not None and not self._skip_transaction:
+            lsn, ordinal = self._given
+            if lsn != begin.commit_lsn:
+                raise ResyncRequired(
+                    f"the source began to send the transaction at {format_lsn(lsn)}, "
+                    f"and after a reconnect goes on with {format_lsn(begin.commit_lsn)}",
+                    hint="it is not the server it was, or was restored: copy the mirror again",
+                )
+            self._skip_changes = ordinal
+
+    def _commit(self, commit: pgoutput.Commit) -> None:
+        begin = self._begin
+        if begin is None:
+            raise DecodeError("pgoutput: commit outside a transaction")
+        if not self._skip_transaction:
+            self.position = max(self.position, commit.end_lsn)
+            if self._changes or self._given is not None:
+                self._transactions.append(self._cut(begin, end=commit.end_lsn, complete=True))
+                self._given = None
+            self._ordinal = self._skip_changes = 0
+            self.last_commit_time = begin.commit_time
+        self._begin = None
+
+    def _cut(self, begin: pgoutput.Begin, *, end: int, complete: bool) -> Transaction:
+        changes, self._changes = self._changes, []
+        first = self._ordinal
+        self._ordinal += len(changes)
+        return Transaction(begin.commit_lsn, end, begin.commit_time, begin.xid, first, complete, changes)
+
+    def _add(self, change: Change) -> None:
+        if self._begin is None:
+            raise DecodeError("pgoutput: change outside a transaction")
+        if self._skip_transaction:
+            return
+        if self._skip_changes:
+            self._skip_changes -= 1
+            self._ordinal += 1
+            return
+        self._changes.append(change)
+
+    def _update(self, message: pgoutput.Update) -> None:
+        after = message.after
+        if message.before is not None and UNCHANGED in after:
+            after = _filled(after, message.before)
+        self._add(Change(UPDATE, self._table(message.relation), message.key, message.before, after))
+
+    def _table(self, relation: int) -> int:
+        index = self._indexes.get(relation)
+        if index is None:
+            table = self._relations.get(relation)
+            if table is None:
+                raise DecodeError(f"pgoutput: change of relation {relation}, which was not described")
+            index = self._indexes[relation] = len(self._tables)
+            self._tables.append(table)
+        return index
+
+
+def _filled(after: Row, before: Row) -> Row:
+    """With identity FULL an unchanged TOAST value is in the old row."""
+    return tuple(old if value is UNCHANGED else value for value, old in zip(after, before, strict=True))

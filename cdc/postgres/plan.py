@@ -1,0 +1,238 @@
+"""How changes of one source table become statements for its mirror. Made once per table and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from operator import itemgetter
+from typing import Final
+
+from psycopg import sql
+
+from cdc.change import UNCHANGED, Change, Row, Table, TableName, Value
+from cdc.errors import PermanentError
+from cdc.postgres.fold import KeyOf
+from cdc.postgres.schema import SchemaTable
+
+Values = tuple[Value, ...]
+
+_PARAMETER: Final = "\0"
+
+Statement = tuple[bytes, Values]
+"""A query with `%s` placeholders, and its parameters as text."""
+
+
+class TablePlan:
+    """The statements for one table.
+
+    key: indexes of the source columns that identify a row on the mirror: its primary key, or what the source
+    sends as identity. Empty for a table that has neither: then the whole old row is compared.
+    """
+
+    def __init__(self, source: Table, target: SchemaTable, columns: Sequence[str] | None) -> None:
+        self.source = source
+        self.target = target
+        written = {column.name for column in target.columns if not column.generated}
+        wanted = [
+            index
+            for index, column in enumerate(source.columns)
+            if columns is None or column.name in columns or column.is_key
+        ]
+        missing = [source.columns[index].name for index in wanted if source.columns[index].name not in written]
+        if missing:
+            raise PermanentError(
+                f"table {target.name} has no column {', '.join(missing)} that could be written",
+                hint="alter the mirror's table like the source's, or name the columns to mirror in the configuration",
+            )
+        self.columns = tuple(wanted)
+        self.key = self._find_key()
+        self._queries: dict[tuple[object, ...], bytes] = {}
+        self._base_types = {column.name: column.base_type_name for column in target.columns}
+
+    def _find_key(self) -> tuple[int, ...]:
+        index_of = {self.source.columns[index].name: index for index in self.columns}
+        sent = tuple(index for index in self.columns if self.source.columns[index].is_key)
+        if self.source.identity == "i":  # only these columns come with a DELETE
+            return sent
+        primary_key = self.target.primary_key
+        if primary_key and all(name in index_of for name in primary_key):
+            return tuple(index_of[name] for name in primary_key)
+        return sent if self.source.identity == "d" else ()
+
+    @cached_property
+    def key_of(self) -> KeyOf:
+        """Returns a row's key values: a value, or a tuple of them."""
+        return itemgetter(*self.key)
+
+    @cached_property
+    def takes_all(self) -> bool:
+        """Whether rows can be written as they are, without picking columns."""
+        return self.columns == tuple(range(len(self.source.columns)))
+
+    def pick(self, rows: Sequence[Row], columns: Sequence[int]) -> list[Values]:
+        """The given columns of each row."""
+        if len(columns) == 1:
+            only = columns[0]
+            return [(row[only],) for row in rows]
+        getter = itemgetter(*columns)
+        return [getter(row) for row in rows]
+
+    def old_row(self, change: Change) -> Row:
+        """The row as it was before, as far as the source told."""
+        old = change.before or change.key or change.after
+        assert old is not None
+        return old
+
+    def names(self, columns: Sequence[int]) -> sql.Composed:
+        """The columns' names, for a list."""
+        return sql.SQL(", ").join(sql.Identifier(self.source.columns[index].name) for index in columns)
+
+    @cached_property
+    def table(self) -> sql.Identifier:
+        """The mirror's table."""
+        return sql.Identifier(*self.target.name)
+
+    def copy_in(self) -> sql.Composed:
+        """COPY of whole rows into the table itself."""
+        return sql.SQL("COPY {} ({}) FROM STDIN").format(self.table, self.names(self.columns))
+
+    def staging(self, name: str, columns: Sequence[int]) -> sql.Composed:
+        """A temporary table for some columns. AS SELECT: LIKE would bring NOT NULL along."""
+        return sql.SQL("CREATE TEMPORARY TABLE {} ON COMMIT DELETE ROWS AS SELECT {} FROM {} WITH NO DATA").format(
+            sql.Identifier("pg_temp", name), self.names(columns), self.table
+        )
+
+    def delete_staged(self, name: str) -> sql.Composed:
+        """Delete the rows whose keys are in a temporary table."""
+        return sql.SQL("DELETE FROM {} AS t USING {} AS s WHERE {}").format(
+            self.table, sql.Identifier("pg_temp", name), self._same_key()
+        )
+
+    def update_staged(self, name: str, columns: Sequence[int]) -> sql.Composed:
+        """Update the rows whose keys are in a temporary table from its other columns."""
+        changed = [index for index in columns if index not in self.key]
+        return sql.SQL("UPDATE {} AS t SET {} FROM {} AS s WHERE {}").format(
+            self.table,
+            sql.SQL(", ").join(
+                sql.SQL("{0} = s.{0}").format(sql.Identifier(self.source.columns[index].name)) for index in changed
+            ),
+            sql.Identifier("pg_temp", name),
+            self._same_key(),
+        )
+
+    def insert(self, row: Row, *, upsert: bool = False) -> Statement:
+        """Insert a whole row; with `upsert` over one that has its primary key."""
+        # ON CONFLICT refuses deferrable keys
+        upsert = upsert and bool(self.target.primary_key) and not self.target.key_deferrable
+        query = self._cached(("insert", upsert), lambda: self._insert(upsert=upsert))
+        return query, tuple(row[index] for index in self.columns)
+
+    def update(self, change: Change) -> Statement | None:
+        """Update one row in place, its key included; `None` if no column travelled."""
+        after, old = change.after, self.old_row(change)
+        assert after is not None
+        key_moves = bool(self.key) and any(after[index] != old[index] for index in self.key)
+        changed = tuple(
+            index for index in self.columns if after[index] is not UNCHANGED and (key_moves or index not in self.key)
+        )
+        if not changed:
+            return None
+        query = self._cached(("update", changed), lambda: self._update(changed))
+        return query, (*(after[index] for index in changed), *self._identity(old))
+
+    def delete(self, change: Change) -> Statement:
+        """Delete one row."""
+        query = self._cached(
+            ("delete",), lambda: sql.SQL("DELETE FROM {} AS t WHERE {}").format(self.table, self._where())
+        )
+        return query, self._identity(self.old_row(change))
+
+    def exists(self, row: Row) -> Statement:
+        """Ask whether the row is there."""
+        query = self._cached(
+            ("exists",), lambda: sql.SQL("SELECT 1 FROM {} AS t WHERE {}").format(self.table, self._where())
+        )
+        return query, self._identity(row)
+
+    def _cached(self, kind: tuple[object, ...], compose: Callable[[], sql.Composed]) -> bytes:
+        """Composing costs more than executing."""
+        query = self._queries.get(kind)
+        if query is None:
+            # a per cent sign in a name must not look like a placeholder; a NUL cannot be in a name
+            text = compose().as_bytes().replace(b"%", b"%%").replace(_PARAMETER.encode(), b"%s")
+            query = self._queries[kind] = text
+        return query
+
+    def _insert(self, *, upsert: bool) -> sql.Composed:
+        query = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
+            self.table, self.names(self.columns), sql.SQL(", ").join([sql.SQL(_PARAMETER)] * len(self.columns))
+        )
+        if not upsert:
+            return query
+        changed = [index for index in self.columns if index not in self.key]
+        return query + sql.SQL(" ON CONFLICT ({}) DO {}").format(
+            sql.SQL(", ").join(map(sql.Identifier, self.target.primary_key)),
+            self._set_excluded(changed) if changed else sql.SQL("NOTHING"),
+        )
+
+    def _update(self, changed: Sequence[int]) -> sql.Composed:
+        return sql.SQL("UPDATE {} AS t SET {} WHERE {}").format(
+            self.table,
+            sql.SQL(", ").join(
+                sql.SQL("{} = \0").format(sql.Identifier(self.source.columns[index].name)) for index in changed
+            ),
+            self._where(),
+        )
+
+    def _identity(self, old: Row) -> Values:
+        """The parameters of `_where`."""
+        return tuple(old[index] for index in self.key or self.columns)
+
+    def _where(self) -> sql.Composed:
+        if self.key:
+            return sql.SQL(" AND ").join(
+                sql.SQL("t.{} = \0").format(sql.Identifier(self.source.columns[index].name)) for index in self.key
+            )
+        if self.source.identity != "f":
+            raise PermanentError(
+                f"table {self.source.qualified} has no key to find a row by",
+                hint=f"ALTER TABLE {self.source.qualified} REPLICA IDENTITY FULL, or give it a primary key",
+            )
+        return self._same_image()
+
+    def _same_image(self) -> sql.Composed:
+        """One row whose record image equals the old one's: `=` does not exist for json, and 1.0 is not 1.00."""
+        casts = sql.SQL(", ").join(
+            sql.SQL("\0::{}").format(sql.SQL(self._base_types[self.source.columns[index].name]))
+            for index in self.columns
+        )
+        return sql.SQL(
+            "(t.tableoid, t.ctid) = (SELECT o.tableoid, o.ctid FROM {} AS o"
+            " WHERE ROW({})::record *= ROW({})::record LIMIT 1)"
+        ).format(
+            self.table,
+            sql.SQL(", ").join(sql.Identifier("o", self.source.columns[index].name) for index in self.columns),
+            casts,
+        )
+
+    def _same_key(self) -> sql.Composed:
+        return sql.SQL(" AND ").join(
+            sql.SQL("t.{0} = s.{0}").format(sql.Identifier(self.source.columns[index].name)) for index in self.key
+        )
+
+    def _set_excluded(self, columns: Sequence[int]) -> sql.Composed:
+        names = [sql.Identifier(self.source.columns[index].name) for index in columns]
+        return sql.SQL("UPDATE SET {}").format(
+            sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(name) for name in names)
+        )
+
+
+def truncate(tables: Sequence[TableName], *, restart_identity: bool) -> sql.Composed:
+    """Empty the tables by one statement.
+
+    Never CASCADE: the source has named all the tables that its statement emptied.
+    """
+    return sql.SQL("TRUNCATE {} {}").format(
+        sql.SQL(", ").join(sql.Identifier(*table) for table in tables),
+        sql.SQL("RESTART IDENTITY" if restart_identity else "CONTINUE IDENTITY"),
+    )
