@@ -28,10 +28,10 @@ class Backend(Protocol):
         """Undo `pause`. Raises `UnknownName`."""
         ...
 
-    def hold(self, name: str, until: SourcePosition, seconds: float) -> SourcePosition:
-        """Block until a sink stands exactly at `until`, and keep it there until `release`; return where it stands.
+    def hold(self, name: str, until: SourcePosition | None, seconds: float) -> SourcePosition:
+        """Block until a sink stands exactly at `until` (`None`: where it is); return where it stands.
 
-        Raises `UnknownName`, `TimeoutError`, or another `CdcError` where it cannot stand there.
+        It stays there until `release`, or until `seconds` after the call. Raises `UnknownName`, `TimeoutError`, or another `CdcError` where it cannot stand there.
         """
         ...
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from http.client import HTTPConnection, HTTPException
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
 import msgspec
 
 from cdc.config import Token
 from cdc.errors import CdcError
-from cdc.position import SourcePosition, format_position, parse_position
 from cdc.status import DaemonStatus, from_json
+
+TIMEOUT_SECONDS: Final = 10.0
 
 
 class DaemonUnreachable(CdcError):
@@ -41,24 +42,14 @@ class Client:
         """Let it go on."""
         self._request("POST", f"/resume/{quote(name, safe='')}")
 
-    def hold(self, name: str, until: SourcePosition, seconds: float) -> SourcePosition:
-        """Block until a sink stands exactly at `until`; it stays there until `release`."""
-        body = msgspec.json.encode({"until": format_position(until), "seconds": seconds})
-        data = self._request("POST", f"/sinks/{quote(name, safe='')}/hold", body, timeout_seconds=seconds + 10)
-        return parse_position(msgspec.json.decode(data)["position"])
-
-    def release(self, name: str) -> None:
-        """Let a held sink go on."""
-        self._request("POST", f"/sinks/{quote(name, safe='')}/release")
-
     @property
     def _where(self) -> str:
         return f"http://{self._address[0]}:{self._address[1]}"
 
-    def _request(self, method: str, path: str, body: bytes | None = None, timeout_seconds: float = 10.0) -> bytes:
-        connection = HTTPConnection(*self._address, timeout=timeout_seconds)
+    def _request(self, method: str, path: str) -> bytes:
+        connection = HTTPConnection(*self._address, timeout=TIMEOUT_SECONDS)
         try:
-            connection.request(method, path, body, self._headers)
+            connection.request(method, path, headers=self._headers)
             response = connection.getresponse()
             data = response.read()
         except (OSError, HTTPException) as exc:

@@ -21,9 +21,13 @@ BODY_TIMEOUT_SECONDS: Final = 10.0
 
 
 class HoldRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /sinks/{name}/hold`. until: a position, as status shows it."""
+    """Body of `POST /sinks/{name}/hold`.
 
-    until: str
+    until: a position, as status shows it; `null` for where the sink stands. seconds: after these the hold ends by
+    itself, and so does the waiting for it.
+    """
+
+    until: str | None
     seconds: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 60.0
 
 
@@ -53,9 +57,9 @@ class Control:
         return answer({"paused": False})
 
     async def hold(self, request: Request) -> Response:
-        """Make a sink stand still at a position. The caller must release it."""
+        """Make a sink stand still at a position, until it is released or the time is over."""
         wanted = msgspec.json.decode(await _body(request), type=HoldRequest)
-        until = parse_position(wanted.until)
+        until = None if wanted.until is None else parse_position(wanted.until)
         position = await run_in_threadpool(self._backend.hold, request.path_params["name"], until, wanted.seconds)
         return answer({"held": True, "position": format_position(position)})
 

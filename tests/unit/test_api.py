@@ -50,9 +50,9 @@ class FakeBackend:
     def resume(self, name: str) -> None:
         self._call("resume", name)
 
-    def hold(self, name: str, until: SourcePosition, seconds: float) -> SourcePosition:
+    def hold(self, name: str, until: SourcePosition | None, seconds: float) -> SourcePosition:
         self._call("hold", name, until, seconds)
-        return until
+        return 15 if until is None else until
 
     def release(self, name: str) -> None:
         self._call("release", name)
@@ -163,6 +163,12 @@ def test_hold_and_release(client: TestClient, backend: FakeBackend) -> None:
     assert backend.calls == [("hold", "mirror", parse_lsn("16/B374D848"), 5.0), ("release", "mirror")]
 
 
+def test_hold_where_it_stands(client: TestClient, backend: FakeBackend) -> None:
+    answer = client.post("/sinks/mirror/hold", json={"until": None})
+    assert answer.json() == {"held": True, "position": "0/F"}
+    assert backend.calls == [("hold", "mirror", None, 60.0)]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -170,6 +176,7 @@ def test_hold_and_release(client: TestClient, backend: FakeBackend) -> None:
         b"{",
         b"[]",
         b'"16/0"',
+        b"{}",
         b'{"until": 5}',
         b'{"until": "16/0", "seconds": 0}',
         b'{"until": "16/0", "seconds": 1e9}',

@@ -75,7 +75,7 @@ def test_level_is_a_threshold() -> None:
 @pytest.mark.parametrize(
     "write",
     [
-        lambda log: log.info(f"connecting to {URL}"),
+        lambda log: log.info("connecting to " + URL),
         lambda log: log.info("connecting", url=URL),
         lambda log: log.info("connecting", urls=[URL, {"deep": URL}]),
         lambda log: log.info("connecting", url=Secret(URL)),
