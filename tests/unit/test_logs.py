@@ -14,6 +14,7 @@ from cdc import logs
 from cdc.config import Secret
 
 URL = "postgresql://me:geheim@db/shop"
+MESSAGE = f"connecting to {URL}"
 
 
 class Terminal(io.StringIO):
@@ -75,7 +76,7 @@ def test_level_is_a_threshold() -> None:
 @pytest.mark.parametrize(
     "write",
     [
-        lambda log: log.info("connecting to " + URL),
+        lambda log: log.info(MESSAGE),
         lambda log: log.info("connecting", url=URL),
         lambda log: log.info("connecting", urls=[URL, {"deep": URL}]),
         lambda log: log.info("connecting", url=Secret(URL)),
