@@ -1,0 +1,506 @@
+"""The durable queue between one source and its sinks.
+
+Only one thread writes. What is handed to it while it waits for an fsync goes into its next commit, so a single fsync
+serves as many batches as have come; nothing can be read before it is fsynced.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from math import inf
+from pathlib import Path
+from types import TracebackType
+from typing import Final, NoReturn
+
+import msgspec
+
+from cdc.change import Batch
+from cdc.errors import CdcError, DirectoryInUse, FatalError, ResyncRequired
+from cdc.position import Position, SourcePosition, format_position
+from cdc.queue_file import Begin, Contents, Cursor, Fact, Item, QueueFile, Stored, Upkeep, read_file_status
+
+__all__ = ["DirectoryLock", "Queue", "QueueOnDisk", "QueueStats", "Stored", "lock_directory", "read_status"]
+
+_HANDED_OVER_BYTES: Final = 8 * 1024**2
+"""Above this the writer is behind, and the source must wait."""
+
+_BATCH_BYTES: Final = 512
+"""What a batch weighs in memory besides its `size`: the many that carry a single change must count too."""
+
+_LARGEST_BATCH_BYTES: Final = 900_000_000
+"""SQLite refuses a row of a billion bytes."""
+
+_UPKEEP_SECONDS: Final = 0.1
+"""Cursors are stored, and batches pruned, at most this often: mostly within a commit that is due anyway."""
+
+_AGING_SECONDS: Final = 1.0
+"""How often to look for batches that only `keep_seconds` holds back."""
+
+
+class DirectoryLock:
+    """The right to use a data directory. Ends with `release`, or with the process however it dies."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let another process have the directory. Safe to call twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> DirectoryLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+
+def lock_directory(path: Path) -> DirectoryLock:
+    """Lock the data directory, made if it is missing. Raises `DirectoryInUse` at once if another process has it."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as exc:
+        hint = "create it for the daemon's user, or set another data_dir"
+        raise FatalError(f"cannot use the data directory {path}: {exc.strerror}", hint=hint) from exc
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
+        os.close(descriptor)
+        raise DirectoryInUse(
+            f"the data directory {path} is used by process {owner}", hint="stop it, or set another data_dir"
+        ) from exc
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return DirectoryLock(descriptor)
+
+
+class QueueStats(msgspec.Struct, frozen=True):
+    """What a queue holds.
+
+    bytes: of the stored batches.
+    oldest_seconds: age of the oldest batch, `None` where there is none.
+    last_seq, pruned_seq: of the newest batch and of the last one that is gone; 0 before the first.
+    free_disk_bytes: including the pages that the file keeps for reuse.
+    full: the source must wait.
+    """
+
+    batches: int
+    bytes: int
+    oldest_seconds: float | None
+    last_seq: int
+    pruned_seq: int
+    max_bytes: int
+    free_disk_bytes: int
+    full: bool
+
+
+class QueueOnDisk(msgspec.Struct, frozen=True):
+    """A queue as its file tells, for when no daemon is there to ask."""
+
+    queue_id: str
+    position: SourcePosition | None
+    cursors: dict[str, tuple[int, SourcePosition | None]]
+    stats: QueueStats
+    facts: dict[str, str]
+
+
+def read_status(path: Path, *, max_bytes: int = 0, min_free_bytes: int = 0) -> QueueOnDisk:
+    """Read a queue's file without its lock. Changes nothing on disk. The bounds (0: none) only serve `stats`."""
+    found = read_file_status(path)
+    stats = _stats(path, found.contents, max_bytes, min_free_bytes)
+    return QueueOnDisk(found.queue_id, found.contents.state.position, found.cursors, stats, found.facts)
+
+
+class Queue:
+    """One source's batches in order, durable, until every sink has passed them. Any thread may call any method."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_bytes: int,
+        min_free_bytes: int,
+        keep_seconds: float = 0.0,
+        tail_bytes: int = 4 * 1024**2,
+    ) -> None:
+        """Open or create the file and start its writer. Raises `QueueCorrupt` on damage.
+
+        max_bytes, min_free_bytes: of stored batches, and of free disk: beyond them `has_room` says no.
+        keep_seconds: batches stay this long even when every sink has passed them.
+        tail_bytes: of `Batch.size`: how much of the newest stays decoded in memory.
+        """
+        self._file = QueueFile(path)
+        self.queue_id = self._file.contents.state.queue_id
+        self._path = path
+        self._max_bytes, self._min_free_bytes = max_bytes, min_free_bytes
+        self._keep_seconds = keep_seconds
+
+        self._lock = threading.Lock()
+        self._handed = threading.Condition(self._lock)
+        self._published = threading.Condition(self._lock)
+
+        self._contents = self._file.contents
+        self._facts = self._file.facts()
+        self._cursors = self._file.cursors()
+        self._tail = _Tail(tail_bytes)
+
+        self._items: list[Item] = []
+        self._items_bytes = 0
+        self._items_handed = 0
+        self._items_written = 0
+        self._in_transaction = False
+        self._upkeep_at = time.monotonic()
+        self._wakes = 0
+        self._closing = False
+        self._failure: CdcError | None = None
+        self._writer = threading.Thread(target=self._run, name=f"queue:{path.stem}", daemon=True)
+        self._writer.start()
+
+    @property
+    def position(self) -> SourcePosition | None:
+        """The source goes on from here after a restart: all before it is durable. `None` before `begin`."""
+        return self._contents.state.position
+
+    @property
+    def pruned_position(self) -> SourcePosition | None:
+        """A target that stands before this can no longer be served."""
+        return self._contents.state.pruned_position
+
+    def begin(self, position: SourcePosition) -> None:
+        """Start a fresh queue at the source's `position`. Durable on return."""
+        if self.position is not None:
+            raise RuntimeError("this queue has already begun")
+        self._write_now(Begin(position))
+
+    def append(self, batch: Batch) -> None:
+        """Hand over a batch; it can be read as soon as it is durable, in the order of the calls.
+
+        A batch without transactions only moves the position. Raises what the writer failed with, if it has:
+        nothing appended since its last commit is durable, and the queue must be opened again.
+        """
+        if batch.size > _LARGEST_BATCH_BYTES:
+            raise FatalError(
+                f"a batch of {batch.size} bytes is too large for the queue",
+                hint=f"a single row may have {_LARGEST_BATCH_BYTES} bytes; exclude the table, or shorten the value",
+            )
+        if self.position is None:
+            raise RuntimeError("begin() comes before append()")
+        with self._lock:
+            if batch.transactions:
+                self._in_transaction = not batch.complete
+            elif self._in_transaction:
+                return  # the position must not pass the batches that a restart drops with their transaction
+            self._hand_over(batch, _weight(batch))
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Wait until all that was appended before is durable; whether it is. Raises what the writer failed with."""
+        with self._lock:
+            return self._wait_written(timeout_seconds)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether to read more from the source. An unfinished transaction may pass `max_bytes`, or it could never end.
+
+        True after a failure: `append` raises it.
+        """
+        free_bytes = _free_disk_bytes(self._path, self._contents)
+        with self._lock:
+            if self._failure is not None:
+                return True
+            if self._items_bytes > _HANDED_OVER_BYTES or free_bytes < self._min_free_bytes:
+                return False
+            return self._in_transaction or self._contents.bytes + self._items_bytes < self._max_bytes
+
+    def read(self, after_seq: int, *, max_bytes: int, timeout_seconds: float) -> list[Stored]:
+        """Durable batches after `after_seq`, in order: at least one if there is any, else up to `max_bytes` of them.
+
+        Waits for the first one; empty when the time is over, or after `wake`. Raises `ResyncRequired` if the next
+        one is no longer kept, and `QueueCorrupt` if it is damaged or missing.
+        """
+        with self._lock:
+            contents = self._wait_beyond(after_seq, timeout_seconds)
+            if contents.last_seq <= after_seq:
+                return []
+            self._check_kept(after_seq)
+            if stored := self._tail.after(after_seq, max_bytes):
+                return stored
+        try:
+            return self._file.read(after_seq, last_seq=contents.last_seq, max_bytes=max_bytes)
+        except CdcError:
+            self._check_kept(after_seq)  # pruned meanwhile: no damage
+            raise
+
+    def wake(self) -> None:
+        """Make all calls of `read` that wait return now."""
+        with self._lock:
+            self._wakes += 1
+            self._published.notify_all()
+
+    def seek(self, position: Position) -> int:
+        """The seq to read after, for a sink whose target stores `position`.
+
+        LSNs decide by themselves: the batch that follows may begin with transactions which the target has. Tokens
+        have no order, so there the seq decides, and only in the queue that gave it.
+
+        Raises `ResyncRequired` where what the target needs next is not here.
+        """
+        contents = self._contents
+        if isinstance(position.source, bytes):
+            self._check_seq(position, contents)
+            return position.seq
+        self._check_lsn(position.source, contents)
+        return self._file.seek(position.source, contents)
+
+    def register(self, sink: str) -> None:
+        """From now on, durably, keep what this sink has not passed. Without effect if it is registered."""
+        with self._lock:
+            if sink in self._cursors:
+                return
+            seq = self._contents.state.pruned_seq
+            self._cursors[sink] = (seq, None)
+        self._write_now(Cursor(sink, seq, None))  # and so past a commit that might be pruning
+
+    def retain(self, sinks: Iterable[str]) -> None:
+        """Forget all other sinks: nothing is kept for them any more."""
+        kept = frozenset(sinks)
+        with self._lock:
+            self._cursors = {sink: cursor for sink, cursor in self._cursors.items() if sink in kept}
+            self._schedule(_UPKEEP_SECONDS)
+
+    def advance(self, sink: str, seq: int, position: SourcePosition) -> None:
+        """A sink's target stands here. Stored a little later: after a crash the target itself is asked."""
+        with self._lock:
+            self._cursors[sink] = (seq, position)
+            self._schedule(_UPKEEP_SECONDS)
+
+    def cursor(self, sink: str) -> tuple[int, SourcePosition | None] | None:
+        """Where a sink stands, the position `None` until it first advanced; `None` if it is not registered."""
+        with self._lock:
+            return self._cursors.get(sink)
+
+    def get(self, key: str) -> str | None:
+        """A fact that `set` stored."""
+        with self._lock:
+            return self._facts.get(key)
+
+    def set(self, key: str, value: str | None) -> None:
+        """Store a small fact, or forget it (`None`). Durable on return."""
+        self._write_now(Fact(key, value))
+
+    def stats(self) -> QueueStats:
+        """Cheap, and never waits for the disk's writes."""
+        return _stats(self._path, self._contents, self._max_bytes, self._min_free_bytes)
+
+    def close(self) -> None:
+        """Write what was handed over, store the cursors, stop. Safe to call twice, and after a failure."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            self._handed.notify_all()
+            self._published.notify_all()
+        self._writer.join()
+        self._file.close(checkpoint=self._failure is None)
+
+    def _hand_over(self, item: Item, weight: int = 0) -> None:
+        self._raise_failure()
+        if self._closing:
+            raise FatalError(f"{self._path} is closed")
+        self._items.append(item)
+        self._items_bytes += weight
+        self._items_handed += 1
+        self._handed.notify_all()
+
+    def _write_now(self, item: Item) -> None:
+        with self._lock:
+            self._hand_over(item)
+            self._wait_written(None)
+
+    def _wait_written(self, timeout_seconds: float | None) -> bool:
+        handed = self._items_handed
+        done = self._published.wait_for(
+            lambda: self._items_written >= handed or self._failure is not None, timeout_seconds
+        )
+        if self._items_written < handed:
+            self._raise_failure()
+        return done
+
+    def _wait_beyond(self, after_seq: int, timeout_seconds: float) -> Contents:
+        wakes = self._wakes
+        self._published.wait_for(
+            lambda: (
+                self._contents.last_seq > after_seq
+                or self._wakes != wakes
+                or self._closing
+                or self._failure is not None
+            ),
+            timeout_seconds,
+        )
+        if self._contents.last_seq <= after_seq:
+            self._raise_failure()
+        return self._contents
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise type(self._failure)(str(self._failure), hint=self._failure.hint) from self._failure
+
+    def _check_kept(self, after_seq: int) -> None:
+        if after_seq < self._contents.state.pruned_seq:
+            _resync(
+                f"{self._path}: batches up to {self._contents.state.pruned_seq} are gone, {after_seq} was asked for"
+            )
+
+    def _check_lsn(self, source: int, contents: Contents) -> None:
+        end, pruned = contents.state.position, contents.state.pruned_position
+        if not isinstance(end, int) or not isinstance(pruned, int):
+            _resync(f"the target stands at {format_position(source)}, but {self._path} holds nothing of that kind")
+        if source < pruned:
+            _resync(f"the target stands at {format_position(source)}, the queue begins at {format_position(pruned)}")
+        if source > end:
+            _resync(f"the target stands at {format_position(source)}, the queue ends at {format_position(end)}")
+
+    def _check_seq(self, position: Position, contents: Contents) -> None:
+        if position.queue_id != self.queue_id:
+            _resync(f"the target was fed by queue {position.queue_id}, {self._path} is queue {self.queue_id}")
+        if position.seq < contents.state.pruned_seq:
+            _resync(f"the target stands at batch {position.seq}, the queue begins after {contents.state.pruned_seq}")
+        if position.seq > contents.last_seq:
+            _resync(f"the target stands at batch {position.seq}, the queue ends at {contents.last_seq}")
+
+    # the writer's thread
+
+    def _run(self) -> None:
+        try:
+            while self._write_round():
+                pass
+        except Exception as exc:  # noqa: BLE001 - the thread's outer edge: whoever appends next gets it, with its cause
+            self._fail(exc)
+
+    def _fail(self, exc: Exception) -> None:
+        failure = exc
+        if not isinstance(failure, CdcError):
+            failure = FatalError(f"{self._path}: {type(exc).__name__} while writing", hint="this is a bug in cdc")
+            failure.__cause__ = exc
+        with self._lock:
+            self._failure = failure
+            self._published.notify_all()
+
+    def _write_round(self) -> bool:
+        """Wait for work, commit it, publish it. False when closing."""
+        with self._lock:
+            while not (self._items or self._closing or time.monotonic() >= self._upkeep_at):
+                self._handed.wait(None if self._upkeep_at == inf else self._upkeep_at - time.monotonic())
+            items, self._items = self._items, []
+            closing = self._closing
+            upkeep = self._take_upkeep()
+        stored = self._file.write(items, upkeep)
+        with self._lock:
+            self._publish(items, stored)
+            if upkeep is not None:
+                self._schedule_rest(upkeep)
+        return not closing
+
+    def _take_upkeep(self) -> Upkeep | None:
+        if not self._closing and time.monotonic() < self._upkeep_at:
+            return None
+        self._upkeep_at = inf
+        cursors = [Cursor(sink, seq, position) for sink, (seq, position) in self._cursors.items()]
+        prune_to = min((cursor.seq for cursor in cursors), default=self._contents.last_seq)
+        # without `keep_seconds` the clock, which may jump, has no say
+        created_before = time.time() - self._keep_seconds if self._keep_seconds else inf
+        return Upkeep(cursors, min(prune_to, self._contents.last_seq), created_before)
+
+    def _publish(self, items: Sequence[Item], stored: Sequence[Stored]) -> None:
+        self._contents = self._file.contents
+        self._items_written += len(items)
+        for item in items:
+            if isinstance(item, Batch):
+                self._items_bytes -= _weight(item)
+            elif isinstance(item, Fact):
+                self._learn(item)
+        for each in stored:
+            self._tail.add(each)
+        if stored and not self._cursors:
+            self._schedule(_UPKEEP_SECONDS)
+        self._published.notify_all()
+
+    def _learn(self, fact: Fact) -> None:
+        self._facts.pop(fact.key, None)
+        if fact.value is not None:
+            self._facts[fact.key] = fact.value
+
+    def _schedule(self, delay_seconds: float) -> None:
+        at = time.monotonic() + delay_seconds
+        if at < self._upkeep_at:
+            self._upkeep_at = at
+            self._handed.notify_all()
+
+    def _schedule_rest(self, upkeep: Upkeep) -> None:
+        if self._file.has_more_upkeep:
+            self._schedule(0.0)
+        elif self._keep_seconds and upkeep.prune_to > self._contents.state.pruned_seq:
+            self._schedule(_AGING_SECONDS)
+
+
+class _Tail:
+    """The newest batches, decoded, bounded in bytes. Seqs within one run have no gaps."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._oldest_seq = 0
+        self._stored: dict[int, Stored] = {}
+
+    def add(self, stored: Stored) -> None:
+        """Add the newest one and forget the oldest ones."""
+        if not self._stored:
+            self._oldest_seq = stored.seq
+        self._stored[stored.seq] = stored
+        self._bytes += _weight(stored.batch)
+        while self._bytes > self._max_bytes:
+            self._bytes -= _weight(self._stored.pop(self._oldest_seq).batch)
+            self._oldest_seq += 1
+
+    def after(self, seq: int, max_bytes: int) -> list[Stored]:
+        """What follows `seq`, as `Queue.read` bounds it; empty if that is not here."""
+        found: list[Stored] = []
+        while (stored := self._stored.get(seq := seq + 1)) is not None:
+            max_bytes -= stored.batch.size
+            if found and max_bytes < 0:
+                break
+            found.append(stored)
+        return found
+
+
+def _weight(batch: Batch) -> int:
+    return batch.size + _BATCH_BYTES
+
+
+def _free_disk_bytes(path: Path, contents: Contents) -> int:
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize + contents.free_bytes
+
+
+def _stats(path: Path, contents: Contents, max_bytes: int, min_free_bytes: int) -> QueueStats:
+    free_disk_bytes = _free_disk_bytes(path, contents)
+    return QueueStats(
+        batches=contents.batches,
+        bytes=contents.bytes,
+        oldest_seconds=contents.oldest_seconds,
+        last_seq=contents.last_seq,
+        pruned_seq=contents.state.pruned_seq,
+        max_bytes=max_bytes,
+        free_disk_bytes=free_disk_bytes,
+        full=free_disk_bytes < min_free_bytes or 0 < max_bytes <= contents.bytes,
+    )
+
+
+def _resync(message: str) -> NoReturn:
+    raise ResyncRequired(message, hint="copy this sink again: `cdc copy`")
