@@ -35,6 +35,13 @@ class Position(msgspec.Struct, frozen=True):
     source: SourcePosition
 
 
+def as_lsn(position: SourcePosition) -> Lsn:
+    """The position of a PostgreSQL source; raises `TypeError` for a resume token."""
+    if not isinstance(position, int):
+        raise TypeError("an LSN is wanted, not a resume token")
+    return Lsn(position)
+
+
 def format_lsn(lsn: int) -> str:
     """Format as PostgreSQL does: `16/B374D848`."""
     return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"

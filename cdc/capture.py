@@ -1,0 +1,170 @@
+"""Source -> queue -> confirm: the first half of the line, in one thread a source."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Final
+
+import structlog
+
+from cdc.change import Batch
+from cdc.errors import TransientError
+from cdc.position import SourcePosition, format_position
+from cdc.queue import Queue
+from cdc.retry import keep_trying
+from cdc.source import Source
+from cdc.status import OPERATIONS, CaptureStats, State
+
+log = structlog.get_logger()
+
+QUEUE_FULL: Final = "the queue is full: nothing is read until a sink has caught up"
+
+READ_SECONDS: Final = 0.2
+"""Longest wait for changes, and so the delay of a stop, a pause, or a status update that is due."""
+
+FULL_SECONDS: Final = 30.0
+"""After so long without room the connection is closed: an idle reader keeps the server from shutting down."""
+
+
+_OPERATION = attrgetter("operation")
+
+
+class Capture:
+    """Reads one source into its queue, and confirms upstream only what is durable there.
+
+    applied: asks for the position of the slowest target; `None` while there is none.
+    """
+
+    def __init__(
+        self, source: Source, queue: Queue, stats: CaptureStats, *, applied: Callable[[], SourcePosition | None]
+    ) -> None:
+        self._source = source
+        self._queue = queue
+        self._stats = stats
+        self._applied = applied
+        self._running = threading.Event()
+        self._running.set()
+        self._log = log.bind(source=source.name)
+
+    def pause(self) -> None:
+        """Disconnect, and stay so; the source's server keeps the changes."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        """Go on where it was."""
+        self._running.set()
+
+    def run(self, stop: threading.Event) -> None:
+        """Capture until `stop` is set. Retries for ever what is transient; raises what is not."""
+        try:
+            while not stop.is_set():
+                if not self._running.is_set():
+                    self._stats.state = State.PAUSED
+                    stop.wait(READ_SECONDS)
+                elif self._has_room():
+                    keep_trying(lambda: self._session(stop), stop, self._waiting)
+                else:
+                    stop.wait(READ_SECONDS)
+        finally:
+            self._source.close()
+
+    def _session(self, stop: threading.Event) -> None:
+        """Stream until stopped, paused, full for long, or broken after it got somewhere."""
+        progressed = False
+        try:
+            self._connect()
+            full_since: float | None = None
+            while self._running.is_set() and not stop.is_set():
+                if self._has_room():
+                    full_since = None
+                    progressed |= self._read()
+                elif full_since is None:
+                    full_since = time.monotonic()
+                elif time.monotonic() - full_since > FULL_SECONDS:
+                    return
+                else:
+                    stop.wait(0.01)
+                self._confirm()
+            self._finish()
+        except TransientError as exc:
+            if not progressed:
+                raise
+            self._waiting(exc, 0.0)
+        finally:
+            self._source.close()
+
+    def _connect(self) -> None:
+        position = self._source.open(self._queue.position)
+        if self._queue.position is None:
+            self._queue.begin(position)
+        self._stats.connected_at = time.time()
+        self._stats.received = position
+        self._streaming()
+        self._log.info("streaming", position=format_position(position))
+
+    def _read(self) -> bool:
+        batch = self._source.read(READ_SECONDS)
+        if batch is None:
+            return False
+        self._queue.append(batch)
+        self._count(batch)
+        return True
+
+    def _has_room(self) -> bool:
+        """While the queue is full nothing is read, not even into libpq's buffer; status still goes out."""
+        if self._queue.has_room:
+            if self._stats.state is State.WAITING and self._stats.error == QUEUE_FULL:
+                self._streaming()
+            return True
+        if self._stats.state is not State.WAITING and self._queue.stats().full:
+            self._stats.state = State.WAITING
+            self._stats.error = QUEUE_FULL
+            self._stats.hint = "see why its sinks are behind, or raise max_bytes in [queue]"
+            self._log.warning(QUEUE_FULL)
+        return False
+
+    def _confirm(self) -> None:
+        durable = self._queue.position
+        if durable is not None:
+            self._source.confirm(durable=durable, applied=self._applied())
+            self._stats.confirmed = durable
+        self._source.observe(self._stats)
+        if self._stats.confirmed == self._stats.server_end:
+            self._stats.caught_up_at = time.time()
+
+    def _finish(self) -> None:
+        """Before an orderly end, confirm what came last: the server need not send it again."""
+        if self._queue.flush(timeout_seconds=5.0):
+            self._confirm()
+
+    def _streaming(self) -> None:
+        self._stats.state = State.RUNNING
+        self._stats.error = None
+        self._stats.hint = ""
+
+    def _waiting(self, error: BaseException, seconds: float) -> None:
+        self._stats.state = State.WAITING
+        self._stats.error = str(error)
+        self._stats.hint = getattr(error, "hint", "")
+        self._stats.retries += 1
+        self._log.warning("source unavailable", error=str(error), retry_in_seconds=round(seconds, 1))
+
+    def _count(self, batch: Batch) -> None:
+        self._stats.bytes += batch.size
+        self._stats.received = batch.position
+        if not batch.transactions:
+            return
+        self._stats.transactions += sum(transaction.complete for transaction in batch.transactions)
+        self._stats.last_commit_time = batch.transactions[-1].commit_time / 1e6
+        count_changes(self._stats.changes, batch)
+
+
+def count_changes(counts: dict[str, int], batch: Batch) -> None:
+    """Add a batch's changes, by name of the operation."""
+    for transaction in batch.transactions:
+        for operation, number in Counter(map(_OPERATION, transaction.changes)).items():
+            counts[OPERATIONS[operation]] += number

@@ -1,0 +1,240 @@
+"""Queue -> sink: the second half of the line, in one thread a sink."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import structlog
+
+from cdc.capture import count_changes
+from cdc.change import Batch
+from cdc.config import BatchBounds
+from cdc.errors import FatalError, PermanentError, ResyncRequired, TransientError
+from cdc.hold import Hold, Request
+from cdc.metrics import APPLY_SECONDS, LATENCY_SECONDS
+from cdc.position import Position, SourcePosition, format_position
+from cdc.queue import Queue, Stored
+from cdc.retry import keep_trying
+from cdc.sink import Sink
+from cdc.status import DeliveryStats, State
+
+log = structlog.get_logger()
+
+READ_SECONDS: Final = 0.2
+"""Longest wait for batches. A pause, a hold and a stop wake the queue and need not wait so long."""
+
+
+class Delivery:
+    """Delivers one queue to one sink. The target's own position decides where it goes on.
+
+    stats.position: everything up to there is stored in the target (or there was nothing to store).
+    """
+
+    def __init__(self, sink: Sink, queue: Queue, stats: DeliveryStats, bounds: BatchBounds) -> None:
+        self._sink = sink
+        self._queue = queue
+        self._stats = stats
+        self._bounds = bounds
+        self._running = threading.Event()
+        self._running.set()
+        self._hold = Hold()
+        self._log = log.bind(sink=sink.name)
+        # where the target stands, and the last batch given to it: further only inside a large transaction
+        self._stored = Position("", 0, 0)
+        self._given_seq = 0
+
+    def pause(self) -> None:
+        """Stop applying after the batch at hand; the queue keeps what comes."""
+        self._running.clear()
+        self._queue.wake()
+
+    def resume(self) -> None:
+        """Go on where it was."""
+        self._running.set()
+
+    def hold(self, until: SourcePosition | None, seconds: float) -> SourcePosition:
+        """Let the target reach exactly `until` (`None`: where it is) and stand still there; returns its position.
+
+        All transactions that commit below `until` are applied, none of the others. Goes on by itself after `seconds`.
+        Raises `TransientError` if it cannot get there in that time.
+        """
+        self._hold.ask(until, seconds)
+        self._queue.wake()
+        return self._hold.wait(seconds)
+
+    def release(self) -> None:
+        """End a hold. Harmless without one."""
+        self._hold.release()
+
+    def run(self, stop: threading.Event) -> None:
+        """Deliver until `stop` is set. Retries for ever what is transient; raises what is not."""
+        try:
+            while not stop.is_set():
+                if self._running.is_set():
+                    keep_trying(lambda: self._session(stop), stop, self._waiting)
+                else:
+                    self._stats.state = State.PAUSED
+                    stop.wait(READ_SECONDS)
+        finally:
+            self._sink.close()
+
+    def _session(self, stop: threading.Event) -> None:
+        """One connection to the target: until stopped, paused, or broken after it got somewhere."""
+        self._open()
+        first_seq = self._stored.seq
+
+        def wanted() -> bool:
+            return self._running.is_set() and not stop.is_set()
+
+        try:
+            while wanted():
+                request = self._hold.request
+                if self._step(request) and request is not None:
+                    self._stats.state = State.HELD
+                    self._hold.stand(request, request.until or self._stored.source, wanted)
+                    self._stats.state = State.RUNNING
+        except TransientError as exc:
+            if self._stored.seq == first_seq:
+                raise
+            self._waiting(exc, 0.0)
+        except PermanentError as exc:
+            raise FatalError(str(exc), hint=exc.hint) from exc
+        finally:
+            self._sink.close()
+
+    def _open(self) -> None:
+        stored = self._sink.open()
+        if stored is None:
+            raise ResyncRequired(
+                f"the target of sink {self._sink.name} has no position: it was emptied, or never filled",
+                hint=f"`cdc drop {self._sink.name}`, then `cdc run`: it is copied again",
+            )
+        after = self._queue.seek(stored)
+        cursor = self._queue.cursor(self._sink.name)
+        if cursor is not None and after < cursor[0]:
+            self._log.warning("target is older than it was", position=format_position(stored.source))
+        self._stored = Position(self._queue.queue_id, after, stored.source)
+        self._given_seq = after
+        self._stats.position, self._stats.seq = stored.source, after
+        self._stats.state, self._stats.error, self._stats.hint = State.RUNNING, None, ""
+        self._log.info("delivering", position=format_position(stored.source))
+
+    def _step(self, hold: Request | None) -> bool:
+        """Apply what the queue holds next, within bounds. True where the hold wants the target to stand still."""
+        until = hold.until if hold else None
+        if hold and until is None and not self._in_transaction:
+            return True
+        captured = self._queue.position  # read before the batches, so that it is not ahead of them
+        stored = self._queue.read(
+            self._given_seq, max_bytes=self._bounds.max_bytes, timeout_seconds=0.01 if hold else READ_SECONDS
+        )
+        pieces, cut = _select(_bounded(stored, self._bounds.max_changes), self._given_seq, self._stored.source, until)
+        if pieces:
+            self._apply(pieces)
+        elif not stored and not self._in_transaction:
+            self._idle(captured)
+        if hold is None or until is None or self._in_transaction:
+            return False
+        return self._stands_at(hold, until, captured, cut=cut or not stored)
+
+    @property
+    def _in_transaction(self) -> bool:
+        """Whether the target has the beginning of a transaction, but not its end."""
+        return self._given_seq != self._stored.seq
+
+    def _stands_at(self, hold: Request, until: SourcePosition, captured: SourcePosition | None, *, cut: bool) -> bool:
+        """cut: the next transaction commits at `until` or later, or there is none."""
+        if not (isinstance(until, int) and isinstance(self._stored.source, int) and isinstance(captured, int)):
+            self._hold.refuse(hold, "this kind of source has no order of positions to stop at")
+            return False
+        if self._stored.source > until:
+            self._hold.refuse(hold, f"the target is past {format_position(until)} already")
+            return False
+        return cut and captured >= until
+
+    def _apply(self, pieces: Sequence[Stored]) -> None:
+        batches = [piece.batch for piece in pieces]
+        last = pieces[-1]
+        position = Position(self._queue.queue_id, last.seq, last.batch.position)
+        if any(batch.transactions for batch in batches):
+            started = time.monotonic()
+            applied = self._sink.apply(batches, position)
+            APPLY_SECONDS.labels(self._sink.name).observe(time.monotonic() - started)
+            self._stats.missing_rows += applied.missing_rows
+            self._stats.healed_rows += applied.healed_rows
+            self._stats.fallbacks += applied.fallback
+            self._count(batches)
+        self._given_seq = last.seq
+        if last.batch.complete:
+            self._stored = position
+            self._stats.position, self._stats.seq = position.source, position.seq
+            self._queue.advance(self._sink.name, position.seq, position.source)
+
+    def _count(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            count_changes(self._stats.changes, batch)
+            self._stats.transactions += sum(transaction.complete for transaction in batch.transactions)
+        newest = next((batch.transactions[-1] for batch in reversed(batches) if batch.transactions), None)
+        if newest is not None and newest.complete:
+            self._stats.last_commit_time = newest.commit_time / 1e6
+            LATENCY_SECONDS.labels(self._sink.name).observe(max(time.time() - newest.commit_time / 1e6, 0.0))
+
+    def _idle(self, captured: SourcePosition | None) -> None:
+        """Nothing is left to apply: the target is as far as the capture."""
+        self._stats.caught_up_at = time.time()
+        if captured is not None:
+            self._stats.position = captured
+
+    def _waiting(self, error: BaseException, seconds: float) -> None:
+        self._stats.state = State.WAITING
+        self._stats.error = str(error)
+        self._stats.hint = getattr(error, "hint", "")
+        self._stats.retries += 1
+        self._log.warning("target unavailable", error=str(error), retry_in_seconds=round(seconds, 1))
+
+
+def _bounded(stored: Sequence[Stored], max_changes: int) -> list[Stored]:
+    """The first of them, at least one, until there are enough changes for one target transaction."""
+    chosen: list[Stored] = []
+    changes = 0
+    for item in stored:
+        changes += item.batch.change_count
+        if chosen and changes > max_changes:
+            break
+        chosen.append(item)
+    return chosen
+
+
+def _select(
+    stored: Sequence[Stored], given_seq: int, after: SourcePosition, until: SourcePosition | None
+) -> tuple[list[Stored], bool]:
+    """Leave out what the target has already, and what commits at `until` or later; True if that was something.
+
+    A batch that is cut counts as not given: its rest comes again.
+    """
+    if not isinstance(after, int):
+        return list(stored), False
+    pieces: list[Stored] = []
+    for item in stored:
+        transactions = [
+            transaction
+            for transaction in item.batch.transactions
+            if transaction.position >= after and (until is None or transaction.position < until)  # type: ignore[operator]
+        ]
+        every = item.batch.transactions
+        if len(transactions) == len(every):
+            pieces.append(item)
+            given_seq = item.seq
+        elif until is None or every[-1].position < until:  # type: ignore[operator]
+            pieces.append(Stored(item.seq, msgspec.structs.replace(item.batch, transactions=transactions)))
+            given_seq = item.seq
+        else:
+            if transactions:
+                batch = msgspec.structs.replace(item.batch, transactions=transactions, position=transactions[-1].end)
+                pieces.append(Stored(given_seq, batch))
+            return pieces, True
+    return pieces, False

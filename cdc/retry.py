@@ -1,0 +1,68 @@
+"""What to do about an error. Pure, but for the waiting itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from enum import Enum
+from typing import Final
+
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    sleep_using_event,
+    stop_when_event_set,
+    wait_exponential_jitter,
+)
+
+from cdc.errors import PermanentError, TransientError
+
+MAX_WAIT_SECONDS: Final = 30.0
+
+
+class Decision(Enum):
+    """What an error means for the pipeline that it happened in."""
+
+    TRANSIENT = "the same again, after a while, for ever"
+    PERMANENT = "one change is refused: narrow it down, then park it or stop"
+    FATAL = "stop this pipeline; a person has to act"
+
+
+def decide(error: BaseException) -> Decision:
+    """Sort an error. What nobody expected is fatal: going on could lose something."""
+    if isinstance(error, TransientError):
+        return Decision.TRANSIENT
+    if isinstance(error, PermanentError):
+        return Decision.PERMANENT
+    return Decision.FATAL
+
+
+def keep_trying(
+    session: Callable[[], None], stop: threading.Event, waiting: Callable[[BaseException, float], None]
+) -> None:
+    """Run `session` until it returns, or `stop` is set; after a transient error again, with backoff and jitter.
+
+    A session that got somewhere before it failed should return instead of raising: the next one starts without delay.
+    waiting: told the error and the seconds until the next attempt.
+    """
+
+    def before_sleep(state: RetryCallState) -> None:
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        assert error is not None
+        waiting(error, state.upcoming_sleep)
+
+    retrying = Retrying(
+        retry=retry_if_exception(lambda error: decide(error) is Decision.TRANSIENT and not stop.is_set()),
+        wait=wait_exponential_jitter(initial=0.1, max=MAX_WAIT_SECONDS, jitter=0.5),
+        stop=stop_when_event_set(stop),
+        sleep=sleep_using_event(stop),
+        before_sleep=before_sleep,
+        reraise=True,
+    )
+    try:
+        retrying(session)
+    except TransientError:
+        if not stop.is_set():
+            raise
