@@ -1,0 +1,287 @@
+"""A shop is copied to a mirror and kept equal while customers buy, although the daemon is killed in the middle.
+
+Everything is real: two PostgreSQL servers, the `cdc` command as a user would type it, `kill -9`. Exit code 0 only if
+`cdc verify` says at the end that both databases are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+
+from tests import shop
+from tests.processes import free_port, wait_until
+from tests.servers import PostgresServer
+
+CDC: Final = Path(sys.executable).with_name("cdc")
+CONFIG: Final = """\
+[daemon]
+data_dir = {data_dir}
+http = {http}
+
+[queue]
+min_free_bytes = 100_000_000
+
+[sources.shop]
+url = {source}
+pg_dump = {pg_dump}
+
+[sinks.mirror]
+kind = "postgres"
+from = "shop"
+url = {target}
+"""
+
+console = Console(highlight=False)
+
+
+class DemoFailed(Exception):
+    """A step did not do what it shows; the message says which."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many rows there are, and how long the customers buy before and after the kill."""
+
+    customers: int
+    products: int
+    orders: int
+    audits: int
+    seconds: float
+    rate: float
+
+
+FULL: Final = Sizes(customers=50_000, products=3_000, orders=200_000, audits=100_000, seconds=10, rate=300)
+SMALL: Final = Sizes(customers=500, products=50, orders=1_000, audits=500, seconds=1.5, rate=100)
+
+
+class Daemon:
+    """`cdc run` in the background."""
+
+    def __init__(self, config: Path, http: str) -> None:
+        self.log = config.with_name("daemon.log")
+        self._config = config
+        self._ready_url = f"http://{http}/ready"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> int:
+        """Return its process id when it is connected to the source."""
+        show("run", self._config, suffix=" &")
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command("run", self._config), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        wait_until(lambda: self._ended() or self._ready(), timeout_seconds=60, what="the daemon to be ready")
+        if self._ended():
+            raise DemoFailed(f"the daemon ended:\n{self.log.read_text(errors='replace')[-3000:]}")
+        return self._process.pid
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """Ask it to finish, and insist if it does not. Safe to call twice."""
+        if self._process is None or self._ended():
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def _ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
+
+    def _ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(self._ready_url, timeout=2) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+class Demo:
+    """The servers, the configuration and the daemon of one demonstration."""
+
+    def __init__(self, folder: Path, sizes: Sizes, *, keep: bool) -> None:
+        self.sizes = sizes
+        self.config = folder / "cdc.toml"
+        self.source = PostgresServer(folder=folder / "source" if keep else None)
+        self.target = PostgresServer(folder=folder / "target" if keep else None)
+        self._http = f"127.0.0.1:{free_port()}"
+        self.daemon = Daemon(self.config, self._http)
+
+    def start_servers(self) -> None:
+        say("Two PostgreSQL 18 servers start: a shop's own, and an empty one for its mirror.")
+        for server in (self.source, self.target):
+            server.start()
+        self.source.create_database("shop")
+        console.print(f"  source  {self.source.url('shop')}\n  target  {self.target.url('shop')}")
+
+    def fill_shop(self) -> None:
+        size = self.sizes
+        say(
+            f"The shop opens with {size.customers:,} customers, {size.orders:,} orders of three items each and"
+            f" {size.products:,} products, whose manuals are long enough for TOAST."
+        )
+        with self.source.connect("shop") as connection, console.status("filling the shop"):
+            shop.create(connection)
+            shop.fill(
+                connection, customers=size.customers, products=size.products, orders=size.orders, audits=size.audits
+            )
+
+    def write_config(self) -> None:
+        say("This is the whole configuration:")
+        values = {
+            "data_dir": str(self.config.with_name("data")),
+            "http": self._http,
+            "source": self.source.url("shop"),
+            "target": self.target.url("shop"),
+            "pg_dump": str(self.source.bin_dir / "pg_dump"),
+        }
+        self.config.write_text(CONFIG.format_map({key: json.dumps(value) for key, value in values.items()}))
+        console.print(self.config.read_text(), style="dim", markup=False, soft_wrap=True)
+
+    def copy(self) -> None:
+        say("Is everything ready for a mirror?")
+        run("check", self.config)
+        say("Then copy what is there.")
+        run("copy", self.config)
+
+    def mirror_under_load(self) -> None:
+        say(f"Customers come: about {self.sizes.rate:.0f} transactions a second, and the daemon mirrors them.")
+        with shop.Workload(self.source.url("shop"), rate=self.sizes.rate) as customers:
+            pid = self.daemon.start()
+            self._watch(customers)
+            run("status", self.config)
+            say("Now the power fails, for the daemon only. The customers do not notice.")
+            console.print(f"[bold cyan]$ kill -9 {pid}")
+            self.daemon.kill()
+            self._let_buy(customers, self.sizes.seconds / 3)
+            say("It starts again, and asks the mirror where they stopped.")
+            self.daemon.start()
+            self._watch(customers)
+            run("status", self.config)
+        done = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in customers.counts.most_common(5))
+        say(f"The customers leave after {customers.transactions:,} transactions ({done} ...).")
+
+    def verify(self) -> None:
+        say("Are both databases equal? Each server hashes its own rows; the hashes are compared.")
+        run("verify", self.config)
+
+    def _watch(self, customers: shop.Workload) -> None:
+        """Let customers move money about, and count it in the mirror all the while."""
+        with self.source.connect("shop") as source, self.target.connect("shop") as target:
+            total = shop.balance_total(source)
+            looks = 0
+            end = time.monotonic() + self.sizes.seconds
+            while time.monotonic() < end:
+                if (seen := shop.balance_total(target)) != total:
+                    raise DemoFailed(f"the mirror shows balances of {seen} in sum, the shop always has {total}")
+                looks += 1
+                self._let_buy(customers, self.sizes.seconds / 20)
+        console.print(
+            f"  {customers.transactions:,} transactions so far. Money moves between customers all the time; each of"
+            f" {looks} looks at the mirror found the same sum, {total:,}: no transaction is ever seen in half."
+        )
+
+    def _let_buy(self, customers: shop.Workload, seconds: float) -> None:
+        with console.status(f"{customers.transactions:,} transactions"):
+            time.sleep(seconds)
+
+
+def main() -> int:
+    """Run the demonstration and return its exit code."""
+    options = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything below is ended
+    folder = Path(tempfile.mkdtemp(prefix="cdc-demo-"))
+    folder.chmod(0o711)  # the servers of a kept demo live in it, perhaps under another user
+    with ExitStack() as ending:
+        if not options.keep:
+            ending.callback(shutil.rmtree, folder, ignore_errors=True)
+        demo = Demo(folder, SMALL if options.small else FULL, keep=options.keep)
+        if not options.keep:
+            ending.callback(demo.source.stop)
+            ending.callback(demo.target.stop)
+        ending.callback(demo.daemon.stop)
+        return _perform(demo, keep=options.keep)
+
+
+def _perform(demo: Demo, *, keep: bool) -> int:
+    started = time.monotonic()
+    try:
+        demo.start_servers()
+        demo.fill_shop()
+        demo.write_config()
+        demo.copy()
+        demo.mirror_under_load()
+        demo.verify()
+    except (DemoFailed, TimeoutError) as exc:
+        console.print(f"\nThe demo failed: {exc}", style="bold red", markup=False)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if keep:
+            _say_what_stays(demo)
+    console.print(f"\n[bold green]Equal.[/] {time.monotonic() - started:.0f} seconds, and nothing was lost.")
+    return 0
+
+
+def _say_what_stays(demo: Demo) -> None:
+    servers = [server for server in (demo.source, demo.target) if server.running]
+    say("The servers stay; the daemon can be started again.")
+    console.print(*(server.url("shop") for server in servers), str(demo.config), sep="\n", soft_wrap=True)
+    console.print(f"To end them: kill -INT {' '.join(str(server.pid) for server in servers)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
+    parser.add_argument("--small", action="store_true", help="few rows, a few seconds")
+    parser.add_argument("--keep", action="store_true", help="leave the servers running and say where they are")
+    return parser
+
+
+def command(name: str, config: Path) -> list[str]:
+    """A `cdc` command line."""
+    return [str(CDC), "--config", str(config), name]
+
+
+def show(name: str, config: Path, *, suffix: str = "") -> None:
+    """Print a command as its user would type it."""
+    console.print(f"[bold cyan]$ cdc --config {config} {name}{suffix}", soft_wrap=True)
+
+
+def run(name: str, config: Path) -> None:
+    """Run a `cdc` command in sight; `DemoFailed` if it says that something is wrong."""
+    show(name, config)
+    done = subprocess.run(command(name, config), stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise DemoFailed(f"cdc {name} ended with exit code {done.returncode}")
+
+
+def say(text: str) -> None:
+    """Tell what comes next."""
+    console.print()
+    console.print(text, style="bold")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
