@@ -34,6 +34,7 @@ class Assembler:
     """Collects messages and gives out batches.
 
     position: transactions that commit below it have been given out (or were not wanted).
+    pending_bytes: of all that was not given out; open_bytes: of the transaction that has begun.
     """
 
     def __init__(self, position: int) -> None:
@@ -45,7 +46,7 @@ class Assembler:
         self._indexes: dict[int, int] = {}  # relation OID -> index into _tables
         self._transactions: list[Transaction] = []
         self._begin: pgoutput.Begin | None = None
-        self._open_bytes = 0  # of the transaction that has begun
+        self.open_bytes = 0
         self._skip_transaction = False
         self._changes: list[Change] = []
         self._ordinal = 0  # of _changes[0]
@@ -53,6 +54,7 @@ class Assembler:
             None  # commit LSN and ordinal up to which an open transaction was given out
         )
         self._skip_changes = 0
+        self._passed_empty = False
 
     @property
     def in_transaction(self) -> bool:
@@ -69,7 +71,7 @@ class Assembler:
         """Take the message that starts at byte `at`. Raises `DecodeError` on what cannot be understood."""
         message = pgoutput.decode(data, at)
         self.pending_bytes += len(data) - at
-        self._open_bytes += len(data) - at
+        self.open_bytes += len(data) - at
         if isinstance(message, pgoutput.Insert):
             self._add(Change(INSERT, self._table(message.relation), None, None, message.after))
         elif isinstance(message, pgoutput.Update):
@@ -94,14 +96,19 @@ class Assembler:
         if not transactions:
             return None
         if part or self._begin is None:
-            self._open_bytes = 0
-        size = self.pending_bytes - self._open_bytes
-        self.pending_bytes = self._open_bytes
+            self.open_bytes = 0
+        size = self.pending_bytes - self.open_bytes
+        self.pending_bytes = self.open_bytes
         self._transactions = []
         if not self._changes:  # else the open transaction's changes refer to these tables
             self._tables = []
             self._indexes = {}
         return Batch(tables, transactions, self.position, size)
+
+    def take_empty(self) -> bool:
+        """Whether a transaction without changes for us has ended since the last call: the position can move."""
+        passed, self._passed_empty = self._passed_empty, False
+        return passed
 
     def _feed_rare(self, message: pgoutput.PgMessage) -> None:
         match message:
@@ -121,7 +128,7 @@ class Assembler:
         if self._begin is not None:
             raise DecodeError("pgoutput: transaction begins inside another")
         self._begin = begin
-        self._open_bytes = 0
+        self.open_bytes = 0
         # the server sends again what it does not know to be confirmed
         self._skip_transaction = begin.commit_lsn < self.position
         if self._given is not None and not self._skip_transaction:
@@ -143,6 +150,8 @@ class Assembler:
             if self._changes or self._given is not None:
                 self._transactions.append(self._cut(begin, end=commit.end_lsn, complete=True))
                 self._given = None
+            else:
+                self._passed_empty = True
             self._ordinal = self._skip_changes = 0
             self.last_commit_time = begin.commit_time
         self._begin = None

@@ -1,0 +1,172 @@
+"""The streaming replication protocol over libpq's COPY BOTH mode (manual: "Streaming Replication Protocol")."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable, Sequence
+from struct import Struct
+from typing import Final
+
+from psycopg import pq, sql
+
+from cdc.errors import DecodeError, TransientError
+from cdc.position import Lsn, format_lsn
+from cdc.postgres.connection import Connection, result_error, translated_errors
+from cdc.postgres.pgoutput import POSTGRES_EPOCH_MICROSECONDS
+
+BEHIND_BYTES: Final = 256 * 1024
+"""A drain above this means that the reader is behind; below it every message is handed on at once."""
+
+NAP_SECONDS: Final = 0.01
+"""The walsender writes one small packet a message: woken for each, reader and walsender both waste a core."""
+
+STATUS_SECONDS: Final = 10.0
+"""Unsolicited status updates, also while nothing is read: wal_sender_timeout is usually 60 s."""
+
+STATUS_SECONDS_MOVING: Final = 1.0
+"""The same while there is something new to confirm."""
+
+SILENCE_SECONDS: Final = 60.0
+"""The server sends keepalives at least every wal_sender_timeout / 2; half of this without any and it is asked."""
+
+_XLOG_DATA, _KEEPALIVE = b"wk"
+_HEADER_BYTES: Final = 25
+_DATA_HEADER: Final = Struct(">xQQ").unpack_from
+_KEEPALIVE_BODY: Final = Struct(">xQqB").unpack_from
+_STATUS: Final = Struct(">cQQQqB").pack
+
+
+class ReplicationStream:
+    """One stream of a logical slot's changes.
+
+    received: end of the log as far as it was sent to us. idle_end: the log is sent up to here and nothing of it
+    is still on the way; moves only by keepalives. reply_wanted: the server waits for a status update.
+    """
+
+    def __init__(
+        self, connection: Connection, *, slot: str, start: Lsn, publications: Sequence[str], server_version: int
+    ) -> None:
+        self.received = start
+        self.idle_end = start
+        self.reply_wanted = False
+        self._pgconn = connection.pgconn
+        self._poll = select.poll()
+        self._poll.register(self._pgconn.socket, select.POLLIN)
+        self._behind = False
+        self._heard_at = time.monotonic()
+        self._status_at = 0.0
+        self._last_status: tuple[int, int, int] = (0, 0, 0)
+        self._start(_start_statement(slot, start, publications, server_version).as_bytes(connection))
+
+    def drain(self, feed: Callable[[bytes, int], None], *, max_bytes: int, timeout_seconds: float) -> int:
+        """Pass what has come to `feed` (message, start of the plugin's data in it), and return its size in bytes.
+
+        Waits up to the time-out if nothing has come. Raises `TransientError` when the stream has ended.
+        """
+        if self._behind:
+            time.sleep(NAP_SECONDS)
+        size = 0
+        wait_seconds = timeout_seconds
+        with translated_errors():
+            while size < max_bytes:
+                length, data = self._pgconn.get_copy_data(1)
+                if length > 0:
+                    size += self._take(bytes(data), feed)  # slicing the memoryview would cost three times as much
+                elif length < 0:
+                    self._ended()
+                elif self._poll.poll(0 if size else wait_seconds * 1000):
+                    self._pgconn.consume_input()
+                    wait_seconds = 0  # what has come may be half a message: look once more, then return
+                else:
+                    break
+        self._behind = size >= BEHIND_BYTES and size < max_bytes
+        self._check_silence(size)
+        return size
+
+    @property
+    def behind(self) -> bool:
+        """Whether more is coming than was taken at once."""
+        return self._behind
+
+    def send_status(self, *, flushed: Lsn, applied: Lsn) -> None:
+        """Report three true LSNs, if the server asked, the position moved or it is time."""
+        status = (max(self.received, flushed), flushed, min(applied, flushed))
+        now = time.monotonic()
+        wait = STATUS_SECONDS if status == self._last_status else STATUS_SECONDS_MOVING
+        if not self.reply_wanted and now - self._status_at < wait:
+            return
+        self._put_status(status, ask=False)
+        self.reply_wanted = False
+
+    def _put_status(self, status: tuple[int, int, int], *, ask: bool) -> None:
+        clock = int(time.time() * 1e6) - POSTGRES_EPOCH_MICROSECONDS
+        with translated_errors():
+            self._pgconn.put_copy_data(_STATUS(b"r", *status, clock, ask))
+            self._pgconn.flush()
+        self._last_status = status
+        self._status_at = time.monotonic()
+
+    def _start(self, statement: bytes) -> None:
+        with translated_errors():
+            self._pgconn.send_query(statement)
+            while self._pgconn.flush():
+                select.select([], [self._pgconn.socket], [], 1.0)
+            while self._pgconn.is_busy():
+                if not self._poll.poll(30_000):
+                    raise TransientError("START_REPLICATION: no answer within 30 seconds")
+                self._pgconn.consume_input()
+            result = self._pgconn.get_result()
+        if result is None or result.status != pq.ExecStatus.COPY_BOTH:
+            raise result_error(result) if result is not None else TransientError("START_REPLICATION: no answer")
+
+    def _take(self, data: bytes, feed: Callable[[bytes, int], None]) -> int:
+        kind = data[0]
+        if kind == _XLOG_DATA:
+            if len(data) < _HEADER_BYTES:
+                raise DecodeError(f"replication message truncated at byte {len(data)}")
+            start, _ = _DATA_HEADER(data)
+            self.received = max(self.received, start)
+            feed(data, _HEADER_BYTES)
+        elif kind == _KEEPALIVE and len(data) == 18:
+            end, _, reply = _KEEPALIVE_BODY(data)
+            self.received = max(self.received, end)
+            self.idle_end = max(self.idle_end, end)
+            self.reply_wanted |= bool(reply)
+        else:
+            raise DecodeError(f"unknown replication message {kind:#04x} of {len(data)} bytes")
+        return len(data)
+
+    def _ended(self) -> None:
+        """Raise why the server ended the stream: an error, or its own shutdown."""
+        result = self._pgconn.get_result()
+        if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
+            raise result_error(result)
+        raise TransientError("the server ended the stream", hint="it is shutting down, or was told to end it")
+
+    def _check_silence(self, size: int) -> None:
+        now = time.monotonic()
+        if size:
+            self._heard_at = now
+        elif now - self._heard_at > SILENCE_SECONDS:
+            raise TransientError(f"nothing was heard from the server for {SILENCE_SECONDS:.0f} seconds")
+        elif now - self._heard_at > SILENCE_SECONDS / 2 and now - self._status_at > STATUS_SECONDS / 2:
+            self._put_status(self._last_status, ask=True)
+
+
+def _start_statement(slot: str, start: Lsn, publications: Sequence[str], server_version: int) -> sql.Composed:
+    options = [
+        sql.SQL("proto_version '1'"),
+        sql.SQL("publication_names {}").format(sql.Literal(",".join(_quoted(name) for name in publications))),
+        sql.SQL("messages 'true'"),
+    ]
+    if server_version >= 160000:
+        options.append(sql.SQL("origin 'any'"))
+    return sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})").format(
+        sql.Identifier(slot), sql.SQL(format_lsn(start)), sql.SQL(", ").join(options)
+    )
+
+
+def _quoted(name: str) -> str:
+    """Quote: the plugin splits the list as SQL identifiers."""
+    return '"' + name.replace('"', '""') + '"'
