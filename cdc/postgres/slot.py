@@ -28,6 +28,9 @@ RESYNC_HINT: Final = "run `cdc drop` for this source, then `cdc run`: the tables
 WARN_ABOVE: Final = 0.8
 """Share of `max_slot_wal_keep_size` in use from which `slot_warning` speaks."""
 
+WAIT_LOG_SECONDS = 3.0
+"""How long a slot's creation may wait before the log names what it waits for."""
+
 log = structlog.get_logger()
 
 
@@ -220,12 +223,12 @@ def slot_warning(slot: Slot) -> str | None:
 
 
 @contextmanager
-def blockers_logged(connection: Connection, slot: str, *, after_seconds: float = 3.0) -> Iterator[None]:
+def blockers_logged(connection: Connection, slot: str) -> Iterator[None]:
     """While the body creates a slot on `connection`, log every transaction that it has to wait for."""
     done = threading.Event()
     watcher = threading.Thread(
         target=_log_blockers,
-        args=(_same_server(connection), connection.info.backend_pid, slot, done, after_seconds),
+        args=(_same_server(connection), connection.info.backend_pid, slot, done),
         name=f"slot-blockers:{slot}",
         daemon=True,
     )
@@ -243,8 +246,8 @@ def read_blockers(connection: Connection, pid: int) -> list[Blocker]:
         return [Blocker(*row) for row in connection.execute(_BLOCKERS, [pid]).fetchall()]
 
 
-def _log_blockers(conninfo: str, pid: int, slot: str, done: threading.Event, after_seconds: float) -> None:
-    if done.wait(after_seconds):
+def _log_blockers(conninfo: str, pid: int, slot: str, done: threading.Event) -> None:
+    if done.wait(WAIT_LOG_SECONDS):
         return
     named: set[tuple[int | None, str | None]] = set()
     try:
@@ -257,7 +260,7 @@ def _log_blockers(conninfo: str, pid: int, slot: str, done: threading.Event, aft
                         log.warning(
                             "slot creation waits for a transaction", slot=slot, **msgspec.structs.asdict(blocker)
                         )
-                done.wait(after_seconds)
+                done.wait(WAIT_LOG_SECONDS)
     except CdcError as exc:
         log.warning("cannot tell what slot creation waits for", slot=slot, error=str(exc))
 

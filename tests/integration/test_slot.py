@@ -13,9 +13,9 @@ from structlog.testing import capture_logs
 
 from cdc.errors import FatalError, ResyncRequired, TransientError
 from cdc.position import Lsn
+from cdc.postgres import slot as slots
 from cdc.postgres.connection import Connection, connect
 from cdc.postgres.slot import (
-    blockers_logged,
     check_cluster,
     check_slot,
     create_slot,
@@ -247,8 +247,9 @@ def test_temporary_slot(source_db: Database) -> None:
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["open", "prepared"])
 def test_creation_names_the_transaction_it_waits_for(
-    postgres: PostgresServer, source_db: Database, prepared: bool
+    postgres: PostgresServer, source_db: Database, prepared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(slots, "WAIT_LOG_SECONDS", 0.01)
     source_db.execute("CREATE TABLE t ()")
     created = threading.Event()
     with source_db.connect(application_name="nightly report") as old, capture_logs() as logs:
@@ -258,11 +259,7 @@ def test_creation_names_the_transaction_it_waits_for(
             old.execute("PREPARE TRANSACTION 'forgotten'")
 
         def create() -> None:
-            with (
-                connect(source_db.url, replication=True) as replication,
-                blockers_logged(replication, SLOT, after_seconds=0.01),
-            ):
-                replication.execute(f"CREATE_REPLICATION_SLOT {SLOT} LOGICAL pgoutput")
+            make_slot(source_db)
             created.set()
 
         creator = threading.Thread(target=create)
