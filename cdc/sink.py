@@ -84,7 +84,7 @@ class Mirror(Sink, Protocol):
         ...
 
     def column_types(self, table: TableName) -> dict[str, str]:
-        """Column name -> type name on the target, of the columns that the copy writes."""
+        """Column name -> type name on the target, of the columns that the copy writes, in the order it writes them."""
         ...
 
     def loader(self) -> Loader:
@@ -93,6 +93,14 @@ class Mirror(Sink, Protocol):
 
     def table_copied(self, table: TableName, position: SourcePosition, rows: int) -> None:
         """Record durably that a table is complete as of `position`."""
+        ...
+
+    def build_keys(self) -> None:
+        """Build what the stream finds rows by (primary keys, identity indexes). Safe to call twice."""
+        ...
+
+    def set_sequences(self, sequences: object) -> None:
+        """Set the mirror's sequences to what `Source.sequences` of the same kind of database returned."""
         ...
 
     def finish_copy(self, position: SourcePosition) -> bool:

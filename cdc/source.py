@@ -6,13 +6,14 @@ other threads, each through a reader (and so a connection) of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
 from cdc.change import Batch, TableName
 from cdc.position import SourcePosition
+from cdc.status import CaptureStats
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -28,13 +29,21 @@ class Chunk(msgspec.Struct, frozen=True):
     size: int
 
 
+class Estimate(msgspec.Struct, frozen=True):
+    """How large a table is, as far as the source knows without counting."""
+
+    rows: int
+    size: int
+
+
 class SnapshotReader(Protocol):
     """One worker's connection into a snapshot."""
 
-    def read(self, chunk: Chunk, *, binary: bool) -> Iterator[bytes]:
+    def read(self, chunk: Chunk, *, columns: Sequence[str], binary: bool) -> Iterator[bytes]:
         """Yield the chunk's rows in blocks of about 256 KiB, in COPY's binary or text format (or raw BSON).
 
-        Concatenated, the blocks are one complete stream in that format.
+        Concatenated, the blocks are one complete stream in that format, of these columns in this order. After a
+        read that was not taken to its end the reader can only be closed.
         """
         ...
 
@@ -44,19 +53,23 @@ class SnapshotReader(Protocol):
 
 
 class Snapshot(Protocol):
-    """All tables of a source as they were at one position.
+    """All tables of a source as they were at one position."""
 
-    position: a transaction is visible if and only if it commits before it.
-    """
-
-    position: SourcePosition
-
-    def chunks(self, table: TableName) -> Sequence[Chunk]:
-        """Split a table; together the chunks hold every row once."""
+    @property
+    def position(self) -> SourcePosition:
+        """A transaction is visible if and only if it commits before it."""
         ...
 
-    def binary_columns(self, table: TableName) -> dict[str, str] | None:
-        """Column name -> type name, where COPY's binary format is exact for all of them; else `None`."""
+    def chunks(self, table: TableName, chunk_bytes: int) -> Sequence[Chunk]:
+        """Split a table into parts of about this size; together they hold every row once."""
+        ...
+
+    def binary_columns(self, table: TableName) -> dict[str, str]:
+        """Column name -> type name, of the columns that COPY's binary format carries exactly."""
+        ...
+
+    def check(self) -> None:
+        """Raise `TransientError` if the snapshot is lost, and with it what was read since the last check."""
         ...
 
     def reader(self) -> SnapshotReader:
@@ -96,12 +109,24 @@ class Source(Protocol):
         """
         ...
 
+    def observe(self, stats: CaptureStats) -> None:
+        """Fill in what only the source knows: the end of the server's log, the state of the slot. Cheap."""
+        ...
+
     def tables(self) -> Sequence[TableName]:
         """The tables that are captured, by name. Uses a connection of its own."""
         ...
 
+    def estimates(self) -> Mapping[TableName, Estimate]:
+        """How large each captured table is, for plans and progress. Uses a connection of its own."""
+        ...
+
     def dump_schema(self) -> object:
         """Describe the captured tables and what they need, for a mirror of the same kind of database."""
+        ...
+
+    def sequences(self) -> object:
+        """Where the source's sequences stand now, for a mirror of the same kind; nothing where there are none."""
         ...
 
     def snapshot(self) -> Snapshot:
