@@ -118,11 +118,13 @@ def _queues(sources: Mapping[str, SourceStatus]) -> Iterator[Metric]:
     label = ("source",)
     yield _gauge("cdc_queue_batches", "Batches kept.", label, [(name, q.batches) for name, q in queues.items()])
     yield _gauge("cdc_queue_bytes", "Bytes kept.", label, [(name, q.bytes) for name, q in queues.items()])
+    yield _gauge("cdc_queue_max_bytes", "Bytes that may be kept.", label, [(n, q.max_bytes) for n, q in queues.items()])
+    yield _gauge("cdc_queue_full", "1 while its source must wait.", label, [(n, q.full) for n, q in queues.items()])
     yield _gauge(
         "cdc_queue_oldest_age_seconds",
         "Age of the oldest batch kept.",
         label,
-        [(name, q.oldest_age_seconds) for name, q in queues.items()],
+        [(name, q.oldest_seconds or 0) for name, q in queues.items()],
     )
 
 

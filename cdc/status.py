@@ -7,7 +7,7 @@ whole); `snapshot` reads them into frozen structs. What is shown anywhere is com
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -16,6 +16,7 @@ import msgspec
 
 from cdc.change import Operation
 from cdc.position import SourcePosition, format_position
+from cdc.queue import QueueStats
 
 OPERATIONS: Final = tuple(operation.name.lower() for operation in Operation)
 """Keys of `changes`: a closed set, so that metrics stay bounded."""
@@ -125,15 +126,6 @@ class DeliveryStats:
     copy: CopyStatus | None = None
 
 
-class QueueStatus(msgspec.Struct, frozen=True):
-    """What waits in a source's queue. `last_seq`: of the newest batch, 0 if there never was one."""
-
-    batches: int
-    bytes: int
-    last_seq: int
-    oldest_age_seconds: float = 0.0
-
-
 class SlotStatus(msgspec.Struct, frozen=True):
     """`SlotStats`, with positions as text."""
 
@@ -168,7 +160,7 @@ class SourceStatus(msgspec.Struct, frozen=True):
     retries: int
     slot: SlotStatus | None
     insert_only: tuple[str, ...]
-    queue: QueueStatus | None
+    queue: QueueStats | None
 
 
 class SinkStatus(msgspec.Struct, frozen=True):
@@ -200,12 +192,13 @@ class SinkStatus(msgspec.Struct, frozen=True):
 class DaemonStatus(msgspec.Struct, frozen=True):
     """The whole daemon.
 
+    started_at: unix seconds; `None` where no daemon runs, and this was read from its data directory.
     healthy: no pipeline is in trouble; `problems` names the trouble, one line each.
     ready: all sources are connected (a paused one counts: a person wanted it so).
     """
 
     version: str
-    started_at: float
+    started_at: float | None
     healthy: bool
     ready: bool
     problems: tuple[str, ...]
@@ -213,27 +206,23 @@ class DaemonStatus(msgspec.Struct, frozen=True):
     sinks: dict[str, SinkStatus]
 
 
-class Observed(msgspec.Struct, frozen=True):
-    """A source's stats beside a way to ask its queue; `queue` returns `None` where there is none to ask."""
-
-    stats: CaptureStats
-    queue: Callable[[], QueueStatus | None]
-
-
 def snapshot(
     *,
     version: str,
-    started_at: float,
-    sources: Mapping[str, Observed],
-    sinks: Mapping[str, DeliveryStats],
+    started_at: float | None,
+    sources: Sequence[tuple[CaptureStats, QueueStats | None]],
+    sinks: Sequence[DeliveryStats],
     now: float | None = None,
 ) -> DaemonStatus:
-    """Read everything once. Never waits for a pipeline."""
+    """Read everything once. Never waits for a pipeline.
+
+    sources: each beside what its queue holds, `None` where that could not be opened.
+    """
     now = time.time() if now is None else now
-    source_status = {name: _source(observed, now) for name, observed in sources.items()}
+    captures = {stats.name: stats for stats, _ in sources}
+    source_status = {stats.name: _source(stats, queue, now) for stats, queue in sources}
     sink_status = {
-        name: _sink(stats, sources[stats.source].stats, source_status[stats.source], now)
-        for name, stats in sinks.items()
+        stats.name: _sink(stats, captures[stats.source], source_status[stats.source], now) for stats in sinks
     }
     problems = (*_source_problems(source_status), *_sink_problems(sink_status))
     return DaemonStatus(
@@ -262,8 +251,7 @@ _CONNECTED: Final = frozenset({State.RUNNING, State.PAUSED})
 _TROUBLE: Final = frozenset({State.FAILED, State.STOPPED, State.WAITING})
 
 
-def _source(observed: Observed, now: float) -> SourceStatus:
-    stats = observed.stats
+def _source(stats: CaptureStats, queue: QueueStats | None, now: float) -> SourceStatus:
     lag_bytes = _distance(stats.confirmed, stats.server_end)
     # what a server told before it went away says nothing about now
     caught_up = stats.state == State.RUNNING and lag_bytes == 0
@@ -284,7 +272,7 @@ def _source(observed: Observed, now: float) -> SourceStatus:
         retries=stats.retries,
         slot=_slot(stats.slot),
         insert_only=stats.insert_only,
-        queue=observed.queue(),
+        queue=queue,
     )
 
 

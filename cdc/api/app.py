@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 import structlog
 from starlette.applications import Starlette
@@ -16,7 +18,7 @@ from cdc.api.guard import Guard
 from cdc.api.observe import Observe
 from cdc.api.responses import failure
 from cdc.config import Token
-from cdc.errors import CdcError, DecodeError
+from cdc.errors import CdcError, DecodeError, TransientError
 
 log = structlog.get_logger()
 
@@ -29,7 +31,6 @@ def create_app(backend: Backend, token: Token | None = None) -> Starlette:
         exception_handlers={
             HTTPException: _http_error,
             msgspec.DecodeError: _bad_body,
-            TimeoutError: _timed_out,
             CdcError: _refused,
             Exception: _unexpected,
         },
@@ -45,16 +46,13 @@ async def _bad_body(_request: Request, error: Exception) -> Response:
     return failure(400, f"the body is not what is expected: {error}", hint='for example {"until": "16/B374D848"}')
 
 
-async def _timed_out(_request: Request, error: Exception) -> Response:
-    return failure(504, str(error) or "it did not happen in time")
-
-
 async def _refused(_request: Request, error: Exception) -> Response:
     assert isinstance(error, CdcError)
     return failure(_STATUS.get(type(error), 409), str(error), error.hint)
 
 
-_STATUS = {UnknownName: 404, DecodeError: 400}
+_STATUS: Final = {UnknownName: 404, DecodeError: 400, TransientError: 504}
+"""Whatever else is refused conflicts with the state that things are in."""
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

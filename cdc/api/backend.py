@@ -31,8 +31,8 @@ class Backend(Protocol):
     def hold(self, name: str, until: SourcePosition | None, seconds: float) -> SourcePosition:
         """Block until a sink stands exactly at `until` (`None`: where it is); return where it stands.
 
-        It stays there until `release`, or until `seconds` after the call. Raises `UnknownName`, `TimeoutError`, or
-        another `CdcError` where it cannot stand there.
+        It stays there until `release`, or until `seconds` after the call. Raises `UnknownName`, `TransientError`
+        if it does not get there in time, or another `CdcError` where it cannot stand there.
         """
         ...
 

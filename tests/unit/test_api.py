@@ -13,7 +13,7 @@ from cdc.api.app import create_app
 from cdc.api.backend import UnknownName
 from cdc.api.control import MAX_BODY_BYTES
 from cdc.config import Token
-from cdc.errors import CdcError
+from cdc.errors import CdcError, TransientError
 from cdc.metrics import APPLY_SECONDS
 from cdc.position import SourcePosition, parse_lsn
 from cdc.status import (
@@ -21,13 +21,12 @@ from cdc.status import (
     CopyStatus,
     DaemonStatus,
     DeliveryStats,
-    Observed,
-    QueueStatus,
     SlotStats,
     State,
     from_json,
     snapshot,
 )
+from tests.unit.test_status import queue_stats
 
 LOCAL = "http://127.0.0.1:8642"
 
@@ -41,8 +40,13 @@ class FakeBackend:
         self.error: Exception | None = None
 
     def status(self) -> DaemonStatus:
-        queue = Observed(self.capture, lambda: QueueStatus(4, 4000, 9, 1.5))
-        return snapshot(version="1", started_at=1.0, sources={"shop": queue}, sinks={"mirror": self.delivery}, now=2.0)
+        return snapshot(
+            version="1",
+            started_at=1.0,
+            sources=[(self.capture, queue_stats(last_seq=9))],
+            sinks=[self.delivery],
+            now=2.0,
+        )
 
     def pause(self, name: str) -> None:
         self._call("pause", name)
@@ -197,7 +201,7 @@ def test_bad_body_is_a_400_that_says_why(client: TestClient, backend: FakeBacken
     [
         (UnknownName("no sink is called 'mirror'", hint="one of: a"), 404),
         (CdcError("the sink is past that position", hint="take a later one"), 409),
-        (TimeoutError("the sink did not come that far"), 504),
+        (TransientError("the sink did not come that far"), 504),
         (ZeroDivisionError("secret row value"), 500),
     ],
 )

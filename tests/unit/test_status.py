@@ -6,13 +6,12 @@ import time
 
 import pytest
 
+from cdc.queue import QueueStats
 from cdc.status import (
     CaptureStats,
     CopyStatus,
     DaemonStatus,
     DeliveryStats,
-    Observed,
-    QueueStatus,
     SlotStats,
     State,
     from_json,
@@ -23,12 +22,25 @@ from cdc.status import (
 NOW = 1_000_000.0
 
 
+def queue_stats(last_seq: int) -> QueueStats:
+    return QueueStats(
+        batches=1,
+        bytes=10,
+        oldest_seconds=1.5,
+        last_seq=last_seq,
+        pruned_seq=0,
+        max_bytes=100,
+        free_disk_bytes=1000,
+        full=False,
+    )
+
+
 def take(capture: CaptureStats, *sinks: DeliveryStats) -> DaemonStatus:
     return snapshot(
         version="1",
         started_at=NOW - 100,
-        sources={capture.name: Observed(capture, lambda: QueueStatus(1, 10, last_seq=7))},
-        sinks={sink.name: sink for sink in sinks},
+        sources=[(capture, queue_stats(last_seq=7))],
+        sinks=sinks,
         now=NOW,
     )
 

@@ -1,0 +1,293 @@
+"""The daemon: start up, run one task a pipeline, drain, end.
+
+Each pipeline runs in a thread of its own, from an executor that has one for each. What goes wrong in one ends that one
+only: it stays failed, with error and hint in its status, until the daemon is started again. HTTP and signals stay
+with the event loop, which nothing blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from cdc import __version__
+from cdc.api.app import create_app
+from cdc.api.backend import UnknownName
+from cdc.api.server import Server
+from cdc.capture import Capture
+from cdc.config import Config, SinkConfig, SourceConfig
+from cdc.delivery import Delivery
+from cdc.errors import CdcError, FatalError
+from cdc.pipeline import AnyPipeline, CopyThenDeliver, Pipeline, contained
+from cdc.position import SourcePosition
+from cdc.queue import Queue, lock_directory
+from cdc.sink import Sink
+from cdc.source import Source
+from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, State, snapshot
+
+log = structlog.get_logger()
+
+ADDRESS_FILE: Final = "http"
+"""In the data directory: where the running daemon listens, for the command line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What only the command line can build: `cdc` knows neither sinks nor databases.
+
+    copier: blocks until every table of the sink is copied or `stop` is set, and retries what is transient.
+    """
+
+    source: Callable[[SourceConfig], Source]
+    sink: Callable[[SinkConfig], Sink]
+    copier: Callable[[SinkConfig, Sink, Queue, DeliveryStats, threading.Event], None]
+
+
+def run(config: Config, parts: Parts) -> bool:
+    """Run until SIGTERM or SIGINT, and drain; a second signal ends the process at once.
+
+    Returns whether everything ended within `drain_seconds`; if not, threads are still at work, and only leaving
+    the process ends them. (Nothing is lost by that: what was not confirmed comes again.)
+    """
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_run_until_signalled(Daemon(config, parts)))
+
+
+def queue_path(data_dir: Path, source: str) -> Path:
+    """The queue file of a source."""
+    return data_dir / f"{source}.queue"
+
+
+class Daemon:
+    """All pipelines of a configuration, and how they are seen and steered (`cdc.api.backend.Backend`)."""
+
+    def __init__(self, config: Config, parts: Parts) -> None:
+        self._config = config
+        self._parts = parts
+        self._directory = Path(config.daemon.data_dir)
+        self._started_at = time.time()
+        self._sources = {name: Pipeline[CaptureStats](CaptureStats(name)) for name in config.sources}
+        self._sinks = {
+            name: Pipeline[DeliveryStats](DeliveryStats(name, sink.source)) for name, sink in config.sinks.items()
+        }
+        self._deliveries: dict[str, Delivery] = {}
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> bool:
+        """Run until `stop`, and drain; returns what `cdc.daemon.run` does.
+
+        Raises `CdcError` where the daemon cannot start at all; nothing has been touched then.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(lock_directory(self._directory))
+            server = Server(create_app(self, self._config.daemon.http_token), self._config.daemon.http_address)
+            stack.callback(server.close)
+            stack.enter_context(_address_file(self._directory / ADDRESS_FILE, server.address))
+            self._assemble()
+            log.info("started", version=__version__, data_dir=str(self._directory), http=_url(server.address))
+            drained = await self._main_loop(server)
+            if drained:
+                self._close_queues()
+            log.info("stopped", drained=drained)
+            return drained
+
+    def stop(self) -> None:
+        """Begin to drain. For the event loop's own thread."""
+        self._stopping.set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping.is_set()
+
+    def status(self) -> DaemonStatus:
+        """Take a snapshot. Never blocks."""
+        return snapshot(
+            version=__version__,
+            started_at=self._started_at,
+            sources=[
+                (source.stats, source.queue.stats() if source.queue else None) for source in self._sources.values()
+            ],
+            sinks=[sink.stats for sink in self._sinks.values()],
+        )
+
+    def pause(self, name: str) -> None:
+        """Pause a source or a sink until `resume`, also over restarts."""
+        self._pipeline(name).pause()
+        log.info("paused", name=name)
+
+    def resume(self, name: str) -> None:
+        """Undo `pause`."""
+        self._pipeline(name).resume()
+        log.info("resumed", name=name)
+
+    def hold(self, name: str, until: SourcePosition | None, seconds: float) -> SourcePosition:
+        """Block until a sink stands exactly at `until`; it stays there until `release`, or the time is over."""
+        return self._delivery(name).hold(until, seconds)
+
+    def release(self, name: str) -> None:
+        """Let a held sink go on."""
+        self._delivery(name).release()
+
+    def _assemble(self) -> None:
+        for name, source in self._sources.items():
+            with contained(source.stats):
+                source.assemble(self._open_queue(name), partial(self._capture, name))
+        for name, sink in self._sinks.items():
+            with contained(sink.stats):
+                sink.assemble(self._queue_for(name), partial(self._deliver, name))
+
+    def _open_queue(self, source: str) -> Queue:
+        options = self._config.queue
+        queue = Queue(
+            queue_path(self._directory, source),
+            max_bytes=options.max_bytes,
+            min_free_bytes=options.min_free_bytes,
+            keep_seconds=options.keep_seconds,
+        )
+        sinks = [sink.name for sink in self._config.sinks_of(source)]
+        queue.retain(sinks)
+        for sink in sinks:
+            queue.register(sink)
+        return queue
+
+    def _queue_for(self, sink: str) -> Queue:
+        source = self._config.sinks[sink].source
+        queue = self._sources[source].queue
+        if queue is None:
+            raise FatalError(f"the queue of source {source} cannot be used", hint=self._sources[source].stats.hint)
+        return queue
+
+    def _capture(self, name: str, queue: Queue) -> Capture:
+        source = self._parts.source(self._config.sources[name])
+        return Capture(source, queue, self._sources[name].stats, applied=partial(self._slowest_sink, name))
+
+    def _deliver(self, name: str, queue: Queue) -> CopyThenDeliver:
+        config, stats = self._config.sinks[name], self._sinks[name].stats
+        sink = self._parts.sink(config)
+        delivery = self._deliveries[name] = Delivery(sink, queue, stats, config.batch)
+        return CopyThenDeliver(partial(self._parts.copier, config, sink, queue, stats), delivery, queue, stats)
+
+    def _slowest_sink(self, source: str) -> SourcePosition | None:
+        """What every sink of a source has applied; `None` where there is no such order, or one is not known yet."""
+        positions = [sink.stats.position for sink in self._sinks.values() if sink.stats.source == source]
+        known = [position for position in positions if isinstance(position, int)]
+        return min(known) if known and len(known) == len(positions) else None
+
+    async def _main_loop(self, server: Server) -> bool:
+        stop = threading.Event()
+        pipelines: list[AnyPipeline] = [*self._sources.values(), *self._sinks.values()]
+        threads = ThreadPoolExecutor(max_workers=len(pipelines), thread_name_prefix="pipeline")
+        loop = asyncio.get_running_loop()
+
+        async def work(pipeline: AnyPipeline) -> None:
+            await loop.run_in_executor(threads, pipeline.run, stop)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_serve(server), name="http")
+            tasks = [group.create_task(work(pipeline), name=pipeline.stats.name) for pipeline in pipelines]
+            await self._stopping.wait()
+            log.info("draining", at_most_seconds=self._config.daemon.drain_seconds)
+            stop.set()
+            self._wake_all()
+            drained = await _drain(tasks, self._config.daemon.drain_seconds)
+            server.stop()
+        threads.shutdown(wait=drained)
+        return drained
+
+    def _wake_all(self) -> None:
+        for delivery in self._deliveries.values():
+            delivery.release()
+        for source in self._sources.values():
+            if source.queue is not None:
+                source.queue.wake()
+
+    def _close_queues(self) -> None:
+        for source in self._sources.values():
+            if source.queue is not None:
+                with contained(source.stats):
+                    source.queue.close()
+
+    def _pipeline(self, name: str) -> AnyPipeline:
+        found = self._sources.get(name) or self._sinks.get(name)
+        if found is None:
+            raise UnknownName(
+                f"no source or sink is called {name!r}", hint=f"one of: {', '.join((*self._sources, *self._sinks))}"
+            )
+        return found
+
+    def _delivery(self, name: str) -> Delivery:
+        if name not in self._sinks:
+            raise UnknownName(f"no sink is called {name!r}", hint=f"one of: {', '.join(self._sinks) or 'none'}")
+        sink = self._sinks[name]
+        if sink.stats.state in {State.FAILED, State.STOPPED, State.PAUSED, State.COPYING}:
+            raise CdcError(f"sink {name} is {sink.stats.state}: it does not move", hint=sink.stats.hint)
+        return self._deliveries[name]
+
+
+async def _run_until_signalled(daemon: Daemon) -> bool:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, daemon, number)
+    return await daemon.run()
+
+
+def _on_signal(daemon: Daemon, number: signal.Signals) -> None:
+    if daemon.stopping:
+        log.warning("second signal: ending at once", signal=number.name)
+        os._exit(128 + number)
+    daemon.stop()
+
+
+async def _drain(tasks: Sequence[asyncio.Task[None]], seconds: float) -> bool:
+    """Wait for the pipelines' threads; those that do not end in time are left alone."""
+    _, late = await asyncio.wait(tasks, timeout=seconds)
+    for task in late:
+        log.warning("did not end in time", name=task.get_name())
+        task.cancel()
+    return not late
+
+
+async def _serve(server: Server) -> None:
+    """Serve HTTP; replication does not notice if that fails."""
+    try:
+        await server.serve()
+    except Exception as exc:  # the task's outer edge
+        log.error("HTTP failed", exc_info=exc)
+
+
+@contextmanager
+def _address_file(path: Path, address: tuple[str, int]) -> Iterator[None]:
+    """Tell the command line where to ask, as long as the daemon runs."""
+    partial_file = path.with_name(f"{path.name}.new")
+    partial_file.write_text(_url(address), encoding="ascii")
+    partial_file.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _url(address: tuple[str, int]) -> str:
+    host, port = address
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop  # noqa: PLC0415 - not on every platform
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

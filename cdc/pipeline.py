@@ -1,0 +1,144 @@
+"""A pipeline: one thread's worth of work, its stats, and the switch that a person turns."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, Generic, Protocol, TypeVar
+
+import structlog
+
+from cdc.delivery import Delivery
+from cdc.errors import CdcError
+from cdc.logs import redact
+from cdc.queue import Queue
+from cdc.status import CaptureStats, DeliveryStats, State
+
+log = structlog.get_logger()
+
+_POLL_SECONDS: Final = 0.1
+
+
+def paused_fact(name: str) -> str:
+    """The queue's fact that keeps a source or a sink paused over restarts."""
+    return f"paused:{name}"
+
+
+class Worker(Protocol):
+    """What runs in a pipeline's thread; `pause` and `resume` come from others."""
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop` is set; raise what a person has to look at."""
+        ...
+
+    def pause(self) -> None:
+        """Stand still soon. May come before `run`."""
+        ...
+
+    def resume(self) -> None:
+        """Go on."""
+        ...
+
+
+Stats = TypeVar("Stats", bound=CaptureStats | DeliveryStats)
+
+
+class Pipeline(Generic[Stats]):
+    """One source's capture, or one sink's delivery: its stats, and what is there once it could be assembled."""
+
+    def __init__(self, stats: Stats) -> None:
+        self.stats = stats
+        self.queue: Queue | None = None
+        self._worker: Worker | None = None
+
+    def assemble(self, queue: Queue, build: Callable[[Queue], Worker]) -> None:
+        """Take the queue, and build what works on it; paused, if it was when the daemon last ran."""
+        self.queue = queue
+        self._worker = build(queue)
+        if queue.get(paused_fact(self.stats.name)) is not None:
+            self._worker.pause()
+
+    def run(self, stop: threading.Event) -> None:
+        """Work in the calling thread until `stop`; returns at once if it could not be assembled. Never raises."""
+        if self._worker is None:
+            return
+        with contained(self.stats):
+            self._worker.run(stop)
+            self.stats.state = State.STOPPED
+
+    def pause(self) -> None:
+        """Pause durably."""
+        queue, worker = self._assembled()
+        queue.set(paused_fact(self.stats.name), "1")
+        worker.pause()
+
+    def resume(self) -> None:
+        """Undo `pause`, durably."""
+        queue, worker = self._assembled()
+        queue.set(paused_fact(self.stats.name), None)
+        worker.resume()
+
+    def _assembled(self) -> tuple[Queue, Worker]:
+        if self.queue is None or self._worker is None:
+            raise CdcError(f"{self.stats.name} has failed: {self.stats.error}", hint=self.stats.hint)
+        return self.queue, self._worker
+
+
+AnyPipeline = Pipeline[CaptureStats] | Pipeline[DeliveryStats]
+
+
+class CopyThenDeliver:
+    """A sink's thread: first what was never copied, then the stream."""
+
+    def __init__(
+        self, copy: Callable[[threading.Event], None], delivery: Delivery, queue: Queue, stats: DeliveryStats
+    ) -> None:
+        self._copy = copy
+        self._delivery = delivery
+        self._queue = queue
+        self._stats = stats
+        self._running = threading.Event()
+        self._running.set()
+
+    def run(self, stop: threading.Event) -> None:
+        """Copy, and deliver. Paused before the copy began, it does not begin; later the pause waits for its end."""
+        if self._may_begin(stop):
+            self._copy(stop)
+        self._delivery.run(stop)
+
+    def _may_begin(self, stop: threading.Event) -> bool:
+        """Wait until the capture has begun, or what changes between the copy and it would be lost. False: stopped."""
+        while not (self._running.is_set() and self._queue.position is not None):
+            self._stats.state = State.STARTING if self._running.is_set() else State.PAUSED
+            if stop.wait(_POLL_SECONDS):
+                return False
+        return True
+
+    def pause(self) -> None:
+        """Stand still after the batch at hand."""
+        self._running.clear()
+        self._delivery.pause()
+
+    def resume(self) -> None:
+        """Go on."""
+        self._running.set()
+        self._delivery.resume()
+
+
+@contextmanager
+def contained(stats: CaptureStats | DeliveryStats) -> Iterator[None]:
+    """Whatever is raised inside fails this pipeline, and no other."""
+    try:
+        yield
+    except CdcError as exc:
+        _fail(stats, str(exc), exc.hint)
+        log.error("failed", name=stats.name, error=str(exc), hint=exc.hint)
+    except Exception as exc:  # the task's outer edge
+        _fail(stats, redact(f"{type(exc).__name__}: {exc}"), "this is a bug; the log has a traceback")
+        log.error("failed unexpectedly", name=stats.name, exc_info=exc)
+
+
+def _fail(stats: CaptureStats | DeliveryStats, error: str, hint: str) -> None:
+    stats.error, stats.hint = error, hint
+    stats.state = State.FAILED
