@@ -1,0 +1,176 @@
+"""A mirror in another PostgreSQL database: whole source transactions, in commit order, with the position.
+
+The position is a row of `cdc.positions` in the target, locked by the first statement of every transaction and moved
+by the last. How changes become statements is in `cdc.postgres.apply`; the initial copy's side in `cdc.postgres.target`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import msgspec
+import psycopg
+from cdc.postgres.target import CopyTarget
+
+from cdc.change import Batch, Change, Table, TableName, Transaction, Truncate
+from cdc.config import SinkConfig
+from cdc.errors import PermanentError, TransientError
+from cdc.position import Lsn, Position, as_lsn, format_lsn, format_position
+from cdc.postgres.apply import Applier, Work
+from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
+from cdc.postgres.fold import FoldError
+from cdc.postgres.schema import read_tables
+from cdc.sink import Applied, Reread
+
+FEW_CHANGES = 64
+"""Up to so many changes, prepared statements in one pipeline are faster than staging tables."""
+
+
+class PostgresSink(CopyTarget):
+    """A mirror. Implements `cdc.sink.Mirror`."""
+
+    def __init__(self, config: SinkConfig, *, reread: Reread | None = None) -> None:
+        super().__init__(config)
+        self._reread = reread
+        self._connection: Connection | None = None
+        self._applier: Applier | None = None
+        self._position: Lsn | None = None
+        self._copied_at: dict[TableName, Lsn] = {}
+        self._begun = False
+
+    def open(self) -> Position | None:
+        """Connect and return the position stored in the target."""
+        self.close()
+        connection = connect(self.url, application_name=f"cdc sink {self.name}")
+        self._connection = connection
+        with translated_errors():
+            connection.execute("SET synchronous_commit = on")
+            self.silence_triggers(connection)
+            tables = read_tables(connection)
+        position = self.stored_position()
+        self._position = as_lsn(position.source) if position else None
+        self._copied_at = {table: as_lsn(copied_at) for table, copied_at in self.copied().items()}
+        copied = {name for table in self._copied_at if (name := self.config.target_name(table)) in tables}
+        self._applier = Applier(connection, self.config, {name: tables[name] for name in copied}, self._reread)
+        return position
+
+    def apply(self, batches: Sequence[Batch], position: Position) -> Applied:
+        """Apply in order; visible together with `position` when `batches` end with a complete transaction."""
+        connection, applier = self._opened()
+        missing, healed = applier.missing, applier.healed
+        work = self._work(batches)
+        with translated_errors():
+            fallback = not self._apply_fast(connection, applier, work)
+            if fallback:
+                applier.carefully(work)
+            if batches[-1].complete:
+                self._commit(connection, position)
+                applier.committed()
+        return Applied(
+            changes=sum(batch.change_count for batch in batches),
+            missing_rows=applier.missing - missing,
+            healed_rows=applier.healed - healed,
+            fallback=fallback,
+        )
+
+    def close(self) -> None:
+        """Disconnect; what was not complete is rolled back."""
+        if self._connection is not None:
+            with suppress(psycopg.Error):
+                self._connection.close()
+        self._connection = self._applier = None
+        self._begun = False
+
+    def _opened(self) -> tuple[Connection, Applier]:
+        if self._connection is None or self._applier is None:
+            raise TransientError(f"sink {self.name} is not connected")
+        return self._connection, self._applier
+
+    def _apply_fast(self, connection: Connection, applier: Applier, work: Work) -> bool:
+        """Try the fast way that suits; False, and all of it undone, where only the careful way will do."""
+        few = sum(len(transaction.changes) for _, transaction in work) <= FEW_CHANGES
+        try:
+            with connection.pipeline():
+                check = self._begin(connection)
+                sent = applier.send(work) if few else ()
+            check()
+            if few:
+                applier.check(sent)
+            else:
+                applier.many(work)
+        except psycopg.Error as exc:
+            error = to_cdc_error(exc)
+            if connection.closed or not isinstance(error, PermanentError):
+                raise error from exc
+        except FoldError:
+            pass
+        else:
+            return True
+        connection.execute("ROLLBACK TO SAVEPOINT batch")
+        applier.rolled_back()
+        return False
+
+    def _begin(self, connection: Connection) -> Callable[[], None]:
+        """Send BEGIN, if no transaction is open, and a savepoint. Call the result when they have been executed."""
+        if self._begun:
+            connection.execute("RELEASE SAVEPOINT batch")
+            connection.execute("SAVEPOINT batch")
+            return lambda: None
+        self._begun = True
+        connection.execute("BEGIN")
+        locked = connection.execute(
+            "SELECT position::text FROM cdc.positions WHERE sink = %s FOR UPDATE", [self.name], prepare=True
+        )
+        connection.execute("SAVEPOINT batch")
+
+        def check() -> None:
+            # an old connection of ours may have committed after we read the position
+            row = locked.fetchone()
+            found, expected = row[0] if row else None, format_position(self._position)
+            if found != expected:
+                raise TransientError(f"the target stands at {found}, not at {expected}: someone else wrote there")
+
+        return check
+
+    def _commit(self, connection: Connection, position: Position) -> None:
+        reached = as_lsn(position.source)
+        with connection.pipeline():
+            connection.execute(
+                "UPDATE cdc.positions SET queue_id = %s, seq = %s, position = %s, updated_at = now() WHERE sink = %s",
+                [position.queue_id, position.seq, format_lsn(reached), self.name],
+                prepare=True,
+            )
+            connection.execute("COMMIT")
+        self._begun = False
+        self._position = reached
+
+    def _work(self, batches: Sequence[Batch]) -> Work:
+        """Leave out what the initial copy holds already, table by table."""
+        latest = max(self._copied_at.values(), default=Lsn(0))
+        return [
+            (
+                batch.tables,
+                transaction if as_lsn(transaction.position) >= latest else self._uncopied(batch.tables, transaction),
+            )
+            for batch in batches
+            for transaction in batch.transactions
+        ]
+
+    def _uncopied(self, tables: tuple[Table, ...], transaction: Transaction) -> Transaction:
+        position = as_lsn(transaction.position)
+        ahead = [position < self._copied_at.get(table.qualified, 0) for table in tables]
+        changes = [kept for change in transaction.changes if (kept := _without_copied(change, ahead)) is not None]
+        return msgspec.structs.replace(transaction, changes=changes)
+
+
+def _without_copied(change: Change, copied: Sequence[bool]) -> Change | None:
+    """The change, as far as it is about tables whose copy does not hold it."""
+    if change.table < 0:
+        return change
+    if not isinstance(change.detail, Truncate):
+        return None if copied[change.table] else change
+    tables = tuple(index for index in change.detail.tables if not copied[index])
+    if not tables:
+        return None
+    return msgspec.structs.replace(change, detail=msgspec.structs.replace(change.detail, tables=tables))
