@@ -49,10 +49,11 @@ def kill_tree(pid: int) -> None:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    wait_until(lambda: all(map(_ended, doomed)), what="killed processes to end")
+    wait_until(lambda: all(map(ended, doomed)), what="killed processes to end")
 
 
-def _ended(process: psutil.Process) -> bool:
+def ended(process: psutil.Process) -> bool:
+    """Whether a process does nothing any more, even if nobody has asked for its exit code yet."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
