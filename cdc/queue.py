@@ -352,10 +352,8 @@ class Queue:
             raise type(self._failure)(str(self._failure), hint=self._failure.hint) from self._failure
 
     def _check_kept(self, after_seq: int) -> None:
-        if after_seq < self._contents.state.pruned_seq:
-            _resync(
-                f"{self._path}: batches up to {self._contents.state.pruned_seq} are gone, {after_seq} was asked for"
-            )
+        if after_seq < (pruned_seq := self._contents.state.pruned_seq):
+            _resync(f"the sink stands at batch {after_seq}, {self._path} begins after {pruned_seq}")
 
     def _check_lsn(self, source: int, contents: Contents) -> None:
         end, pruned = contents.state.position, contents.state.pruned_position

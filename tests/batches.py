@@ -1,0 +1,35 @@
+"""Batches whose content follows from their number, so that a test knows what it should read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cdc.change import Batch, Change, Column, Table, Transaction
+
+TABLE = Table("public", "orders", (Column("id", 23, is_key=True), Column("note", 25, is_key=False)))
+STRIDE = 16
+"""Transaction `n` starts its commit record at `n * STRIDE`."""
+
+
+def end_of(number: int) -> int:
+    """The position after transaction `number`."""
+    return number * STRIDE + 8
+
+
+def batch(number: int, *, size: int = 100, part: int = 0, complete: bool = True) -> Batch:
+    """Transaction `number`, or its part `part`; its only row holds `row-<number>-<part>.` and about `size` bytes."""
+    note = f"row-{number}-{part}.".encode().ljust(size, b".")
+    change = Change(0, 0, None, None, (str(number).encode(), note))
+    transaction = Transaction(number * STRIDE, end_of(number), 0, number, part, complete, [change])
+    return Batch((TABLE,), [transaction], end_of(number if complete else number - 1), size)
+
+
+def transaction(number: int, *, parts: int = 1, size: int = 100) -> Iterator[Batch]:
+    """Transaction `number` as `parts` batches, of which only the last is complete."""
+    for part in range(parts):
+        yield batch(number, size=size, part=part, complete=part == parts - 1)
+
+
+def idle(position: int | bytes) -> Batch:
+    """A batch that only moves the position."""
+    return Batch((), [], position, 0)
