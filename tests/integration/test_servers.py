@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from tests.conftest import NewDatabase
-from tests.processes import ended
+from tests.processes import ended, wait_until
 from tests.servers import Database, PostgresServer
 
 CHECKOUT = Path(__file__).parents[2]
@@ -45,14 +45,16 @@ def test_servers_of_a_killed_interpreter_end_with_the_next_one() -> None:
     assert not Path(data_dir).exists()
 
 
-def test_a_database_is_dropped_with_its_slots_and_connections(
+def test_a_database_is_dropped_with_a_slot_that_is_being_read(
     postgres18: PostgresServer, new_database: NewDatabase
 ) -> None:
     database = new_database(postgres18)
-    database.execute("SELECT pg_create_logical_replication_slot('left_behind', 'pgoutput')")
-    with database.connect():
-        database.drop()
-    assert postgres18.psql("SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'left_behind'") == "0\n"
+    slot = ["--slot=being_read", "--create-slot", "--start", "--if-not-exists", "--file=-", "--no-loop"]
+    reader = subprocess.Popen([postgres18.bin_dir / "pg_recvlogical", f"--dbname={database.url}", *slot])
+    wait_until(lambda: database.execute("SELECT FROM pg_replication_slots WHERE slot_name = 'being_read' AND active"))
+    database.drop()
+    reader.wait(timeout=30)
+    assert postgres18.psql("SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'being_read'") == "0\n"
 
 
 def test_members_of_the_password_role_are_not_trusted(postgres18: PostgresServer, source_db: Database) -> None:
