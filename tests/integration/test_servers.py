@@ -51,7 +51,7 @@ def test_a_database_is_dropped_with_a_slot_that_is_being_read(
     database = new_database(postgres18)
     slot = ["--slot=being_read", "--create-slot", "--start", "--if-not-exists", "--file=-", "--no-loop"]
     reader = subprocess.Popen([postgres18.bin_dir / "pg_recvlogical", f"--dbname={database.url}", *slot])
-    wait_until(lambda: database.execute("SELECT FROM pg_replication_slots WHERE slot_name = 'being_read' AND active"))
+    wait_until(lambda: database.execute("SELECT 1 FROM pg_replication_slots WHERE slot_name = 'being_read' AND active"))
     database.drop()
     reader.wait(timeout=30)
     assert postgres18.psql("SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'being_read'") == "0\n"
