@@ -257,7 +257,7 @@ def _refused(connection: Connection) -> set[tuple[str, str]]:
     refused = set()
     if connection.info.server_version < 170000:
         refused |= {("interval", "infinity"), ("interval", "-infinity")}
-    if not connection.execute("SELECT FROM pg_config WHERE name = 'CONFIGURE' AND setting ~ 'libxml'").fetchall():
+    if not connection.execute("SELECT 1 FROM pg_config WHERE name = 'CONFIGURE' AND setting ~ 'libxml'").fetchall():
         refused |= {("xml", value) for value in _VALUES["xml"]}
     return refused
 
