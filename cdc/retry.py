@@ -13,7 +13,8 @@ from tenacity import (
     retry_if_exception,
     sleep_using_event,
     stop_when_event_set,
-    wait_exponential_jitter,
+    wait_exponential,
+    wait_random,
 )
 
 from cdc.errors import PermanentError, TransientError
@@ -55,7 +56,7 @@ def keep_trying(
 
     retrying = Retrying(
         retry=retry_if_exception(lambda error: decide(error) is Decision.TRANSIENT and not stop.is_set()),
-        wait=wait_exponential_jitter(initial=0.1, max=MAX_WAIT_SECONDS, jitter=0.5),
+        wait=wait_exponential(multiplier=0.1, max=MAX_WAIT_SECONDS) + wait_random(0, 0.2),
         stop=stop_when_event_set(stop),
         sleep=sleep_using_event(stop),
         before_sleep=before_sleep,

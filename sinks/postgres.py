@@ -11,7 +11,6 @@ from contextlib import suppress
 
 import msgspec
 import psycopg
-from cdc.postgres.target import CopyTarget
 
 from cdc.change import Batch, Change, Table, TableName, Transaction, Truncate
 from cdc.config import SinkConfig
@@ -21,6 +20,7 @@ from cdc.postgres.apply import Applier, Work
 from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
 from cdc.postgres.fold import FoldError
 from cdc.postgres.schema import read_tables
+from cdc.postgres.target import CopyTarget
 from cdc.sink import Applied, Reread
 
 FEW_CHANGES = 64

@@ -101,7 +101,7 @@ class Applier:
         by_index: list[_Lane] = []
         for tables, transaction in work:
             if tables is not known:
-                known, by_index = tables, [self._lane(lanes, table) for table in tables]
+                known, by_index = tables, self._lanes(lanes, tables)
             for change in transaction.changes:
                 if change.operation >= TRUNCATE:
                     if change.operation == TRUNCATE:
@@ -175,6 +175,11 @@ class Applier:
             self._connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
 
     # set-wise
+
+    def _lanes(self, lanes: dict[TableName, _Lane], tables: Tables) -> list[_Lane]:
+        if len({table.qualified for table in tables}) < len(tables):
+            raise FoldError  # a table changes its shape between two changes of this batch
+        return [self._lane(lanes, table) for table in tables]
 
     def _lane(self, lanes: dict[TableName, _Lane], table: Table) -> _Lane:
         lane = lanes.get(table.qualified)

@@ -221,6 +221,8 @@ def split_script(script: str, entries: Iterable[TocEntry]) -> Iterator[tuple[Toc
     That preamble sets session settings, among them some that an older server does not know.
     """
     ordered = list(entries)
+    if not ordered:
+        return
     starts = []
     at = 0
     for entry in ordered:

@@ -26,7 +26,7 @@ class TablePlan:
     """The statements for one table.
 
     key: indexes of the source columns that identify a row on the mirror: its primary key, or what the source
-    sends as identity. Empty for a table that has neither: then the whole old row is compared.
+    sends as identity. Empty for a table that has neither, or only a deferrable key: the whole old row is compared.
     """
 
     def __init__(self, source: Table, target: SchemaTable, columns: Sequence[str] | None) -> None:
@@ -46,6 +46,8 @@ class TablePlan:
             )
         self.columns = tuple(wanted)
         self.key = self._find_key()
+        # not unique at every moment, but an index to look in
+        self._near = tuple(index for index in wanted if source.columns[index].name in target.primary_key)
         self._queries: dict[tuple[object, ...], bytes] = {}
         self._base_types = {column.name: column.base_type_name for column in target.columns}
 
@@ -55,6 +57,8 @@ class TablePlan:
         if self.source.identity == "i":  # only these columns come with a DELETE
             return sent
         primary_key = self.target.primary_key
+        if self.target.key_deferrable:
+            return ()  # in mid-transaction two rows may have the same key
         if primary_key and all(name in index_of for name in primary_key):
             return tuple(index_of[name] for name in primary_key)
         return sent if self.source.identity == "d" else ()
@@ -186,7 +190,7 @@ class TablePlan:
 
     def _identity(self, old: Row) -> Values:
         """The parameters of `_where`."""
-        return tuple(old[index] for index in self.key or self.columns)
+        return tuple(old[index] for index in self.key or (*self._near, *self.columns))
 
     def _where(self) -> sql.Composed:
         if self.key:
@@ -208,9 +212,13 @@ class TablePlan:
         )
         return sql.SQL(
             "(t.tableoid, t.ctid) = (SELECT o.tableoid, o.ctid FROM {} AS o"
-            " WHERE ROW({})::record *= ROW({})::record LIMIT 1)"
+            " WHERE {}ROW({})::record *= ROW({})::record LIMIT 1)"
         ).format(
             self.table,
+            sql.SQL("").join(
+                sql.SQL("o.{} = \0 AND ").format(sql.Identifier(self.source.columns[index].name))
+                for index in self._near
+            ),
             sql.SQL(", ").join(sql.Identifier("o", self.source.columns[index].name) for index in self.columns),
             casts,
         )

@@ -1,0 +1,155 @@
+"""A mirror inside the test process: source, queue and sink as the daemon runs them, each half in its thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cdc.capture import Capture
+from cdc.config import parse
+from cdc.delivery import Delivery
+from cdc.position import Position
+from cdc.postgres.source import PostgresSource
+from cdc.queue import Queue
+from cdc.status import CaptureStats, DeliveryStats
+from sinks.postgres import PostgresSink
+from tests.servers import Database
+
+TIMEOUT_SECONDS = 60
+
+
+def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = TIMEOUT_SECONDS) -> Any:
+    """Wait until the condition is true, and return its value."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} seconds in vain for {what}"
+        time.sleep(0.005)
+    return value
+
+
+class Mirror:
+    """A source database, a target database, and what runs between them.
+
+    error: what the capture or the delivery stopped with.
+    """
+
+    def __init__(self, source_db: Database, target_db: Database, folder: Path, pg_dump: Path, **options: Any) -> None:
+        self.source_db, self.target_db = source_db, target_db
+        self.config = parse(
+            {
+                "sources": {"shop": {"url": source_db.url, "pg_dump": str(pg_dump), **options.pop("source", {})}},
+                "sinks": {"mirror": {"from": "shop", "url": target_db.url, **options.pop("sink", {})}},
+            },
+            {},
+        )
+        self.queue = Queue(folder / "shop.queue", max_bytes=options.pop("max_bytes", 10**9), min_free_bytes=0)
+        self.error: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+        self._stop = threading.Event()
+        self._make()
+
+    def _make(self) -> None:
+        self.source = PostgresSource(self.config, self.config.sources["shop"], self.queue)
+        self.sink = PostgresSink(self.config.sinks["mirror"], reread=self.source.reread)
+        self.capture_stats = CaptureStats("shop")
+        self.delivery_stats = DeliveryStats("mirror", "shop")
+        self.capture = Capture(
+            self.source, self.queue, self.capture_stats, applied=lambda: self.delivery_stats.position
+        )
+        self.delivery = Delivery(self.sink, self.queue, self.delivery_stats, self.config.sinks["mirror"].batch)
+
+    def prepare(self) -> None:
+        """Create publication, slot and the mirror's tables; all tables must be empty."""
+        start = self.source.open(self.queue.position)
+        self.source.close()
+        self.queue.begin(start)
+        self.queue.register("mirror")
+        tables = self.source.tables()
+        self.sink.prepare_copy(tables, Position(self.queue.queue_id, 0, start), self.source.dump_schema())
+        for table in tables:
+            self.sink.table_copied(table, start, 0)
+        self.sink.finish_copy(start)
+
+    def start(self, *, capture: bool = True, delivery: bool = True) -> None:
+        """Run what is wanted."""
+        self._stop.clear()
+        self.error = None
+        parts = [self.capture] * capture + [self.delivery] * delivery
+        self._threads = [threading.Thread(target=self._run, args=(part,)) for part in parts]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, part: Capture | Delivery) -> None:
+        try:
+            part.run(self._stop)
+        except BaseException as exc:  # noqa: BLE001 - kept for the test
+            self.error = exc
+
+    def stop(self) -> None:
+        """End both threads in order; nothing is closed but connections."""
+        self._stop.set()
+        self.queue.wake()
+        self.delivery.release()
+        for thread in self._threads:
+            thread.join(TIMEOUT_SECONDS)
+            assert not thread.is_alive()
+        self._threads = []
+
+    def restart(self) -> None:
+        """Stop, forget all in memory but the queue's file, and start again."""
+        self.stop()
+        path, max_bytes = self.queue._path, self.queue._max_bytes
+        self.queue.close()
+        self.queue = Queue(path, max_bytes=max_bytes, min_free_bytes=0)
+        self._make()
+        self.start()
+
+    def sync(self) -> None:
+        """Wait until all that is committed now is applied."""
+        end = self.source_db.value("SELECT pg_current_wal_lsn() - '0/0'")
+        self.source.nudge()
+        wait_for(lambda: self.error or (self.delivery_stats.position or 0) >= end, f"{self.delivery_stats}")
+        if self.error is not None:
+            raise self.error
+
+    def failure(self) -> BaseException:
+        """Wait for one of the halves to give up, and return why."""
+        error = wait_for(lambda: self.error, "a failure")
+        assert isinstance(error, BaseException)
+        return error
+
+    def rows(self, table: str) -> tuple[list[str], list[str]]:
+        """All rows as text, sorted, on both sides."""
+        query = f"SELECT t::text FROM {table} AS t ORDER BY 1"
+        return [row for (row,) in self.source_db.execute(query)], [row for (row,) in self.target_db.execute(query)]
+
+    def assert_equal(self, *tables: str) -> None:
+        """Wait until the mirror has caught up, then compare."""
+        self.sync()
+        for table in tables:
+            source, target = self.rows(table)
+            assert source == target, f"{table} differs"
+
+    def close(self) -> None:
+        self.stop()
+        self.queue.close()
+
+
+@contextmanager
+def running_mirror(
+    source_db: Database, target_db: Database, folder: Path, pg_dump: Path, *schema: str, **options: Any
+) -> Iterator[Mirror]:
+    """Create the schema at the source, an empty mirror of it, and run."""
+    for statement in schema:
+        source_db.execute(statement)
+    mirror = Mirror(source_db, target_db, folder, pg_dump, **options)
+    try:
+        mirror.prepare()
+        mirror.start()
+        yield mirror
+    finally:
+        mirror.close()
