@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -72,18 +73,17 @@ SMALL: Final = Sizes(customers=500, products=50, orders=1_000, audits=500, secon
 class Daemon:
     """`cdc run` in the background."""
 
-    def __init__(self, config: Path, http: str) -> None:
-        self.log = config.with_name("daemon.log")
-        self._config = config
+    def __init__(self, log: Path, http: str) -> None:
+        self.log = log
         self._ready_url = f"http://{http}/ready"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> int:
         """Return its process id when it is connected to the source."""
-        show("run", self._config, suffix=" &")
+        show("run", " &")
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                command("run", self._config), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [CDC, "run"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         wait_until(lambda: self._ended() or self._ready(), timeout_seconds=60, what="the daemon to be ready")
         if self._ended():
@@ -126,7 +126,7 @@ class Demo:
         self.source = PostgresServer(folder=folder / "source" if keep else None)
         self.target = PostgresServer(folder=folder / "target" if keep else None)
         self._http = f"127.0.0.1:{free_port()}"
-        self.daemon = Daemon(self.config, self._http)
+        self.daemon = Daemon(folder / "daemon.log", self._http)
 
     def start_servers(self) -> None:
         say("Two PostgreSQL 18 servers start: a shop's own, and an empty one for its mirror.")
@@ -158,19 +158,21 @@ class Demo:
         }
         self.config.write_text(CONFIG.format_map({key: json.dumps(value) for key, value in values.items()}))
         console.print(self.config.read_text(), style="dim", markup=False, soft_wrap=True)
+        console.print(f"[bold cyan]$ export CDC_CONFIG={self.config}", soft_wrap=True)
+        os.environ["CDC_CONFIG"] = str(self.config)
 
     def copy(self) -> None:
         say("Is everything ready for a mirror?")
-        run("check", self.config)
+        run("check")
         say("Then copy what is there.")
-        run("copy", self.config)
+        run("copy")
 
     def mirror_under_load(self) -> None:
         say(f"Customers come: about {self.sizes.rate:.0f} transactions a second, and the daemon mirrors them.")
         with shop.Workload(self.source.url("shop"), rate=self.sizes.rate) as customers:
             pid = self.daemon.start()
             self._watch(customers)
-            run("status", self.config)
+            run("status")
             say("Now the power fails, for the daemon only. The customers do not notice.")
             console.print(f"[bold cyan]$ kill -9 {pid}")
             self.daemon.kill()
@@ -178,13 +180,13 @@ class Demo:
             say("It starts again, and asks the mirror where they stopped.")
             self.daemon.start()
             self._watch(customers)
-            run("status", self.config)
+            run("status")
         done = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in customers.counts.most_common(5))
         say(f"The customers leave after {customers.transactions:,} transactions ({done} ...).")
 
     def verify(self) -> None:
         say("Are both databases equal? Each server hashes its own rows; the hashes are compared.")
-        run("verify", self.config)
+        run("verify")
 
     def _watch(self, customers: shop.Workload) -> None:
         """Let customers move money about, and count it in the mirror all the while."""
@@ -259,20 +261,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def command(name: str, config: Path) -> list[str]:
-    """A `cdc` command line."""
-    return [str(CDC), "--config", str(config), name]
-
-
-def show(name: str, config: Path, *, suffix: str = "") -> None:
+def show(name: str, suffix: str = "") -> None:
     """Print a command as its user would type it."""
-    console.print(f"[bold cyan]$ cdc --config {config} {name}{suffix}", soft_wrap=True)
+    console.print(f"[bold cyan]$ cdc {name}{suffix}")
 
 
-def run(name: str, config: Path) -> None:
+def run(name: str) -> None:
     """Run a `cdc` command in sight; `DemoFailed` if it says that something is wrong."""
-    show(name, config)
-    done = subprocess.run(command(name, config), stdin=subprocess.DEVNULL, check=False)
+    show(name)
+    done = subprocess.run([CDC, name], stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise DemoFailed(f"cdc {name} ended with exit code {done.returncode}")
 
