@@ -376,7 +376,10 @@ def _copy_wheel(package: Path, copy: Path) -> None:
     for folder in filter(Path.is_dir, (package, libraries)):
         shutil.copytree(folder, unfinished / folder.name, symlinks=True)
     unfinished.chmod(0o755)
-    unfinished.rename(copy)
+    try:
+        unfinished.rename(copy)
+    except OSError:  # another process was quicker
+        shutil.rmtree(unfinished)
 
 
 def _starts(package: Path) -> bool:
