@@ -1,0 +1,405 @@
+"""The command line: the only place that puts sources, queue and sinks together."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, cast
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from cdc import __version__, daemon, logs, preflight, status_table, verify
+from cdc.api.client import Client, DaemonUnreachable
+from cdc.barrier import Barrier, HttpBarrier, NoBarrier
+from cdc.config import Config, SinkConfig, SourceConfig, load
+from cdc.copy import Copy, CopyProgress, PlannedTable, reported
+from cdc.daemon import Parts
+from cdc.errors import CdcError, DirectoryInUse, FatalError
+from cdc.filling import capturing, fill, filled_fact
+from cdc.offline import offline_status
+from cdc.pipeline import paused_fact
+from cdc.position import Position, SourcePosition, parse_position
+from cdc.postgres import pair
+from cdc.postgres.preflight import check_sink, check_source
+from cdc.postgres.source import Facts, PostgresSource
+from cdc.queue import DirectoryLock, Queue, lock_directory
+from cdc.sink import Mirror, Sink
+from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, to_json
+from sinks import load as load_sink
+
+app = typer.Typer(
+    help="Capture every change of a database, and mirror it.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
+out = Console()
+
+Name = Annotated[str, typer.Argument(help="A source or a sink.")]
+OneSink = Annotated[str, typer.Argument(metavar="SINK")]
+AnySink = Annotated[str | None, typer.Argument(metavar="[SINK]", help="All sinks, if left out.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+
+
+def main() -> None:
+    """Run a command. An error is one line and a hint; exit code 2 for the configuration, 1 for the rest."""
+    try:
+        app()
+    except CdcError as exc:
+        _complain(str(exc), exc.hint)
+        sys.exit(exc.exit_code)
+    except Exception as exc:  # noqa: BLE001 - the process's outer edge
+        _complain(f"unexpected: {type(exc).__name__}: {exc}", "run with --debug for a traceback")
+        sys.exit(1)
+
+
+def _complain(error: str, hint: str) -> None:
+    """Called while the error is being handled."""
+    if "--debug" in sys.argv:
+        print(logs.redact(traceback.format_exc()), file=sys.stderr)
+    print(logs.redact(f"error: {' '.join(error.split())}"), file=sys.stderr)
+    if hint:
+        print(logs.redact(f"hint: {' '.join(hint.split())}"), file=sys.stderr)
+
+
+class Session:
+    """What a command works with; the configuration is read when it is first needed."""
+
+    def __init__(self, path: Path, *, debug: bool) -> None:
+        self._path = path
+        self._debug = debug
+        self._config: Config | None = None
+
+    @property
+    def config(self) -> Config:
+        """The checked configuration."""
+        if self._config is None:
+            self._config = load(self._path)
+        return self._config
+
+    @property
+    def data_dir(self) -> Path:
+        """Where queues, lock and address file are."""
+        return Path(self.config.daemon.data_dir)
+
+    def log_as_configured(self) -> None:
+        """For commands that run for long."""
+        options = self.config.daemon
+        logs.configure(options.log_format, "debug" if self._debug else options.log_level)
+
+    def sinks(self, name: str | None) -> list[SinkConfig]:
+        """One sink by name, or all. Raises `FatalError` for an unknown one."""
+        if name is None:
+            return list(self.config.sinks.values())
+        if name not in self.config.sinks:
+            raise FatalError(f"no sink is called {name!r}", hint=f"one of: {', '.join(self.config.sinks) or 'none'}")
+        return [self.config.sinks[name]]
+
+    def client(self) -> Client:
+        """The running daemon. Raises `DaemonUnreachable` where there is none."""
+        try:
+            address = (self.data_dir / daemon.ADDRESS_FILE).read_text(encoding="ascii")
+        except OSError as exc:
+            raise DaemonUnreachable("the daemon is not running", hint="start it with `cdc run`") from exc
+        return Client(address, self.config.daemon.http_token)
+
+    def status(self) -> DaemonStatus:
+        """From the daemon, or from the data directory where it is down."""
+        try:
+            return self.client().status()
+        except DaemonUnreachable:
+            return offline_status(self.config)
+
+    def lock(self) -> DirectoryLock:
+        """Keep the daemon out meanwhile. Raises `DirectoryInUse` where it runs."""
+        try:
+            return lock_directory(self.data_dir)
+        except DirectoryInUse as exc:
+            raise DirectoryInUse(str(exc), hint="stop the daemon first") from exc
+
+    def barrier(self, sink: SinkConfig) -> Barrier:
+        """Makes the sink stand still: by way of the daemon, or by itself where none runs."""
+        try:
+            client = self.client()
+            client.status()
+        except DaemonUnreachable:
+            return NoBarrier(lambda: pair.stored_position(sink))
+        token = self.config.daemon.http_token
+        return HttpBarrier(client.url, sink.name, token.reveal() if token else None)
+
+
+class NoFacts:
+    """For sources that are only asked, not streamed from."""
+
+    def get(self, _key: str) -> None:
+        """Nothing is known."""
+
+    def set(self, _key: str, _value: str | None) -> None:
+        """Nothing is kept."""
+
+
+def build_source(config: Config, source: SourceConfig, facts: Facts) -> PostgresSource:
+    """The source of a configuration."""
+    return PostgresSource(config, source, facts)
+
+
+def build_sink(config: Config, sink: SinkConfig) -> Sink:
+    """The sink of a configuration, with a way to read a row of its source again."""
+    source = build_source(config, config.sources[sink.source], NoFacts())
+    return cast("Sink", load_sink(sink.kind)(sink, reread=source.reread))
+
+
+def build_parts(config: Config) -> Parts:
+    """What the daemon is made of."""
+
+    def copy_into(sink: SinkConfig, mirror: Sink, queue: Queue, stats: DeliveryStats, stop: threading.Event) -> None:
+        source = build_source(config, config.sources[sink.source], queue)
+        fill(source, cast("Mirror", mirror), queue, stats=stats, options=sink.copy, stop=stop)
+
+    return Parts(
+        source=lambda source, queue: build_source(config, source, queue),
+        sink=lambda sink: build_sink(config, sink),
+        copier=copy_into,
+    )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    *,
+    config: Annotated[Path, typer.Option("--config", envvar="CDC_CONFIG", help="The configuration file.")] = Path(
+        "cdc.toml"
+    ),
+    debug: Annotated[bool, typer.Option("--debug", help="Log everything, and show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version)] = False,  # noqa: ARG001
+) -> None:
+    """Capture every change of a database, and mirror it."""
+    logs.configure(level="debug" if debug else "warning")
+    context.obj = Session(config, debug=debug)
+
+
+@app.command()
+def check(context: typer.Context, *, as_json: AsJson = False) -> None:
+    """Look for what would keep the daemon from its work, and say how to put it right. Changes nothing."""
+    config = context.ensure_object(Session).config
+    sections = [
+        preflight.collect("daemon", preflight.check_data_dir(config)),
+        *(preflight.collect(f"source {name}", check_source(config, source)) for name, source in config.sources.items()),
+        *(preflight.collect(f"sink {name}", check_sink(config, sink)) for name, sink in config.sinks.items()),
+    ]
+    if as_json:
+        _print_json(preflight.as_json(sections))
+    else:
+        out.print(preflight.render(sections))
+    _exit_unless(not preflight.failed(sections))
+
+
+@app.command()
+def run(context: typer.Context) -> None:
+    """Copy what was never copied, then mirror every change until SIGTERM."""
+    session = context.ensure_object(Session)
+    config = session.config
+    session.log_as_configured()
+    if not daemon.run(config, build_parts(config)):
+        sys.stderr.flush()
+        os._exit(1)  # a thread that does not end would keep the interpreter from ending
+
+
+@app.command()
+def copy(
+    context: typer.Context,
+    sink: AnySink = None,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be copied.")] = False,
+) -> None:
+    """Copy what was never copied, and end; `cdc run` does so by itself."""
+    session = context.ensure_object(Session)
+    sinks = session.sinks(sink)
+    if dry_run:
+        out.print(_plans({sink.name: _plan(session.config, sink) for sink in sinks}))
+        return
+    session.log_as_configured()
+    with session.lock():
+        for chosen in sinks:
+            _copy(session.config, chosen)
+
+
+def _plan(config: Config, sink: SinkConfig) -> list[PlannedTable]:
+    source = build_source(config, config.sources[sink.source], NoFacts())
+    mirror = cast("Mirror", build_sink(config, sink))
+    return Copy(source, mirror, source.tables(), Position("", 0, 0)).plan()
+
+
+def _plans(plans: dict[str, list[PlannedTable]]) -> Table:
+    table = Table("sink", "table", "rows (about)", "bytes (about)", "", box=None, pad_edge=False)
+    for sink, planned in plans.items():
+        for each in planned:
+            todo = "to copy" if each.copied_at is None else "copied"
+            table.add_row(sink, str(each.table), f"{each.rows:,}", f"{each.size:,}", todo)
+    return table
+
+
+def _copy(config: Config, sink: SinkConfig) -> None:
+    """The stream is captured meanwhile: what the source's server need not keep longer, it may forget."""
+    progress, stats = CopyProgress(), DeliveryStats(sink.name, sink.source)
+    mirror = cast("Mirror", build_sink(config, sink))
+    with closing(daemon.open_queue(config, sink.source)) as queue:
+        source = build_source(config, config.sources[sink.source], queue)
+        reader = build_source(config, config.sources[sink.source], queue)
+        with capturing(source, queue, CaptureStats(sink.source)), reported(progress, Console(stderr=True)):
+            fill(reader, mirror, queue, stats=stats, options=sink.copy, stop=threading.Event(), progress=progress)
+    now = progress.snapshot()
+    print(f"{sink.name}: {len(now.tables)} tables copied, {now.rows:,} rows in {now.seconds:.1f} s")
+
+
+@app.command()
+def status(
+    context: typer.Context,
+    *,
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every second.")] = False,
+) -> None:
+    """Show where everything stands. Exit code 1 if anything is in trouble, or the daemon is not running."""
+    session = context.ensure_object(Session)
+    current = session.status()
+    if as_json:
+        _print_json(to_json(current))
+    elif watch:
+        _watch(session, current)
+    else:
+        out.print(status_table.render(current))
+    _exit_unless(current.healthy)
+
+
+def _watch(session: Session, current: DaemonStatus) -> None:
+    with Live(status_table.render(current), console=out, auto_refresh=False, screen=out.is_terminal) as live:
+        while True:
+            time.sleep(1)
+            live.update(status_table.render(session.status()), refresh=True)
+
+
+@app.command("verify")
+def verify_command(context: typer.Context, sink: AnySink = None, *, as_json: AsJson = False) -> None:
+    """Compare mirrors with their sources. Exit code 1 if anything differs."""
+    session = context.ensure_object(Session)
+    reports = {
+        sink.name: pair.verify_pair(session.config.sources[sink.source], sink, session.barrier(sink))
+        for sink in session.sinks(sink)
+    }
+    equal = all(report.equal for report in reports.values())
+    if as_json:
+        _print_json(msgspec.json.encode({"equal": equal, "sinks": reports}))
+    else:
+        for name, report in reports.items():
+            out.print(f"[bold]{name}[/bold]", verify.render(report), sep="\n")
+    _exit_unless(equal)
+
+
+@app.command()
+def cutover(
+    context: typer.Context,
+    sink: OneSink,
+    *,
+    timeout: Annotated[float, typer.Option(help="Seconds that the mirror may take to catch up.")] = 300.0,
+) -> None:
+    """Prove that a mirror has everything, and make it ready to be written to. Stop your applications first."""
+    session = context.ensure_object(Session)
+    (chosen,) = session.sinks(sink)
+    client = session.client()
+
+    def position() -> SourcePosition | None:
+        text = client.status().sinks[chosen.name].position
+        return None if text is None else parse_position(text)
+
+    result = pair.cut_over_pair(
+        session.config.sources[chosen.source],
+        chosen,
+        session.barrier(chosen),
+        position=position,
+        timeout_seconds=timeout,
+        progress=lambda line: print(line, file=sys.stderr),
+    )
+    out.print(verify.render(result.report), *result.lines(), sep="\n", markup=False)
+    _exit_unless(result.ready)
+
+
+@app.command()
+def pause(context: typer.Context, name: Name) -> None:
+    """Pause a source or a sink until `cdc resume`, also over restarts."""
+    context.ensure_object(Session).client().pause(name)
+    print(f"{name} is paused")
+
+
+@app.command()
+def resume(context: typer.Context, name: Name) -> None:
+    """Let a paused source or sink go on."""
+    context.ensure_object(Session).client().resume(name)
+    print(f"{name} goes on")
+
+
+@app.command()
+def drop(
+    context: typer.Context,
+    name: Name,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """End the replication of a source or into a sink. The rows in the target stay."""
+    session = context.ensure_object(Session)
+    if name in session.config.sources:
+        source = session.config.sources[name]
+        what = f"slot {source.slot}, publication {source.publication} and the queue of source {name}"
+    else:
+        (sink,) = session.sinks(name)
+        what = f"the position of sink {name}, in the target and in the queue of source {sink.source}"
+    with session.lock():
+        if not yes:
+            typer.confirm(f"Drop {what}?", abort=True, err=True)
+        if name in session.config.sources:
+            _drop_source(session, session.config.sources[name])
+        else:
+            _drop_sink(session.config, session.config.sinks[name])
+    print(f"dropped: {what}")
+
+
+def _drop_source(session: Session, source: SourceConfig) -> None:
+    pair.drop_source(source)
+    path = daemon.queue_path(session.data_dir, source.name)
+    for suffix in ("-wal", "-shm", ""):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _drop_sink(config: Config, sink: SinkConfig) -> None:
+    pair.drop_sink(sink)
+    with closing(daemon.open_queue(config, sink.source)) as queue:
+        queue.retain(other.name for other in config.sinks_of(sink.source) if other.name != sink.name)
+        for fact in (filled_fact(sink.name), paused_fact(sink.name)):
+            queue.set(fact, None)
+
+
+def _print_json(data: bytes) -> None:
+    print(data.decode())
+
+
+def _exit_unless(fine: bool) -> None:
+    if not fine:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

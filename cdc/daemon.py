@@ -47,10 +47,11 @@ ADDRESS_FILE: Final = "http"
 class Parts:
     """What only the command line can build: `cdc` knows neither sinks nor databases.
 
+    source: also given the queue, for small facts that have to survive a restart.
     copier: blocks until every table of the sink is copied or `stop` is set, and retries what is transient.
     """
 
-    source: Callable[[SourceConfig], Source]
+    source: Callable[[SourceConfig, Queue], Source]
     sink: Callable[[SinkConfig], Sink]
     copier: Callable[[SinkConfig, Sink, Queue, DeliveryStats, threading.Event], None]
 
@@ -68,6 +69,21 @@ def run(config: Config, parts: Parts) -> bool:
 def queue_path(data_dir: Path, source: str) -> Path:
     """The queue file of a source."""
     return data_dir / f"{source}.queue"
+
+
+def open_queue(config: Config, source: str) -> Queue:
+    """Open a source's queue, which keeps changes for the configured sinks and no others."""
+    queue = Queue(
+        queue_path(Path(config.daemon.data_dir), source),
+        max_bytes=config.queue.max_bytes,
+        min_free_bytes=config.queue.min_free_bytes,
+        keep_seconds=config.queue.keep_seconds,
+    )
+    sinks = [sink.name for sink in config.sinks_of(source)]
+    queue.retain(sinks)
+    for sink in sinks:
+        queue.register(sink)
+    return queue
 
 
 class Daemon:
@@ -144,24 +160,10 @@ class Daemon:
     def _assemble(self) -> None:
         for name, source in self._sources.items():
             with contained(source.stats):
-                source.assemble(self._open_queue(name), partial(self._capture, name))
+                source.assemble(open_queue(self._config, name), partial(self._capture, name))
         for name, sink in self._sinks.items():
             with contained(sink.stats):
                 sink.assemble(self._queue_for(name), partial(self._deliver, name))
-
-    def _open_queue(self, source: str) -> Queue:
-        options = self._config.queue
-        queue = Queue(
-            queue_path(self._directory, source),
-            max_bytes=options.max_bytes,
-            min_free_bytes=options.min_free_bytes,
-            keep_seconds=options.keep_seconds,
-        )
-        sinks = [sink.name for sink in self._config.sinks_of(source)]
-        queue.retain(sinks)
-        for sink in sinks:
-            queue.register(sink)
-        return queue
 
     def _queue_for(self, sink: str) -> Queue:
         source = self._config.sinks[sink].source
@@ -171,7 +173,7 @@ class Daemon:
         return queue
 
     def _capture(self, name: str, queue: Queue) -> Capture:
-        source = self._parts.source(self._config.sources[name])
+        source = self._parts.source(self._config.sources[name], queue)
         return Capture(source, queue, self._sources[name].stats, applied=partial(self._slowest_sink, name))
 
     def _deliver(self, name: str, queue: Queue) -> CopyThenDeliver:

@@ -7,7 +7,7 @@ whole); `snapshot` reads them into frozen structs. What is shown anywhere is com
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -104,6 +104,7 @@ class DeliveryStats:
     position, seq: where the target stands, in the source's terms and in the queue's.
     last_commit_time: when the last applied transaction was committed, by the source's clock.
     caught_up_at: when everything that was captured was applied, last.
+    copy: tells how far the initial copy is, once one has begun.
     """
 
     name: str
@@ -123,7 +124,7 @@ class DeliveryStats:
     retries: int = 0
     parked: int = 0
     dead: int = 0
-    copy: CopyStatus | None = None
+    copy: Callable[[], CopyStatus] | None = None
 
 
 class SlotStatus(msgspec.Struct, frozen=True):
@@ -224,7 +225,8 @@ def snapshot(
     sink_status = {
         stats.name: _sink(stats, captures[stats.source], source_status[stats.source], now) for stats in sinks
     }
-    problems = (*_source_problems(source_status), *_sink_problems(sink_status))
+    stopped = ("daemon is not running",) if started_at is None else ()
+    problems = (*stopped, *_source_problems(source_status), *_sink_problems(sink_status))
     return DaemonStatus(
         version=version,
         started_at=started_at,
@@ -310,7 +312,7 @@ def _sink(stats: DeliveryStats, capture: CaptureStats, source: SourceStatus, now
         retries=stats.retries,
         parked=stats.parked,
         dead=stats.dead,
-        copy=stats.copy,
+        copy=stats.copy() if stats.copy else None,
     )
 
 

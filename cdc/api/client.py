@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from http.client import HTTPConnection, HTTPException
 from typing import Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
@@ -22,8 +22,8 @@ class DaemonUnreachable(CdcError):
 class Client:
     """Talks to one daemon; every call is one short connection."""
 
-    def __init__(self, host: str, port: int, token: Token | None = None) -> None:
-        self._address = (host, port)
+    def __init__(self, url: str, token: Token | None = None) -> None:
+        self.url = url
         self._headers = {"Authorization": f"Bearer {token.reveal()}"} if token is not None else {}
 
     def status(self) -> DaemonStatus:
@@ -32,7 +32,7 @@ class Client:
         try:
             return from_json(data)
         except msgspec.DecodeError as exc:
-            raise DaemonUnreachable(f"{self._where}: does not answer as a cdc daemon") from exc
+            raise DaemonUnreachable(f"{self.url}: does not answer as a cdc daemon") from exc
 
     def pause(self, name: str) -> None:
         """Pause a source or a sink."""
@@ -42,18 +42,14 @@ class Client:
         """Let it go on."""
         self._request("POST", f"/resume/{quote(name, safe='')}")
 
-    @property
-    def _where(self) -> str:
-        return f"http://{self._address[0]}:{self._address[1]}"
-
     def _request(self, method: str, path: str) -> bytes:
-        connection = HTTPConnection(*self._address, timeout=TIMEOUT_SECONDS)
+        connection = HTTPConnection(urlsplit(self.url).netloc, timeout=TIMEOUT_SECONDS)
         try:
             connection.request(method, path, headers=self._headers)
             response = connection.getresponse()
             data = response.read()
         except (OSError, HTTPException) as exc:
-            raise DaemonUnreachable(f"{self._where}: {exc}", hint="is the daemon running?") from exc
+            raise DaemonUnreachable(f"{self.url}: {exc}", hint="is the daemon running?") from exc
         finally:
             connection.close()
         if response.status != 200:

@@ -66,7 +66,7 @@ class World:
     def parts(self) -> Parts:
         return Parts(self.build_source, self.build_sink, self.copy)
 
-    def build_source(self, config: SourceConfig) -> MemorySource:
+    def build_source(self, config: SourceConfig, queue: Queue) -> MemorySource:
         return self.sources[config.name]
 
     def build_sink(self, config: SinkConfig) -> MemorySink:
@@ -100,9 +100,7 @@ class World:
         assert results == [True]
 
     def client(self) -> Client:
-        address = (self.data_dir / ADDRESS_FILE).read_text().removeprefix("http://")
-        host, _, port = address.rpartition(":")
-        return Client(host, int(port))
+        return Client((self.data_dir / ADDRESS_FILE).read_text())
 
 
 @pytest.fixture
@@ -188,7 +186,7 @@ def test_f114_damaged_queue_stops_only_its_own_pipelines(world: World) -> None:
 
 
 def test_f114_part_that_cannot_be_built_stops_only_itself(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(config: SourceConfig) -> MemorySource:
+    def refuse(config: SourceConfig, queue: Queue) -> MemorySource:
         if config.name == "shop":
             raise FatalError("no such kind of database")
         return world.sources[config.name]

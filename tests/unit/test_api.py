@@ -112,7 +112,7 @@ def test_status_is_the_snapshot(client: TestClient, backend: FakeBackend) -> Non
 def test_metrics_say_what_status_says(client: TestClient, backend: FakeBackend) -> None:
     backend.capture.changes["insert"] = 5
     backend.delivery.changes["delete"] = 2
-    backend.delivery.copy = CopyStatus(1, 3, 10, 30, 100, 300)
+    backend.delivery.copy = lambda: CopyStatus(1, 3, 10, 30, 100, 300)
     APPLY_SECONDS.labels("mirror").observe(0.02)
     found = metrics_of(client)
     assert found["cdc_captured_changes_total", "insert", "shop"] == 5

@@ -141,7 +141,7 @@ def test_ready_once_all_sources_are_connected(state: State, ready: bool) -> None
 def test_json_and_back() -> None:
     copy = CopyStatus(1, 2, 10, 20, 100, 200, seconds_left=1.5)
     capture = running(slot=SlotStats("s", True, "reserved", 5, None, 17, 18), insert_only=("public.log",))
-    status = take(capture, delivering(copy=copy))
+    status = take(capture, delivering(copy=lambda: copy))
     assert from_json(to_json(status)) == status
 
 

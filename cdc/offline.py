@@ -1,0 +1,56 @@
+"""The status as the data directory tells it, for when no daemon is there to ask. Changes nothing on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cdc import __version__
+from cdc.config import Config
+from cdc.daemon import queue_path
+from cdc.errors import CdcError
+from cdc.pipeline import paused_fact
+from cdc.queue import QueueOnDisk, read_status
+from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, State, snapshot
+
+
+def offline_status(config: Config) -> DaemonStatus:
+    """What the queues' files say: positions, sizes, pauses. Lag is not known."""
+    captures: list[tuple[CaptureStats, QueueOnDisk | None]] = []
+    deliveries: list[DeliveryStats] = []
+    for source in config.sources:
+        capture = CaptureStats(source, State.STOPPED)
+        queue = _read(config, capture)
+        captures.append((capture, queue))
+        deliveries += [_delivery(sink.name, source, queue) for sink in config.sinks_of(source)]
+    return snapshot(
+        version=__version__,
+        started_at=None,
+        sources=[(stats, queue.stats if queue else None) for stats, queue in captures],
+        sinks=deliveries,
+    )
+
+
+def _read(config: Config, stats: CaptureStats) -> QueueOnDisk | None:
+    path = queue_path(Path(config.daemon.data_dir), stats.name)
+    if not path.exists():
+        return None
+    try:
+        queue = read_status(path, max_bytes=config.queue.max_bytes, min_free_bytes=config.queue.min_free_bytes)
+    except CdcError as exc:
+        stats.state, stats.error, stats.hint = State.FAILED, str(exc), exc.hint
+        return None
+    stats.received = stats.confirmed = queue.position
+    stats.state = _state(queue, stats.name)
+    return queue
+
+
+def _delivery(name: str, source: str, queue: QueueOnDisk | None) -> DeliveryStats:
+    stats = DeliveryStats(name, source, State.STOPPED)
+    if queue is not None:
+        stats.seq, stats.position = queue.cursors.get(name, (0, None))
+        stats.state = _state(queue, name)
+    return stats
+
+
+def _state(queue: QueueOnDisk, name: str) -> State:
+    return State.PAUSED if paused_fact(name) in queue.facts else State.STOPPED

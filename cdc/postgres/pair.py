@@ -1,0 +1,98 @@
+"""What the command line does with a PostgreSQL source and its PostgreSQL mirror: verify, cut over, drop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from typing import Final
+
+from cdc.barrier import Barrier
+from cdc.config import SinkConfig, SourceConfig
+from cdc.cutover import CutoverResult, cutover
+from cdc.position import SourcePosition
+from cdc.postgres.connection import connect, translated_errors
+from cdc.postgres.cutover import PostgresHandover
+from cdc.postgres.digest import Comparison, plan_comparison
+from cdc.postgres.preflight_server import reveal
+from cdc.postgres.publication import captured_tables, drop_publications, existing_publications
+from cdc.postgres.schema import read_tables
+from cdc.postgres.slot import drop_slot
+from cdc.postgres.target import CopyTarget
+from cdc.verify import VerifyReport, verify_at_barrier
+
+
+def verify_pair(source: SourceConfig, sink: SinkConfig, barrier: Barrier) -> VerifyReport:
+    """Compare all captured tables; exact where the barrier is."""
+    comparison = _comparison(source, sink)
+    return verify_at_barrier(
+        partial(comparison.source_view, reveal(source.url)),
+        partial(comparison.target_view, reveal(sink.url)),
+        barrier,
+        comparison.tables,
+        workers=sink.copy.workers,
+    )
+
+
+def cut_over_pair(
+    source: SourceConfig,
+    sink: SinkConfig,
+    barrier: Barrier,
+    *,
+    position: Callable[[], SourcePosition | None],
+    timeout_seconds: float,
+    progress: Callable[[str], None],
+) -> CutoverResult:
+    """Make the mirror the database to write to. position: reads where it stands."""
+    handover = PostgresHandover(
+        reveal(source.url),
+        reveal(sink.url),
+        publications=_publications(source),
+        sink=sink,
+        tables=_comparison(source, sink).tables,
+        position=position,
+    )
+    with closing(handover):
+        return cutover(
+            handover, partial(verify_pair, source, sink, barrier), timeout_seconds=timeout_seconds, progress=progress
+        )
+
+
+def stored_position(sink: SinkConfig) -> SourcePosition | None:
+    """Where the mirror itself says that it stands; `None` if it was never filled."""
+    position = CopyTarget(sink).stored_position()
+    return None if position is None else position.source
+
+
+def drop_source(source: SourceConfig) -> None:
+    """Drop slot and publications. The server keeps no more WAL for this source."""
+    with connect(reveal(source.url)) as connection:
+        drop_slot(connection, source.slot)
+        drop_publications(connection, source)
+
+
+def drop_sink(sink: SinkConfig) -> None:
+    """Forget in the target that it is our mirror; its tables and their rows stay."""
+    with connect(reveal(sink.url)) as connection, translated_errors(), connection.transaction():
+        for table, forget in _BOOKKEEPING.items():
+            ((there,),) = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table]).fetchall()
+            if there:
+                connection.execute(forget, [sink.name])
+
+
+def _publications(source: SourceConfig) -> tuple[str, ...]:
+    with connect(reveal(source.url)) as connection:
+        return existing_publications(connection, source)
+
+
+def _comparison(source: SourceConfig, sink: SinkConfig) -> Comparison:
+    with connect(reveal(source.url)) as left, connect(reveal(sink.url)) as right:
+        tables = [table.name for table in captured_tables(source, read_tables(left))]
+        return plan_comparison(left, right, sink, tables)
+
+
+_BOOKKEEPING: Final = {
+    "cdc.positions": "DELETE FROM cdc.positions WHERE sink = %s",
+    "cdc.tables": "DELETE FROM cdc.tables WHERE sink = %s",
+    "cdc.post_data": "DELETE FROM cdc.post_data WHERE sink = %s",
+}
