@@ -48,11 +48,11 @@ class PostgresSink(CopyTarget):
             connection.execute("SET synchronous_commit = on")
             self.silence_triggers(connection)
             tables = read_tables(connection)
-        position = self.stored_position()
-        self._position = as_lsn(position.source) if position else None
-        self._copied_at = {table: as_lsn(copied_at) for table, copied_at in self.copied().items()}
-        copied = {name for table in self._copied_at if (name := self.config.target_name(table)) in tables}
-        self._applier = Applier(connection, self.config, {name: tables[name] for name in copied}, self._reread)
+            position = self.stored_position()
+            self._position = as_lsn(position.source) if position else None
+            self._copied_at = {table: as_lsn(copied_at) for table, copied_at in self.copied().items()}
+            copied = {name for table in self._copied_at if (name := self.config.target_name(table)) in tables}
+            self._applier = Applier(connection, self.config, {name: tables[name] for name in copied}, self._reread)
         return position
 
     def apply(self, batches: Sequence[Batch], position: Position) -> Applied:

@@ -22,13 +22,16 @@ NAP_SECONDS: Final = 0.01
 """The walsender writes one small packet a message: woken for each, reader and walsender both waste a core."""
 
 STATUS_SECONDS: Final = 10.0
-"""Unsolicited status updates, also while nothing is read: wal_sender_timeout is usually 60 s."""
+"""Unsolicited status updates, also while nothing is read; more often where wal_sender_timeout is short."""
 
 STATUS_SECONDS_MOVING: Final = 1.0
 """The same while there is something new to confirm."""
 
+DRAIN_SECONDS: Final = 0.25
+"""A drain takes no longer, or a slow one would delay the answer to a keepalive."""
+
 SILENCE_SECONDS: Final = 60.0
-"""The server sends keepalives at least every wal_sender_timeout / 2; half of this without any and it is asked."""
+"""Half of this without a word, and the server is asked for a keepalive."""
 
 _XLOG_DATA, _KEEPALIVE = b"wk"
 _HEADER_BYTES: Final = 25
@@ -45,7 +48,14 @@ class ReplicationStream:
     """
 
     def __init__(
-        self, connection: Connection, *, slot: str, start: Lsn, publications: Sequence[str], server_version: int
+        self,
+        connection: Connection,
+        *,
+        slot: str,
+        start: Lsn,
+        publications: Sequence[str],
+        server_version: int,
+        sender_timeout_seconds: float,
     ) -> None:
         self.received = start
         self.idle_end = start
@@ -54,6 +64,8 @@ class ReplicationStream:
         self._poll = select.poll()
         self._poll.register(self._pgconn.socket, select.POLLIN)
         self._behind = False
+        # the server drops a reader that is silent for longer than its timeout (0: never)
+        self._status_seconds = min(STATUS_SECONDS, sender_timeout_seconds / 4 or STATUS_SECONDS)
         self._heard_at = time.monotonic()
         self._status_at = 0.0
         self._last_status: tuple[int, int, int] = (0, 0, 0)
@@ -68,8 +80,9 @@ class ReplicationStream:
             time.sleep(NAP_SECONDS)
         size = 0
         wait_seconds = timeout_seconds
+        deadline = time.monotonic() + timeout_seconds + DRAIN_SECONDS
         with translated_errors():
-            while size < max_bytes:
+            while size < max_bytes and time.monotonic() < deadline:
                 length, data = self._pgconn.get_copy_data(1)
                 if length > 0:
                     size += self._take(bytes(data), feed)  # slicing the memoryview would cost three times as much
@@ -93,7 +106,8 @@ class ReplicationStream:
         """Report three true LSNs, if the server asked, the position moved or it is time."""
         status = (max(self.received, flushed), flushed, min(applied, flushed))
         now = time.monotonic()
-        wait = STATUS_SECONDS if status == self._last_status else STATUS_SECONDS_MOVING
+        moving = status != self._last_status
+        wait = min(STATUS_SECONDS_MOVING, self._status_seconds) if moving else self._status_seconds
         if not self.reply_wanted and now - self._status_at < wait:
             return
         self._put_status(status, ask=False)

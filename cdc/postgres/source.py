@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, Protocol
 
+import msgspec
 import psycopg
 import structlog
 
@@ -16,8 +17,9 @@ from cdc.errors import FatalError, TransientError
 from cdc.position import Lsn, SourcePosition, as_lsn
 from cdc.postgres.assembly import HEARTBEAT_PREFIX, PART_BYTES, Assembler
 from cdc.postgres.connection import Connection, connect, translated_errors
-from cdc.postgres.dump import SchemaDump, SequenceState, dump_schema, read_sequences
+from cdc.postgres.dump import SchemaDump, dump_schema
 from cdc.postgres.publication import (
+    Publication,
     captured_tables,
     check_publications,
     create_publications,
@@ -28,6 +30,7 @@ from cdc.postgres.publication import (
 from cdc.postgres.replication import ReplicationStream
 from cdc.postgres.reread import reread
 from cdc.postgres.schema import SchemaTable, read_tables
+from cdc.postgres.sequences import SequenceValue, read_sequences
 from cdc.postgres.slot import (
     check_cluster,
     check_slot,
@@ -85,6 +88,7 @@ class PostgresSource:
         self._server_end = Lsn(0)
         self._slot = SlotStats(source.slot)
         self._insert_only: tuple[str, ...] = ()
+        self._captured: frozenset[TableName] | None = None  # since the start
 
     def open(self, position: SourcePosition | None) -> SourcePosition:
         """Connect, check that nothing is missing since `position`, and stream."""
@@ -107,6 +111,7 @@ class PostgresSource:
             start=Lsn(self._assembler.position),
             publications=publications,
             server_version=control.info.server_version,
+            sender_timeout_seconds=_sender_timeout_seconds(control),
         )
         self._observe_server()
         return start
@@ -158,7 +163,7 @@ class PostgresSource:
         """Describe the captured tables and what they need, by pg_dump."""
         return dump_schema(self._url, self.tables(), pg_dump=self._source.pg_dump)
 
-    def sequences(self) -> tuple[SequenceState, ...]:
+    def sequences(self) -> list[SequenceValue]:
         """Where the source's sequences stand now."""
         with connect(self._url) as connection:
             return read_sequences(connection, self.tables())
@@ -193,6 +198,7 @@ class PostgresSource:
             self._facts.set("timeline", str(identity.timeline))
 
     def _publications(self, control: Connection, *, create: bool) -> tuple[str, ...]:
+        """Create what is missing (on a first start only), check that all tables are covered, and name them."""
         tables = read_tables(control)
         wanted = desired_publications(self._config, self._source, tables)
         if not wanted:
@@ -203,7 +209,10 @@ class PostgresSource:
         if create:
             for name in create_publications(control, wanted):
                 log.info("publication created", source=self.name, publication=name)
-        require(check_publications(control, wanted))
+        if self._captured is None:
+            self._captured = frozenset(table.name for table in captured_tables(self._source, tables))
+        # a table that was made since the start waits for the next one: a reconnect must not fail because of it
+        require(check_publications(control, [_only(publication, self._captured) for publication in wanted]))
         self._insert_only = tuple(
             str(table.name)
             for table in captured_tables(self._source, tables)
@@ -285,6 +294,17 @@ class PostgresSource:
     def _schema(self) -> dict[TableName, SchemaTable]:
         with connect(self._url) as connection:
             return {table.name: table for table in captured_tables(self._source, read_tables(connection))}
+
+
+def _only(publication: Publication, tables: Collection[TableName]) -> Publication:
+    chosen = tuple(published for published in publication.tables if published.name in tables)
+    return msgspec.structs.replace(publication, tables=chosen)
+
+
+def _sender_timeout_seconds(control: Connection) -> float:
+    with translated_errors():
+        row = control.execute("SELECT setting::int FROM pg_settings WHERE name = 'wal_sender_timeout'").fetchone()
+    return row[0] / 1000 if row else 0.0
 
 
 _HEARTBEAT: Final = "SELECT pg_logical_emit_message(true, %s, '')"
