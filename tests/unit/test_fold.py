@@ -1,0 +1,135 @@
+"""Folding has the same effect as applying one by one, or refuses."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdc.change import DELETE, INSERT, UNCHANGED, UPDATE, Change, Row
+from cdc.postgres.fold import Appends, Fold, FoldError, changed_columns, copy_text
+
+
+def inserted(key: bytes, value: bytes) -> Change:
+    return Change(INSERT, 0, None, None, (key, value, b"toast " + value))
+
+
+def updated(key: bytes, value: bytes) -> Change:
+    return Change(UPDATE, 0, None, None, (key, value, UNCHANGED))
+
+
+def deleted(key: bytes) -> Change:
+    return Change(DELETE, 0, (key, UNCHANGED, UNCHANGED), None, None)
+
+
+def merged(after: Row, before: Row) -> Row:
+    return tuple(old if new is UNCHANGED else new for new, old in zip(after, before, strict=True))
+
+
+def apply_one_by_one(table: dict[object, Row], changes: list[Change]) -> None:
+    for change in changes:
+        if change.operation == DELETE:
+            assert change.key is not None
+            del table[change.key[0]]
+        else:
+            assert change.after is not None
+            key = change.after[0]
+            assert (key in table) == (change.operation == UPDATE)
+            table[key] = merged(change.after, table[key]) if key in table else change.after
+
+
+def apply_folded(table: dict[object, Row], fold: Fold) -> None:
+    for key in fold.deletes:
+        del table[key]
+    for key, row in fold.updates.items():
+        table[key] = merged(row, table[key])
+    for key, row in fold.inserts.items():
+        assert key not in table
+        assert UNCHANGED not in row
+        table[key] = row
+
+
+@given(st.lists(st.tuples(st.sampled_from([INSERT, UPDATE, DELETE]), st.sampled_from([b"1", b"2", b"3"]))), st.data())
+def test_folding_equals_applying_one_by_one(wishes: list[tuple[int, bytes]], data: st.DataObject) -> None:
+    start: dict[object, Row] = {b"1": (b"1", b"old", b"toast"), b"2": (b"2", b"old", b"toast")}
+    model = dict(start)
+    changes: list[Change] = []
+    for number, (operation, key) in enumerate(wishes):
+        if (key in model) == (operation == INSERT):
+            continue  # the source would have refused it
+        value = str(number).encode()
+        change = {INSERT: inserted(key, value), UPDATE: updated(key, value), DELETE: deleted(key)}[operation]
+        apply_one_by_one(model, [change])
+        changes.append(change)
+    folded = dict(start)
+    fold = Fold(lambda row: row[0])
+    for change in changes:
+        assert fold.add(change)
+    apply_folded(folded, fold)
+    assert folded == model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [inserted(b"1", b"a"), inserted(b"1", b"b")],
+        [updated(b"1", b"a"), inserted(b"1", b"b")],
+        [deleted(b"1"), updated(b"1", b"b")],
+        [deleted(b"1"), deleted(b"1")],
+    ],
+)
+def test_changes_that_do_not_follow_from_each_other_are_refused(changes: list[Change]) -> None:
+    fold = Fold(lambda row: row[0])
+    with pytest.raises(FoldError):
+        [fold.add(change) for change in changes]
+
+
+def test_f23_a_moved_key_is_not_folded() -> None:
+    fold = Fold(lambda row: row[0])
+    assert not fold.add(Change(UPDATE, 0, (b"1", UNCHANGED), None, (b"2", b"x")))
+    assert not fold.add(Change(UPDATE, 0, None, (b"1", b"x"), (b"2", b"x")))
+    assert fold.add(Change(UPDATE, 0, None, (b"2", b"x"), (b"2", b"y")))
+    assert fold.count == 1
+
+
+def test_rows_without_a_key_are_only_appended() -> None:
+    appends = Appends()
+    assert appends.add(inserted(b"1", b"a"))
+    assert not appends.add(deleted(b"1"))
+    assert list(appends.inserted()) == [(b"1", b"a", b"toast a")]
+
+
+def test_columns_that_travelled() -> None:
+    assert changed_columns((b"1", None)) is None
+    assert changed_columns((b"1", UNCHANGED, b"2")) == (0, 2)
+
+
+def read_copy_text(text: bytes) -> list[Row]:
+    """COPY's text format, by the manual."""
+    escapes = {b"\\\\": b"\\", b"\\t": b"\t", b"\\n": b"\n", b"\\r": b"\r"}
+    assert text.endswith(b"\n")
+    assert b"\r" not in text
+
+    def value(field: bytes) -> bytes | None:
+        if field == b"\\N":
+            return None
+        result, at = b"", 0
+        while at < len(field):
+            step = 2 if field[at : at + 1] == b"\\" else 1
+            result += escapes.get(field[at : at + step], field[at : at + step])
+            at += step
+        return result
+
+    return [tuple(map(value, line.split(b"\t"))) for line in text[:-1].split(b"\n")]
+
+
+values = st.one_of(st.none(), st.binary(max_size=5), st.sampled_from([b"\\N", b"\\.", b"\\", b"\t", b"\n", b"\r", b""]))
+
+
+@given(st.integers(1, 3).flatmap(lambda width: st.lists(st.tuples(*[values] * width), min_size=1, max_size=6)))
+def test_copy_text_reads_back(rows: list[Row]) -> None:
+    assert read_copy_text(copy_text(rows)) == rows
+
+
+def test_copy_text_of_nothing() -> None:
+    assert copy_text([]) == b""
