@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from cdc.change import TableName
 from cdc.position import Position, SourcePosition, format_position
 from cdc.sink import Loader, Mirror
-from cdc.source import Chunk, Snapshot, SnapshotReader, Source
+from cdc.source import Chunk, Estimate, Snapshot, SnapshotReader, Source
 from cdc.status import CopyStatus
 
 log = structlog.get_logger()
@@ -196,15 +196,17 @@ class Copy:
         """What `run` would do. Changes nothing."""
         copied, estimates = self._copied(), self._source.estimates()
         return [
-            PlannedTable(table, estimates[table].rows, estimates[table].size, copied.get(table))
+            PlannedTable(table, estimate.rows, estimate.size, copied.get(table))
             for table in self._tables
+            for estimate in [estimates.get(table, Estimate(0, 0))]
         ]
 
     def run(self, stop: threading.Event | None = None) -> CopyResult:
         """Copy what is not copied yet, build keys and set sequences; build the rest if the mirror is consistent then.
 
-        Ends within a block once `stop` is set. Raises `TransientError` where another run may succeed (the snapshot is
-        lost, a connection is): it goes on with the tables that are not complete.
+        Does not touch the source if nothing is left to copy. Ends within a block once `stop` is set. Raises
+        `TransientError` where another run may succeed (the snapshot is lost, a connection is): it goes on with the
+        tables that are not complete.
         """
         stop = stop or threading.Event()
         started, rows_before = time.monotonic(), self.progress.snapshot().rows
@@ -216,13 +218,18 @@ class Copy:
             with closing(self._source.snapshot()) as snapshot:
                 self._copy_tables(snapshot, missing, stop)
         copied = self._copied()
+        done = tuple(table for table in missing if table in copied)
         complete = len(copied) == len(self._tables)
+        if complete:
+            self._mirror.build_keys()
+        if done:
+            self._mirror.set_sequences(self._source.sequences())
         return CopyResult(
-            copied=tuple(table for table in missing if table in copied),
+            copied=done,
             rows=self.progress.snapshot().rows - rows_before,
             seconds=time.monotonic() - started,
             complete=complete,
-            finished=complete and self._finish(set(copied.values())),
+            finished=complete and self._finish(set(copied.values()) or {self._start.source}),
         )
 
     def _copied(self) -> dict[TableName, SourcePosition]:
@@ -231,9 +238,7 @@ class Copy:
 
     def _finish(self, positions: set[SourcePosition]) -> bool:
         """Tables of different snapshots are not consistent with each other until the stream has passed the latest."""
-        self._mirror.build_keys()
-        self._mirror.set_sequences(self._source.sequences())
-        (position, *others) = positions or {self._start.source}
+        position, *others = positions
         return not others and self._mirror.finish_copy(position)
 
     def _copy_tables(self, snapshot: Snapshot, tables: Iterable[TableName], stop: threading.Event) -> None:

@@ -17,13 +17,14 @@ from typing import Final, NamedTuple
 
 import msgspec
 import structlog
-from psycopg import pq, sql
+from psycopg import pq
 from psycopg.conninfo import make_conninfo
 
 from cdc.change import TableName
 from cdc.errors import FatalError, TransientError
 from cdc.postgres.connection import Connection, connect, translated_errors
 from cdc.postgres.schema import SchemaTable, read_tables
+from cdc.postgres.sequences import read_sequences
 
 log = structlog.get_logger()
 
@@ -47,6 +48,8 @@ _DUMP_OPTIONS: Final = (
 )
 
 _RESTORE_OPTIONS: Final = ("--no-owner", "--no-privileges", "--no-tablespaces", "--no-security-labels", "--verbose")
+
+_ENGLISH: Final = {"LC_ALL": "C"}
 
 _WAITING_HELPS: Final = re.compile(r"connection to server|lock timeout|too many clients|terminating connection")
 
@@ -73,12 +76,14 @@ class PostDataEntry(msgspec.Struct, frozen=True):
 class SchemaDump(msgspec.Struct, frozen=True):
     """The captured tables, and the SQL that makes them somewhere else, with the source's names.
 
+    sequences: those that no column owns.
     database: the options of a CREATE DATABASE with the same encoding and collation.
     pre_data: one script; assumes `search_path = ''`, UTF8 and `check_function_bodies = off`.
     post_data: in an order in which each finds what it depends on.
     """
 
     tables: tuple[SchemaTable, ...]
+    sequences: tuple[TableName, ...]
     database: str
     pre_data: str
     post_data: tuple[PostDataEntry, ...]
@@ -101,16 +106,6 @@ class Belonging(NamedTuple):
     key_kind: str | None
 
 
-class SequenceState(msgspec.Struct, frozen=True):
-    """A sequence of the source. `owner` and `column` are given where it belongs to a column."""
-
-    name: TableName
-    owner: TableName | None
-    column: str | None
-    last_value: int
-    is_called: bool
-
-
 def dump_schema(url: str, tables: Collection[TableName], *, pg_dump: str) -> SchemaDump:
     """Describe `tables` and all that they need. Raises `FatalError` where pg_dump is missing, too old or refused."""
     with connect(url, application_name="cdc-schema") as connection:
@@ -131,26 +126,12 @@ def pg_dump_version(path: str | Path) -> tuple[int, int]:
         ) from exc
     except subprocess.CalledProcessError as exc:
         raise FatalError(
-            f"{path} --version failed: {_last_line(exc.stderr)}", hint="set pg_dump to another one"
+            f"{path} --version failed: {_complaint(exc.stderr)}", hint="set pg_dump to another one"
         ) from exc
     found = re.search(r"\) (\d+)(?:\.(\d+))?", output)
     if found is None:
         raise FatalError(f"{path} is no pg_dump: it says {output.strip()[:80]!r}", hint="set pg_dump for the source")
     return int(found[1]), int(found[2] or 0)
-
-
-def read_sequences(connection: Connection, tables: Collection[TableName]) -> tuple[SequenceState, ...]:
-    """Where the sequences stand now; those that belong to a table which is not captured are left out."""
-    with translated_errors():
-        found = connection.execute(_SEQUENCES).fetchall()
-        states = []
-        for schema, name, owner_schema, owner_name, column in found:
-            owner = TableName(owner_schema, owner_name) if owner_name is not None else None
-            if owner is None or owner in tables:
-                query = sql.SQL("SELECT last_value, is_called FROM {}").format(sql.Identifier(schema, name))
-                ((last_value, is_called),) = connection.execute(query).fetchall()
-                states.append(SequenceState(TableName(schema, name), owner, column, last_value, is_called))
-    return tuple(states)
 
 
 def parse_toc(listing: str) -> list[TocEntry]:
@@ -212,7 +193,7 @@ class Archive:
                 f"{self._pg_restore} is missing", hint="it belongs to the same package as pg_dump"
             ) from exc
         except subprocess.CalledProcessError as exc:
-            raise FatalError(f"pg_restore failed: {_last_line(exc.stderr)}") from exc
+            raise FatalError(f"pg_restore failed: {_complaint(exc.stderr)}") from exc
 
 
 def split_script(script: str, entries: Iterable[TocEntry]) -> Iterator[tuple[TocEntry, str]]:
@@ -246,10 +227,10 @@ def _find_pg_dump(configured: str, server_major: int) -> Path:
 def _run_pg_dump(program: Path, url: str, output: Path) -> None:
     conninfo, environment = _without_secrets(url)
     command = [str(program), *_DUMP_OPTIONS, f"--file={output}", f"--dbname={conninfo}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment | _ENGLISH)  # noqa: S603
     if done.returncode == 0:
         return
-    message = f"pg_dump failed: {_last_line(done.stderr)}"
+    message = f"pg_dump failed: {_complaint(done.stderr)}"
     if _WAITING_HELPS.search(done.stderr):
         raise TransientError(message)
     raise FatalError(message, hint="it needs SELECT on the tables of the database: pg_read_all_data has it")
@@ -287,6 +268,7 @@ def _read_archive(connection: Connection, archive: Archive, names: Collection[Ta
     pre = [entry for entry in selected if entry.dump_id not in post_ids]
     return SchemaDump(
         tables=tuple(captured.values()),
+        sequences=tuple(value.name for value in read_sequences(connection, names) if value.owner is None),
         database=_database_options(archive.script((e for e in toc if e.catalog == 1262), "--create")),
         pre_data=_body(archive.script(pre)),
         post_data=tuple(_post_data(archive.script(post), post, toc, _belongings(connection, oids))),
@@ -361,10 +343,10 @@ def _without_psql_commands(script: str) -> str:
     return script if found is None else re.sub(rf"^\\(?:un)?restrict {found[1]}\n", "", script, flags=re.MULTILINE)
 
 
-def _last_line(text: str) -> str:
-    """What a program complained about, without its advice on how to call it."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(("pg_dump: hint", "Try "))]
-    return lines[-1] if lines else "no message"
+def _complaint(stderr: str) -> str:
+    """What a program complained about first, without details and advice."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["no message"]
+    return next((line for line in lines if "error:" in line), lines[-1])
 
 
 _TREES: Final = """
@@ -398,17 +380,3 @@ _BELONGINGS: Final = f"""{_TREES}, key AS (
 SELECT part.catalog::oid::bigint, part.oid::bigint, kept.nspname, kept.relname, part.kind
   FROM part JOIN kept ON kept.oid = part.relation
 """  # noqa: S608 - a constant
-
-_SEQUENCES: Final = """
-SELECT n.nspname, c.relname, owner_schema.nspname, owner.relname, a.attname
-  FROM pg_class c
-  JOIN pg_namespace n ON n.oid = c.relnamespace
-  LEFT JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.objsubid = 0
-                       AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0 AND d.deptype IN ('a', 'i')
-  LEFT JOIN pg_class owner ON owner.oid = d.refobjid
-  LEFT JOIN pg_namespace owner_schema ON owner_schema.oid = owner.relnamespace
-  LEFT JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
- WHERE c.relkind = 'S' AND c.relpersistence = 'p'
-   AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'cdc') AND n.nspname !~ '^pg_'
- ORDER BY 1, 2
-"""

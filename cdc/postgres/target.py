@@ -6,11 +6,10 @@ of which position, and the SQL that has to run once they are.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import psycopg
 import structlog
@@ -19,26 +18,31 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from cdc.change import TableName
 from cdc.config import SinkConfig
-from cdc.errors import CdcError, FatalError
+from cdc.errors import FatalError
 from cdc.position import Lsn, Position, SourcePosition, as_lsn, format_lsn, parse_lsn
 from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
-from cdc.postgres.dump import KEY_KINDS, PostDataEntry, SchemaDump, SequenceState
-from cdc.postgres.schema import SchemaColumn, SchemaTable, read_tables
+from cdc.postgres.dump import KEY_KINDS, PostDataEntry, SchemaDump
+from cdc.postgres.preparation import (
+    ANALYZE,
+    IDENTITY,
+    Preparation,
+    mirrored_columns,
+    rename_relations,
+    renames,
+    while_doing,
+)
+from cdc.postgres.schema import SchemaTable, read_tables
+from cdc.postgres.sequences import SequenceValue, set_sequences
 
 log = structlog.get_logger()
-
-ANALYZE: Final = "ANALYZE"
-IDENTITY: Final = "IDENTITY"
-"""Kinds of post-data besides those of the dump: planner statistics, and identity columns that become GENERATED ALWAYS
-again at cut-over. Their SQL has the target's names, all other has the source's."""
-
-_Rename = tuple[TableName, TableName]
 
 
 class _Pending(NamedTuple):
     ordinal: int
     kind: str
     name: str
+    source_schema: str | None
+    source_table: str | None
     sql: str
 
 
@@ -78,7 +82,8 @@ class CopyTarget:
             self.silence_triggers(connection)
             with translated_errors(), connection.transaction():
                 connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.prepare', 0))")
-                self._prepare_tables(connection, wanted, schema)
+                entries = Preparation(connection, self.config, self._marked(connection)).run(schema, wanted)
+                self._record_post_data(connection, entries)
                 self._record_start(connection, wanted, start)
             present = read_tables(connection)
         self._columns = {table.name: self._column_types(table, present) for table in wanted}
@@ -127,12 +132,12 @@ class CopyTarget:
             self._build(connection, "kind = %s", IDENTITY)
 
     def set_sequences(self, sequences: object) -> None:
-        """Set every sequence that the target has to where the source's stands."""
-        assert isinstance(sequences, tuple)
-        with self._session() as connection, translated_errors(), connection.transaction():
-            for state in sequences:
-                assert isinstance(state, SequenceState)
-                self._set_sequence(connection, state)
+        """Set every sequence that the target has to where the source's stands; log those that cannot be."""
+        values = cast("Iterable[SequenceValue]", sequences)
+        with self._session() as connection:
+            result = set_sequences(connection, values, self.config.target_name)
+        if result.missing or result.refused:
+            log.warning("sequences not set", sink=self.name, missing=result.missing, refused=result.refused)
 
     def silence_triggers(self, connection: Connection) -> None:
         """Keep the target's triggers, rules and foreign keys still, where this role may; warn once where not."""
@@ -156,7 +161,7 @@ class CopyTarget:
         finally:
             connection.close()
 
-    def _bookkeeping(self, query: sql.SQL | str) -> list[tuple[Any, ...]]:
+    def _bookkeeping(self, query: str) -> list[tuple[Any, ...]]:
         """Rows of this sink in a table of ours; none if it does not exist yet."""
         try:
             with self._session() as connection:
@@ -180,7 +185,7 @@ class CopyTarget:
             return
         name = _database_name(self.url)
         create = sql.SQL("CREATE DATABASE {} WITH ").format(sql.Identifier(name)) + sql.SQL(options)
-        with _while(f"creating database {name}"), self._maintenance() as connection:
+        with while_doing(f"creating database {name}"), self._maintenance() as connection:
             connection.execute(create)
         log.info("database created", sink=self.name, database=name)
 
@@ -197,122 +202,14 @@ class CopyTarget:
         except FatalError:
             return connect(make_conninfo(self.url, dbname="template1"))
 
-    def _prepare_tables(self, connection: Connection, tables: Sequence[SchemaTable], schema: SchemaDump) -> None:
-        present = read_tables(connection)
-        marked = self._marked(connection)
-        missing = [table.name for table in tables if self.config.target_name(table.name) not in present]
-        if missing and len(missing) == len(tables) and not marked:
-            self._create_tables(connection, tables, schema)
-        elif missing:
-            raise FatalError(
-                f"missing on the target: {', '.join(str(self.config.target_name(name)) for name in missing)}",
-                hint="create them there, or drop the sink's tables and its rows in schema cdc to begin anew",
-            )
-        else:
-            unfinished = [table for table in tables if marked.get(table.name) is None]
-            self._adopt(connection, unfinished, present, marked)
-
-    def _create_tables(self, connection: Connection, tables: Sequence[SchemaTable], schema: SchemaDump) -> None:
-        with _while("creating the tables on the target"):
-            connection.execute("SET LOCAL check_function_bodies = off")
-            connection.execute("SET LOCAL client_min_messages = warning")
-            connection.execute(schema.pre_data.encode())
-            _rename(connection, self._renames(_with_partitions(connection, tables)))
-            own = [entry for table in tables for entry in self._adapt(connection, table)]
-            self._record_post_data(connection, [*schema.post_data, *own])
-        log.info("tables created", sink=self.name, tables=len(tables))
-
-    def _adapt(self, connection: Connection, table: SchemaTable) -> Iterator[PostDataEntry]:
-        """Loosen what replicated rows would break, and yield what is to be done about it later."""
-        target = sql.Identifier(*self.config.target_name(table.name))
-        alter = sql.SQL("ALTER TABLE {} ALTER COLUMN {} {}")
-        mirrored = set(self._mirrored(table))
-        for column in table.replicated_columns:
-            name = sql.Identifier(column.name)
-            if column.identity == "a":
-                # UPDATE may not write an ALWAYS column
-                connection.execute(alter.format(target, name, sql.SQL("SET GENERATED BY DEFAULT")))
-                back = alter.format(target, name, sql.SQL("SET GENERATED ALWAYS")).as_string()
-                yield PostDataEntry(IDENTITY, column.name, table.name, back)
-            elif column.not_null and column not in mirrored:
-                connection.execute(alter.format(target, name, sql.SQL("DROP NOT NULL")))
-        yield PostDataEntry(ANALYZE, table.name.name, table.name, sql.SQL("ANALYZE {}").format(target).as_string())
-
-    def _adopt(
-        self,
-        connection: Connection,
-        tables: Sequence[SchemaTable],
-        present: Mapping[TableName, SchemaTable],
-        marked: Mapping[TableName, Lsn | None],
-    ) -> None:
-        """Take tables that are there: those of the user only if they are empty and fit, our own in any case."""
-        targets = [present[self.config.target_name(table.name)] for table in tables]
-        problems = [
-            text for table, target in zip(tables, targets, strict=True) for text in self._misfits(table, target)
-        ]
-        if problems:
-            raise FatalError(
-                f"the target's tables do not fit: {'; '.join(problems)}", hint="alter them to what the source has"
-            )
-        for table, target in zip(tables, targets, strict=True):
-            if table.name not in marked and not _is_empty(connection, target.name):
-                raise FatalError(
-                    f"{target.name} on the target has rows that this sink did not copy",
-                    hint="empty it if they may go, or mirror into another database",
-                )
-        _empty(connection, [target for table, target in zip(tables, targets, strict=True) if table.name in marked])
-        if not marked:
-            analyze = sql.SQL("ANALYZE {}")
-            self._record_post_data(
-                connection,
-                [
-                    PostDataEntry(
-                        ANALYZE, target.name.name, table.name, analyze.format(sql.Identifier(*target.name)).as_string()
-                    )
-                    for table, target in zip(tables, targets, strict=True)
-                ],
-            )
-
-    def _misfits(self, table: SchemaTable, target: SchemaTable) -> Iterator[str]:
-        """What about a target table would not hold the source's rows."""
-        columns = {column.name: column for column in target.columns}
-        for column in self._mirrored(table):
-            found = columns.get(column.name)
-            if found is None:
-                yield f"{target.name}: column {column.name} ({column.type_name}) is missing"
-            elif found.generated:
-                yield f"{target.name}: column {column.name} is generated"
-            elif not type_holds(column.type_name, found.type_name):
-                yield f"{target.name}: column {column.name} is {found.type_name}, at the source {column.type_name}"
-
-    def _mirrored(self, table: SchemaTable) -> list[SchemaColumn]:
-        """The columns that travel to this sink, in the source's order."""
-        wanted = self.config.options(table.name).columns
-        if wanted is None:
-            return list(table.replicated_columns)
-        known = {column.name for column in table.replicated_columns}
-        for column in wanted:
-            if column not in known:
-                raise FatalError(f"{table.name} has no column {column} that could be mirrored", hint="see `columns`")
-        if left_out := set(table.primary_key) - set(wanted):
-            raise FatalError(
-                f"{table.name}: the key column {', '.join(sorted(left_out))} is left out", hint="add it to `columns`"
-            )
-        return [column for column in table.replicated_columns if column.name in wanted]
+    def _marked(self, connection: Connection) -> dict[TableName, bool]:
+        """The tables that this sink has begun to copy, and whether each is complete."""
+        query = "SELECT source_schema, source_table, position IS NOT NULL FROM cdc.tables WHERE sink = %s"
+        return {TableName(schema, name): complete for schema, name, complete in connection.execute(query, [self.name])}
 
     def _column_types(self, table: SchemaTable, present: Mapping[TableName, SchemaTable]) -> dict[str, str]:
         types = {column.name: column.base_type_name for column in present[self.config.target_name(table.name)].columns}
-        return {column.name: types[column.name] for column in self._mirrored(table)}
-
-    def _renames(self, names: Iterable[TableName]) -> list[_Rename]:
-        return [(name, renamed) for name in names if (renamed := self.config.target_name(name)) != name]
-
-    def _marked(self, connection: Connection) -> dict[TableName, Lsn | None]:
-        """The tables that this sink has begun to copy, and the position of those that are complete."""
-        rows = connection.execute(
-            "SELECT source_schema, source_table, position::text FROM cdc.tables WHERE sink = %s", [self.name]
-        )
-        return {TableName(schema, name): parse_lsn(at) if at else None for schema, name, at in rows}
+        return {column.name: types[column.name] for column in mirrored_columns(self.config, table)}
 
     def _record_start(self, connection: Connection, tables: Sequence[SchemaTable], start: Position) -> None:
         with connection.cursor() as cursor:
@@ -340,12 +237,12 @@ class CopyTarget:
 
     def _build(self, connection: Connection, condition: str, value: object) -> None:
         """Run pending entries in order, each in a transaction that also records that it is done."""
-        query = f"SELECT ordinal, kind, name, sql FROM cdc.post_data WHERE sink = %s AND NOT done AND {condition}"  # noqa: S608 - constants
+        query = _PENDING.format(condition)
         with translated_errors():
-            pending = [_Pending(*row) for row in connection.execute(f"{query} ORDER BY ordinal", [self.name, value])]
+            pending = [_Pending(*row) for row in connection.execute(query, [self.name, value])]
         for number, entry in enumerate(pending, 1):
             started = time.monotonic()
-            with _while(f"building {entry.kind} {entry.name} on the target"), connection.transaction():
+            with while_doing(f"building {entry.kind} {entry.name} on the target"), connection.transaction():
                 self._run_entry(connection, entry)
                 connection.execute(
                     "UPDATE cdc.post_data SET done = true WHERE sink = %s AND ordinal = %s", [self.name, entry.ordinal]
@@ -360,29 +257,11 @@ class CopyTarget:
         if entry.kind in (ANALYZE, IDENTITY):
             connection.execute(entry.sql.encode())
             return
-        tables = connection.execute(
-            """SELECT DISTINCT source_schema, source_table FROM cdc.post_data
-                WHERE sink = %s AND source_table IS NOT NULL""",
-            [self.name],
-        ).fetchall()
-        renames = [pair for pair in self._renames(TableName(*row) for row in tables) if _mentions(entry.sql, pair[0])]
-        _rename(connection, [(target, source) for source, target in renames])
+        tables = [TableName(*row) for row in connection.execute(_POST_DATA_TABLES, [self.name]).fetchall()]
+        pairs = [pair for pair in renames(self.config, tables) if _concerns(entry, pair[0])]
+        rename_relations(connection, [(target, source) for source, target in pairs])
         connection.execute(entry.sql.encode())
-        _rename(connection, renames)
-
-    def _set_sequence(self, connection: Connection, state: SequenceState) -> None:
-        found: str | None = None
-        if state.owner is not None:
-            target = sql.Identifier(*self.config.target_name(state.owner)).as_string()
-            rows = connection.execute(_SERIAL_SEQUENCE, {"table": target, "column": state.column}).fetchall()
-            found = rows[0][0] if rows else None
-        name = sql.Identifier(*state.name).as_string()
-        done = connection.execute(
-            "SELECT setval(found, %s, %s) FROM to_regclass(%s) AS found WHERE found IS NOT NULL",
-            [state.last_value, state.is_called, found or name],
-        )
-        if not done.rowcount:
-            log.warning("the mirror does not have a sequence of the source", sink=self.name, sequence=str(state.name))
+        rename_relations(connection, pairs)
 
 
 class PostgresLoader:
@@ -403,7 +282,7 @@ class PostgresLoader:
             sql.SQL(" ({})").format(columns) if self._columns[table] else sql.SQL(""),
             sql.SQL("binary" if binary else "text"),
         )
-        with _while(f"copying {table}"), self._connection.transaction(), self._connection.cursor() as cursor:
+        with while_doing(f"copying {table}"), self._connection.transaction(), self._connection.cursor() as cursor:
             with cursor.copy(query) as copy:
                 for block in blocks:
                     copy.write(block)
@@ -416,36 +295,11 @@ class PostgresLoader:
 
 def ensure_bookkeeping(connection: Connection) -> None:
     """Create schema `cdc` and its tables, where they are not there."""
-    with _while("creating the bookkeeping on the target"), connection.transaction():
+    with while_doing("creating the bookkeeping on the target"), connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.bookkeeping', 0))")
         ((exists,),) = connection.execute("SELECT to_regclass('cdc.post_data') IS NOT NULL").fetchall()
         if not exists:  # even IF NOT EXISTS wants the right to create a schema
             connection.execute(_BOOKKEEPING)
-
-
-def type_holds(source: str, target: str) -> bool:
-    """Whether a column of type `target` holds all values of type `source`, and shows them with the same text."""
-    if source == target or target in _WIDER.get(source, ()):
-        return True
-    if source.startswith("numeric(") and target == "numeric":
-        return True
-    limited = re.fullmatch(r"character varying(?:\((\d+)\))?", source)
-    if limited is None:
-        return False
-    if target in ("text", "character varying"):
-        return True
-    wider = re.fullmatch(r"character varying\((\d+)\)", target)
-    return bool(limited[1] and wider and int(wider[1]) >= int(limited[1]))
-
-
-@contextmanager
-def _while(doing: str) -> Iterator[None]:
-    """Say in an error what was being done."""
-    try:
-        with translated_errors():
-            yield
-    except CdcError as exc:
-        raise type(exc)(f"{doing}: {exc}", hint=exc.hint) from exc
 
 
 def _database_name(url: str) -> str:
@@ -453,67 +307,21 @@ def _database_name(url: str) -> str:
     return str(given.get("dbname") or given.get("user") or "")
 
 
-def _rename(connection: Connection, renames: Sequence[_Rename]) -> None:
-    """Rename tables, those that do not exist left out; by way of unique names, so that they may swap theirs."""
-    present = [(old, new) for old, new in renames if _exists(connection, old)]
-    for number, (old, new) in enumerate(present):
-        if not connection.execute("SELECT FROM pg_namespace WHERE nspname = %s", [new.schema]).rowcount:
-            connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(new.schema)))
-        passing = TableName(old.schema, f"cdc_renaming_{number}")
-        _alter(connection, old, "RENAME TO {}", passing.name)
-        if old.schema != new.schema:
-            _alter(connection, passing, "SET SCHEMA {}", new.schema)
-    for number, (_, new) in enumerate(present):
-        _alter(connection, TableName(new.schema, f"cdc_renaming_{number}"), "RENAME TO {}", new.name)
+def _concerns(entry: _Pending, table: TableName) -> bool:
+    """Whether an entry's SQL may be about a table, or about its indexes, which live in its schema."""
+    if table == (entry.source_schema, entry.source_table) or " ATTACH PARTITION " in entry.sql:
+        return True
+    return table.name.replace('"', '""') in entry.sql
 
 
-def _alter(connection: Connection, table: TableName, action: str, name: str) -> None:
-    statement = sql.SQL("ALTER TABLE {} " + action)
-    connection.execute(statement.format(sql.Identifier(*table), sql.Identifier(name)))
+_PENDING: Final = """
+SELECT ordinal, kind, name, source_schema, source_table, sql
+  FROM cdc.post_data WHERE sink = %s AND NOT done AND {} ORDER BY ordinal
+"""
 
-
-def _exists(connection: Connection, table: TableName) -> bool:
-    query = "SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE nspname = %s AND relname = %s"
-    return connection.execute(query, list(table)).rowcount > 0
-
-
-def _mentions(script: str, table: TableName) -> bool:
-    """Whether SQL may be about a table. Attaching an index names only indexes, which live in their tables' schema."""
-    return " ATTACH PARTITION " in script or table.name.replace('"', '""') in script
-
-
-def _with_partitions(connection: Connection, tables: Sequence[SchemaTable]) -> list[TableName]:
-    names = [table.name for table in tables]
-    for table in tables:
-        if table.partitioned:
-            root = sql.Identifier(*table.name).as_string()
-            names += [TableName(*row) for row in connection.execute(_PARTITIONS, [root])]
-    return names
-
-
-def _is_empty(connection: Connection, table: TableName) -> bool:
-    query = sql.SQL("SELECT FROM {} LIMIT 1").format(sql.Identifier(*table))
-    return connection.execute(query).rowcount == 0
-
-
-def _empty(connection: Connection, tables: Sequence[SchemaTable]) -> None:
-    """Empty tables, but not those that inherit from them."""
-    if not tables:
-        return
-    names = [sql.SQL("" if t.partitioned else "ONLY ") + sql.Identifier(*t.name) for t in tables]
-    try:
-        with connection.transaction():
-            connection.execute(sql.SQL("TRUNCATE {}").format(sql.SQL(", ").join(names)))
-    except psycopg.errors.FeatureNotSupported:  # a foreign key of a table that is complete
-        for name in names:
-            connection.execute(sql.SQL("DELETE FROM ") + name)
-
-
-_WIDER: Final = {
-    "smallint": ("integer", "bigint", "numeric"),
-    "integer": ("bigint", "numeric"),
-    "bigint": ("numeric",),
-}
+_POST_DATA_TABLES: Final = """
+SELECT DISTINCT source_schema, source_table FROM cdc.post_data WHERE sink = %s AND source_table IS NOT NULL
+"""
 
 _BOOKKEEPING: Final = """
 CREATE SCHEMA IF NOT EXISTS cdc;
@@ -545,17 +353,4 @@ CREATE TABLE IF NOT EXISTS cdc.post_data (
     done boolean NOT NULL DEFAULT false,
     PRIMARY KEY (sink, ordinal)
 );
-"""
-
-_PARTITIONS: Final = """
-SELECT n.nspname, c.relname
-  FROM pg_partition_tree(%s::regclass) p
-  JOIN pg_class c ON c.oid = p.relid
-  JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE p.level > 0
-"""
-
-_SERIAL_SEQUENCE: Final = """
-SELECT pg_get_serial_sequence(%(table)s, attname)
-  FROM pg_attribute WHERE attrelid = to_regclass(%(table)s) AND attname = %(column)s AND NOT attisdropped
 """
