@@ -24,6 +24,9 @@ from cdc.status import DeliveryStats, State
 
 log = structlog.get_logger()
 
+UPKEEP_SECONDS: Final = 5.0
+"""How often a sink is given time for upkeep."""
+
 READ_SECONDS: Final = 0.2
 """Longest wait for batches. A pause, a hold and a stop wake the queue and need not wait so long."""
 
@@ -46,6 +49,7 @@ class Delivery:
         # where the target stands, and the last batch given to it: further only inside a large transaction
         self._stored = Position("", 0, 0)
         self._given_seq = 0
+        self._upkeep_at = 0.0
 
     def pause(self) -> None:
         """Stop applying after the batch at hand; the queue keeps what comes."""
@@ -119,6 +123,7 @@ class Delivery:
             self._log.warning("target is older than it was", position=format_position(stored.source))
         self._stored = Position(self._queue.queue_id, after, stored.source)
         self._given_seq = after
+        self._upkeep_at = 0.0
         self._stats.position, self._stats.seq = stored.source, after
         self._stats.state, self._stats.error, self._stats.hint = State.RUNNING, None, ""
         self._log.info("delivering", position=format_position(stored.source))
@@ -137,6 +142,7 @@ class Delivery:
             self._apply(pieces)
         elif not stored and not self._in_transaction:
             self._idle(captured)
+        self._upkeep()
         if hold is None or until is None or self._in_transaction:
             return False
         return self._stands_at(hold, until, captured, cut=cut or not stored)
@@ -188,6 +194,13 @@ class Delivery:
         self._stats.caught_up_at = time.time()
         if captured is not None:
             self._stats.position = captured
+
+    def _upkeep(self) -> None:
+        now = time.monotonic()
+        if now - self._upkeep_at < UPKEEP_SECONDS or self._in_transaction or self._stats.position is None:
+            return
+        self._sink.upkeep(self._stats.position)
+        self._upkeep_at = time.monotonic()
 
     def _waiting(self, error: BaseException, seconds: float) -> None:
         self._stats.state = State.WAITING

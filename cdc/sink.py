@@ -52,6 +52,13 @@ class Sink(Protocol):
         """
         ...
 
+    def upkeep(self, position: SourcePosition) -> None:
+        """Do what has waited for the target to reach `position`, such as building the last indexes.
+
+        Called now and then between two transactions; may take its time, but returns at once when nothing is due.
+        """
+        ...
+
     def close(self) -> None:
         """Disconnect; what was not complete is rolled back. Safe to call twice."""
         ...

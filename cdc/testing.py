@@ -169,6 +169,9 @@ class MemorySink:
             self._commit(position)
         return Applied(changes=sum(batch.change_count for batch in batches))
 
+    def upkeep(self, position: SourcePosition) -> None:
+        """There is none."""
+
     def close(self) -> None:
         """Disconnect; what was not complete is gone."""
         self._pending = None

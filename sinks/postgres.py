@@ -15,7 +15,7 @@ import psycopg
 from cdc.change import Batch, Change, Table, TableName, Transaction, Truncate
 from cdc.config import SinkConfig
 from cdc.errors import PermanentError, TransientError
-from cdc.position import Lsn, Position, as_lsn, format_lsn, format_position
+from cdc.position import Lsn, Position, SourcePosition, as_lsn, format_lsn, format_position
 from cdc.postgres.apply import Applier, Work
 from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
 from cdc.postgres.fold import FoldError
@@ -38,6 +38,7 @@ class PostgresSink(CopyTarget):
         self._position: Lsn | None = None
         self._copied_at: dict[TableName, Lsn] = {}
         self._begun = False
+        self._finished = False
 
     def open(self) -> Position | None:
         """Connect and return the position stored in the target."""
@@ -73,6 +74,12 @@ class PostgresSink(CopyTarget):
             healed_rows=applier.healed - healed,
             fallback=fallback,
         )
+
+    def upkeep(self, position: SourcePosition) -> None:
+        """Build what has waited for all tables to be consistent with each other: unique indexes, foreign keys."""
+        if not self._finished:
+            self._finished = self.finish_copy(position)
+            self.open()  # with what the catalog says now
 
     def close(self) -> None:
         """Disconnect; what was not complete is rolled back."""
