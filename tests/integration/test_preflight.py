@@ -253,7 +253,7 @@ def test_role_without_any_privilege(postgres: PostgresServer, source_db: Databas
     """Following the fixes one after the other, an ordinary role ends with all that is needed."""
     source_db.execute(f"ALTER ROLE {role} NOREPLICATION; CREATE SCHEMA s; CREATE TABLE s.t (id int PRIMARY KEY)")
     url = as_role(source_db, role)
-    seen = []
+    seen: list[str] = []
     while found := errors(of_source(url, tables={"include": ["s.*"]})):
         assert len(seen) < 10, "the fixes do not help"
         seen += [finding.subject for finding in found]

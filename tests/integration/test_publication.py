@@ -290,6 +290,23 @@ def test_f17_filter_outside_the_identity(postgres: PostgresServer, source_db: Da
     assert check(source_db, config) == []
 
 
+def test_f20_switched_identity_is_judged_anew(postgres: PostgresServer, source_db: Database) -> None:
+    """A filter that fitted the old identity makes the user's UPDATE fail under the new one: said by the next check."""
+    source_db.execute("CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL, v int); CREATE UNIQUE INDEX i ON t (n)")
+    config = configured(source_db, options={"sinks": [{"public.t": {"where": "id > 5"}}]})
+    create(source_db, config)
+    assert updatable(source_db)
+    source_db.execute("ALTER TABLE t REPLICA IDENTITY USING INDEX i")
+    assert not updatable(source_db)
+    finding = only(problems(source_db, config))
+    assert "the row filter uses id" in finding.message
+    source_db.execute("DROP INDEX i")
+    assert [finding.message.partition(":")[0] for finding in problems(source_db, config)] == [
+        "the index that was its replica identity is gone",
+        "the row filter uses id, not part of the replica identity",
+    ]
+
+
 def test_f14_another_filter(postgres: PostgresServer, source_db: Database) -> None:
     source_db.execute(KEY)
     create(source_db, configured(source_db, options={"sinks": [{"public.t": {"where": "id>5"}}]}))
