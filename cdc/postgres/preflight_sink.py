@@ -25,9 +25,9 @@ from cdc.postgres.preflight_server import (
     shortened,
     value,
 )
+from cdc.postgres.preparation import mirrored_columns, type_holds
 from cdc.postgres.publication import captured_tables, quoted
 from cdc.postgres.schema import SchemaColumn, SchemaTable, read_tables, unsupported_relations
-from cdc.postgres.target import type_holds
 from cdc.preflight import Finding, guard
 
 _TARGET_PRIVILEGES: Final = ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE")
@@ -201,8 +201,7 @@ def _check_tables(view: _SinkView) -> Iterator[Finding]:
 def _check_columns(sink: SinkConfig, table: SchemaTable, found: SchemaTable, required: set[str]) -> Iterator[Finding]:
     """Compare a table with the one on the target. required: its columns that take neither NULL nor a default."""
     columns = {column.name: column for column in found.columns}
-    wanted = sink.options(table.name).columns
-    mirrored = [column for column in table.replicated_columns if wanted is None or column.name in wanted]
+    mirrored = mirrored_columns(sink, table)
     for column in mirrored:
         yield from _check_column(found.name, column, columns.get(column.name))
     for name in sorted(required - {column.name for column in mirrored}):
