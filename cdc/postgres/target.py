@@ -24,7 +24,6 @@ from cdc.postgres.connection import Connection, connect, to_cdc_error, translate
 from cdc.postgres.dump import KEY_KINDS, PostDataEntry, SchemaDump
 from cdc.postgres.preparation import (
     ANALYZE,
-    IDENTITY,
     Preparation,
     mirrored_columns,
     rename_relations,
@@ -110,12 +109,12 @@ class CopyTarget:
     def build_keys(self) -> None:
         """Build primary keys and identity indexes. Killed in the middle, it goes on where it was."""
         with self._session() as connection:
-            self._build(connection, "kind = ANY (%s)", list(KEY_KINDS))
+            self._build(connection, KEY_KINDS)
 
     def finish_copy(self, position: SourcePosition) -> bool:
         """Build all that has waited, in order; `False` while a table is incomplete or ahead of `position`."""
         with self._session() as connection:
-            self._build(connection, "kind = ANY (%s)", list(KEY_KINDS))
+            self._build(connection, KEY_KINDS)
             with translated_errors():
                 ((waiting,),) = connection.execute(
                     "SELECT count(*) FROM cdc.tables WHERE sink = %s AND (position IS NULL OR position > %s)",
@@ -123,13 +122,8 @@ class CopyTarget:
                 ).fetchall()
             if waiting:
                 return False
-            self._build(connection, "kind <> %s", IDENTITY)
+            self._build(connection)
         return True
-
-    def restore_identity(self) -> None:
-        """Make identity columns GENERATED ALWAYS again: for the cut-over, when the stream has ended."""
-        with self._session() as connection:
-            self._build(connection, "kind = %s", IDENTITY)
 
     def set_sequences(self, sequences: object) -> None:
         """Set every sequence that the target has to where the source's stands; log those that cannot be."""
@@ -235,11 +229,11 @@ class CopyTarget:
                 rows,
             )
 
-    def _build(self, connection: Connection, condition: str, value: object) -> None:
+    def _build(self, connection: Connection, kinds: Sequence[str] | None = None) -> None:
         """Run pending entries in order, each in a transaction that also records that it is done."""
-        query = _PENDING.format(condition)
         with translated_errors():
-            pending = [_Pending(*row) for row in connection.execute(query, [self.name, value])]
+            rows = connection.execute(_PENDING, [self.name]).fetchall()
+        pending = [entry for entry in map(_Pending._make, rows) if kinds is None or entry.kind in kinds]
         for number, entry in enumerate(pending, 1):
             started = time.monotonic()
             with while_doing(f"building {entry.kind} {entry.name} on the target"), connection.transaction():
@@ -254,7 +248,7 @@ class CopyTarget:
 
     def _run_entry(self, connection: Connection, entry: _Pending) -> None:
         """Run SQL that has the source's names: renamed tables get those back until the end of the transaction."""
-        if entry.kind in (ANALYZE, IDENTITY):
+        if entry.kind == ANALYZE:
             connection.execute(entry.sql.encode())
             return
         tables = [TableName(*row) for row in connection.execute(_POST_DATA_TABLES, [self.name]).fetchall()]
@@ -316,7 +310,7 @@ def _concerns(entry: _Pending, table: TableName) -> bool:
 
 _PENDING: Final = """
 SELECT ordinal, kind, name, source_schema, source_table, sql
-  FROM cdc.post_data WHERE sink = %s AND NOT done AND {} ORDER BY ordinal
+  FROM cdc.post_data WHERE sink = %s AND NOT done ORDER BY ordinal
 """
 
 _POST_DATA_TABLES: Final = """
