@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -53,7 +53,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing el
 def main() -> None:
     """Run a command. An error is one line and a hint; exit code 2 for the configuration, 1 for the rest."""
     try:
-        app()
+        app(prog_name="cdc")
     except CdcError as exc:
         _complain(str(exc), exc.hint)
         sys.exit(exc.exit_code)
@@ -186,7 +186,9 @@ def options(
         "cdc.toml"
     ),
     debug: Annotated[bool, typer.Option("--debug", help="Log everything, and show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version)] = False,  # noqa: ARG001
+    version: Annotated[  # noqa: ARG001 - its callback does it
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Capture every change of a database, and mirror it."""
     logs.configure(level="debug" if debug else "warning")
@@ -261,6 +263,7 @@ def _copy(config: Config, sink: SinkConfig) -> None:
     with closing(daemon.open_queue(config, sink.source)) as queue:
         source = build_source(config, config.sources[sink.source], queue)
         reader = build_source(config, config.sources[sink.source], queue)
+        reader.tables(), mirror.copied()  # a server that is away now is an error; later it is waited for
         with capturing(source, queue, CaptureStats(sink.source)), reported(progress, Console(stderr=True)):
             fill(reader, mirror, queue, stats=stats, options=sink.copy, stop=threading.Event(), progress=progress)
     now = progress.snapshot()
@@ -280,17 +283,20 @@ def status(
     if as_json:
         _print_json(to_json(current))
     elif watch:
-        _watch(session, current)
+        current = _watch(session, current)
     else:
         out.print(status_table.render(current))
     _exit_unless(current.healthy)
 
 
-def _watch(session: Session, current: DaemonStatus) -> None:
-    with Live(status_table.render(current), console=out, auto_refresh=False, screen=out.is_terminal) as live:
+def _watch(session: Session, current: DaemonStatus) -> DaemonStatus:
+    """Until Ctrl-C, which is the way to end it and no error; returns what was shown last."""
+    with suppress(KeyboardInterrupt), Live(console=out, auto_refresh=False, screen=out.is_terminal) as live:
         while True:
+            live.update(status_table.render(current), refresh=True)
             time.sleep(1)
-            live.update(status_table.render(session.status()), refresh=True)
+            current = session.status()
+    return current
 
 
 @app.command("verify")
@@ -386,6 +392,8 @@ def _drop_source(session: Session, source: SourceConfig) -> None:
 
 def _drop_sink(config: Config, sink: SinkConfig) -> None:
     pair.drop_sink(sink)
+    if not daemon.queue_path(Path(config.daemon.data_dir), sink.source).exists():
+        return
     with closing(daemon.open_queue(config, sink.source)) as queue:
         queue.retain(other.name for other in config.sinks_of(sink.source) if other.name != sink.name)
         for fact in (filled_fact(sink.name), paused_fact(sink.name)):

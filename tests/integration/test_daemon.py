@@ -26,19 +26,13 @@ from cdc.queue import Queue
 from cdc.sink import Sink
 from cdc.status import DeliveryStats, State
 from cdc.testing import MemorySink, MemorySource
+from tests.processes import wait_until
 
 ORDERS = Table("public", "orders", (Column("id", 23, is_key=True),))
 
 
 def insert(number: int) -> Change:
     return Change(INSERT, 0, None, None, (str(number).encode(),))
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 class World:

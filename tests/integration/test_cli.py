@@ -1,0 +1,341 @@
+"""The command line as its users see it: processes, exit codes, standard output and standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdc.queue import Queue
+from tests.processes import kill_tree, wait_until
+from tests.servers import Database
+
+CHECKOUT = Path(__file__).parents[2]
+NOWHERE = "postgresql://me:geheim@127.0.0.1:1/shop"
+
+
+class Cdc:
+    """Runs `cdc` with one configuration file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / "cdc.toml"
+        self.data_dir = folder / "data"
+
+    def configure(self, source_url: str, target_url: str = "", **options: str) -> None:
+        """A source `shop` and a sink `mirror`; `options` are raw TOML, by section."""
+        url = f'url = "{target_url}"' if target_url else ""
+        self.file.write_text(
+            f"""
+            [daemon]
+            data_dir = "{self.data_dir}"
+            http = "127.0.0.1:0"
+            {options.get("daemon", "")}
+            [queue]
+            min_free_bytes = 0
+            [sources.shop]
+            url = "{source_url}"
+            {options.get("source", "")}
+            [sinks.mirror]
+            from = "shop"
+            {url}
+            """
+        )
+
+    def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(*arguments), check=False, timeout=60, **self.surroundings(environment))
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, str(CHECKOUT / "cli.py"), "--config", str(self.file), *arguments]
+
+    def surroundings(self, environment: dict[str, str] | None = None) -> dict[str, Any]:
+        return {
+            "cwd": self.folder,
+            "env": {**os.environ, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200", **(environment or {})},
+            "text": True,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
+
+    @contextmanager
+    def running(self) -> Iterator[subprocess.Popen[str]]:
+        """`cdc run`, ended by SIGTERM; its log is in the file `log`."""
+        surroundings = self.surroundings()
+        with (self.folder / "log").open("a") as log:
+            surroundings["stderr"] = log
+            process = subprocess.Popen(self.command("run"), **surroundings)
+        try:
+            wait_until(
+                lambda: (self.data_dir / "http").exists() or process.poll() is not None,
+                what=lambda: f"the daemon to start: {self.log}",
+            )
+            yield process
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=30)
+        finally:
+            kill_tree(process.pid)
+            process.wait()
+            if process.stdout:
+                process.stdout.close()
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def status(self) -> dict[str, Any]:
+        status = json.loads(self("status", "--json").stdout)
+        assert isinstance(status, dict)
+        return status
+
+    def wait_for_sink(self, state: str) -> None:
+        wait_until(
+            lambda: self.status()["sinks"]["mirror"]["state"] == state,
+            timeout_seconds=60,
+            what=lambda: f"sink to be {state}: {self.status()}\n{self.log}",
+        )
+
+
+@pytest.fixture
+def cdc(tmp_path: Path) -> Cdc:
+    return Cdc(tmp_path)
+
+
+def assert_complaint(result: subprocess.CompletedProcess[str], code: int, error: str, hint: str = "") -> None:
+    """One line for the error, one for the hint, nothing else: no traceback, nothing on standard output."""
+    assert result.returncode == code, result.stderr
+    lines = result.stderr.splitlines()
+    assert re.match(f"error: .*{error}", lines[0]), result.stderr
+    assert lines[1:] == [] or re.match(f"hint: .*{hint}", lines[1]), result.stderr
+    assert len(lines) == (2 if hint else len(lines)) <= 2, result.stderr
+    assert result.stdout == ""
+
+
+COMMANDS = ["check", "run", "copy", "status", "verify", "cutover", "pause", "resume", "drop"]
+
+
+def test_help_and_version(cdc: Cdc) -> None:
+    shown = cdc("--help")
+    assert shown.returncode == 0
+    assert all(command in shown.stdout for command in COMMANDS)
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", cdc("--version").stdout)
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["run", "--nonsense"], ["pause"]])
+def test_usage_errors_exit_with_2(cdc: Cdc, arguments: list[str]) -> None:
+    result = cdc(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("[daemon]\nnonsense = 1\n", r"cdc\.toml: daemon: .*nonsense"),
+        ("[sources.shop]\nurl = 5\n", r"cdc\.toml: sources\.shop\.url: Expected `str`, got `int`"),
+        ("[sources.shop]\nurl = '${NOT_THERE}'\n", r"cdc\.toml: sources\.shop\.url: environment variable NOT_THERE"),
+        ("[sources.shop\n", r"cdc\.toml: not valid TOML"),
+    ],
+)
+@pytest.mark.parametrize("command", [["run"], ["status", "--json"]])
+def test_f112_configuration_errors_exit_with_2(cdc: Cdc, command: list[str], text: str, error: str) -> None:
+    cdc.file.write_text(text)
+    assert_complaint(cdc(*command), 2, error, hint=".")
+
+
+def test_f112_missing_file(cdc: Cdc) -> None:
+    assert_complaint(cdc("check"), 2, r"cdc\.toml: No such file", hint="--config")
+
+
+def test_configuration_file_from_the_environment(cdc: Cdc) -> None:
+    command = [sys.executable, str(CHECKOUT / "cli.py"), "check"]
+    result = subprocess.run(
+        command, check=False, timeout=60, **cdc.surroundings({"CDC_CONFIG": str(cdc.folder / "other.toml")})
+    )
+    assert_complaint(result, 2, r"other\.toml: No such file", hint="--config")
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_unexpected_errors_are_one_line_unless_debugging(cdc: Cdc, debug: bool) -> None:
+    program = f"""
+import sys, cli
+def broken(path): raise ZeroDivisionError("at {NOWHERE}")
+cli.load = broken
+sys.argv = ["cdc", {'"--debug",' if debug else ""} "status"]
+cli.main()
+"""
+    result = subprocess.run([sys.executable, "-c", program], check=False, timeout=60, **cdc.surroundings())
+    assert "geheim" not in result.stderr
+    assert ("Traceback" in result.stderr) is debug
+    if not debug:
+        assert_complaint(result, 1, "unexpected: ZeroDivisionError: at postgresql://me:", hint="run with --debug")
+
+
+@pytest.mark.parametrize("arguments", [["pause", "mirror"], ["resume", "mirror"], ["cutover", "mirror"]])
+def test_commands_that_need_the_daemon_say_so(cdc: Cdc, arguments: list[str]) -> None:
+    cdc.configure(NOWHERE)
+    assert_complaint(cdc(*arguments), 1, "the daemon is not running", hint="cdc run")
+
+
+def test_unknown_names_are_told_with_the_known_ones(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    assert_complaint(cdc("verify", "nobody"), 1, "no sink is called 'nobody'", hint="one of: mirror")
+    assert_complaint(cdc("drop", "nobody"), 1, "no sink is called 'nobody'", hint="one of: mirror")
+
+
+def test_status_without_a_daemon_reads_the_data_directory(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    cdc.data_dir.mkdir()
+    queue = Queue(cdc.data_dir / "shop.queue", max_bytes=1000, min_free_bytes=0)
+    queue.begin(0x16_0000_0001)
+    queue.register("mirror")
+    queue.set("paused:mirror", "1")
+    queue.close()
+    result = cdc("status", "--json")
+    status = json.loads(result.stdout)
+    assert result.returncode == 1
+    assert status["problems"][0] == "daemon is not running"
+    assert status["sources"]["shop"]["confirmed"] == "16/1"
+    assert status["sinks"]["mirror"]["state"] == "paused"
+    assert status["started_at"] is None
+    shown = cdc("status")
+    assert (shown.returncode, "daemon is not running" in shown.stdout) == (1, True)
+    assert sorted(file.name for file in cdc.data_dir.iterdir()) == ["shop.queue"]
+
+
+def test_status_survives_a_damaged_queue_and_a_stale_address(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    cdc.data_dir.mkdir()
+    (cdc.data_dir / "shop.queue").write_bytes(b"no queue" * 5000)
+    (cdc.data_dir / "http").write_text("http://127.0.0.1:1")
+    result = cdc("status", "--json")
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["sources"]["shop"]["state"] == "failed"
+
+
+def test_f113_passwords_stay_secret_when_the_server_is_away(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE, daemon='http_token = "geheim-token"\nlog_level = "debug"')
+    for arguments in (["check"], ["verify"], ["copy", "--dry-run"], ["drop", "shop", "--yes"], ["--debug", "verify"]):
+        result = cdc(*arguments)
+        assert result.returncode == 1
+        assert result.stdout + result.stderr
+        assert "geheim" not in result.stdout + result.stderr
+    with cdc.running() as process:
+        wait_until(lambda: "connection" in cdc.log)
+        status = wait_until(lambda: cdc("status", "--json"))
+        title = Path(f"/proc/{process.pid}/cmdline").read_text() if sys.platform == "linux" else ""
+    assert status.returncode == 1
+    assert json.loads(status.stdout)["sources"]["shop"]["state"] == "waiting"
+    assert "geheim" not in status.stdout + cdc.log + title
+
+
+def test_f87_second_daemon_exits_with_a_clear_error(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    with cdc.running() as process:
+        assert_complaint(cdc("run"), 1, f"is used by process {process.pid}", hint="stop it")
+        assert_complaint(cdc("copy"), 1, f"is used by process {process.pid}", hint="stop the daemon first")
+        assert_complaint(cdc("drop", "shop", "--yes"), 1, "is used by process", hint="stop the daemon first")
+        assert process.poll() is None
+
+
+@pytest.mark.parametrize("arguments", [["copy"], ["copy", "--dry-run"], ["verify"], ["drop", "mirror", "--yes"]])
+def test_server_that_is_away_is_one_line(cdc: Cdc, arguments: list[str]) -> None:
+    cdc.configure(NOWHERE)
+    assert_complaint(cdc(*arguments), 1, "127.0.0.1.*port 1", hint="is the server running")
+
+
+def test_drop_asks_first(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    result = cdc("drop", "shop")
+    assert result.returncode == 1
+    assert "Drop slot cdc_shop" in result.stderr
+    assert "cannot" not in result.stderr
+
+
+@pytest.fixture
+def shop(cdc: Cdc, source_db: Database, target_db: Database, pg_dump: Path) -> Database:
+    """A source with two tables, configured with an empty mirror."""
+    source_db.execute("CREATE TABLE orders (id int PRIMARY KEY, note text)")
+    source_db.execute("CREATE TABLE customers (id serial PRIMARY KEY, name text NOT NULL)")
+    source_db.execute("INSERT INTO orders SELECT n, 'note ' || n FROM generate_series(1, 100) AS n")
+    source_db.execute("INSERT INTO customers (name) VALUES ('ann'), ('bob')")
+    cdc.configure(source_db.url, target_db.url, source=f'pg_dump = "{pg_dump}"')
+    return source_db
+
+
+def test_mirror_from_empty_to_dropped(cdc: Cdc, shop: Database, target_db: Database) -> None:
+    """What a user does with a mirror in its life."""
+    checked = cdc("check")
+    assert checked.returncode == 0, checked.stdout
+    planned = cdc("copy", "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert re.search(r"mirror\s+public\.orders\s+.*to copy", planned.stdout)
+
+    with cdc.running() as process:
+        cdc.wait_for_sink("running")
+        shop.execute("INSERT INTO orders VALUES (101, 'late')")
+        shop.execute("DELETE FROM orders WHERE id = 1")
+        wait_until(
+            lambda: target_db.value("SELECT min(id) || ' ' || max(id) FROM orders") == "2 101",
+            what=lambda: f"changes to arrive: {cdc.status()}\n{cdc.log}",
+        )
+        verified = cdc("verify", "--json")
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+        assert json.loads(verified.stdout)["sinks"]["mirror"]["exact"] is True
+
+        target_db.execute("UPDATE orders SET note = 'wrong' WHERE id = 50")
+        different = cdc("verify", "mirror")
+        assert (different.returncode, "50" in different.stdout) == (1, True), different.stdout
+        target_db.execute("UPDATE orders SET note = 'note 50' WHERE id = 50")
+
+        assert cdc("pause", "mirror").returncode == 0
+        cdc.wait_for_sink("paused")
+        assert cdc("resume", "mirror").returncode == 0
+        cdc.wait_for_sink("running")
+        shown = cdc("status")
+        assert (shown.returncode, "healthy" in shown.stdout) == (0, True), shown.stdout
+    assert process.returncode == 0, cdc.log
+
+    assert cdc("status").returncode == 1
+    assert cdc("drop", "mirror", "--yes").returncode == 0
+    assert target_db.value("SELECT count(*) FROM cdc.positions") == 0
+    dropped = cdc("drop", "shop", "--yes")
+    assert dropped.returncode == 0, dropped.stderr
+    assert shop.value("SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'cdc_shop'") == 0
+    assert shop.value("SELECT count(*) FROM pg_publication") == 0
+    assert not list(cdc.data_dir.glob("shop.queue*"))
+    assert target_db.value("SELECT count(*) FROM orders") == 100
+
+
+def test_copy_alone_then_run_goes_on(cdc: Cdc, shop: Database, target_db: Database) -> None:
+    copied = cdc("copy")
+    assert copied.returncode == 0, copied.stderr
+    assert "mirror: 2 tables copied, 102 rows" in copied.stdout
+    shop.execute("INSERT INTO orders VALUES (101, 'between')")
+    with cdc.running():
+        wait_until(lambda: target_db.value("SELECT count(*) FROM orders") == 101, what=lambda: cdc.log)
+
+
+def test_cut_over(cdc: Cdc, shop: Database, target_db: Database) -> None:
+    with cdc.running():
+        cdc.wait_for_sink("running")
+        result = cdc("cutover", "mirror")
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert "READY" in result.stdout
+    assert target_db.value("INSERT INTO customers (name) VALUES ('eve') RETURNING id") == 3
+
+
+def test_check_names_what_is_wrong(cdc: Cdc, shop: Database) -> None:
+    shop.execute("CREATE TABLE keyless (note text)")
+    result = cdc("check", "--json")
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["ok"] is False
+    assert "keyless" in result.stdout
