@@ -111,6 +111,11 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     heartbeat_seconds: Annotated[float, msgspec.Meta(ge=0)] = 10.0
     pg_dump: str = "pg_dump"
 
+    @property
+    def owns_publication(self) -> bool:
+        """Whether the publication is ours to extend: one that the user named is the user's."""
+        return self.publication == f"cdc_{self.name}"
+
 
 class BatchBounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much goes into one transaction on the target while the sink is behind."""

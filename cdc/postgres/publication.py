@@ -122,6 +122,29 @@ def create_publications(connection: Connection, publications: Sequence[Publicati
     return [publication.name for publication in missing]
 
 
+def extend_publications(connection: Connection, publications: Sequence[Publication]) -> list[TableName]:
+    """Add the tables that none of these publications covers yet, all or none, and return them.
+
+    Changes of a table are sent from then on: a copy must read a later snapshot. For publications of our own only.
+    Raises `FatalError` where it would make the user's own UPDATE or DELETE fail.
+    """
+    with translated_errors(), connection.transaction():
+        connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.publication', 0))")
+        coverage = _read_coverage(connection, [publication.name for publication in publications])
+        new = [
+            msgspec.structs.replace(publication, tables=tables)
+            for publication in publications
+            if (tables := tuple(published for published in publication.tables if published.name not in coverage))
+        ]
+        require(publication_problems(connection, new))
+        for publication in new:
+            for published in publication.tables:
+                clause = _table_clause(published, connection.info.server_version)
+                name = sql.Identifier(publication.name)
+                connection.execute(sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(name, clause))
+    return [published.name for publication in new for published in publication.tables]
+
+
 def drop_publications(connection: Connection, source: SourceConfig) -> None:
     """Drop the source's publications; without effect where they do not exist."""
     with translated_errors():

@@ -25,6 +25,7 @@ from cdc.postgres.publication import (
     create_publications,
     desired_publications,
     existing_publications,
+    extend_publications,
     is_insert_only,
 )
 from cdc.postgres.replication import ReplicationStream
@@ -170,7 +171,10 @@ class PostgresSource:
 
     def snapshot(self) -> PostgresSnapshot:
         """Open a consistent view of all captured tables."""
-        tables = self._schema()
+        with connect(self._url) as connection:
+            tables = {table.name: table for table in captured_tables(self._source, read_tables(connection))}
+            # from here on their changes are sent: what is older is in the snapshot
+            self._extend(connection, desired_publications(self._config, self._source, tables))
         filters = {name: where for name in tables if (where := self._config.row_filter(self.name, name)) is not None}
         return open_snapshot(self._url, tables, filters=filters)
 
@@ -209,6 +213,8 @@ class PostgresSource:
         if create:
             for name in create_publications(control, wanted):
                 log.info("publication created", source=self.name, publication=name)
+        elif self._captured is None:
+            self._extend(control, wanted)
         if self._captured is None:
             self._captured = frozenset(table.name for table in captured_tables(self._source, tables))
         # a table that was made since the start waits for the next one: a reconnect must not fail because of it
@@ -219,6 +225,13 @@ class PostgresSource:
             if is_insert_only(self._source, table.name)
         )
         return existing_publications(control, self._source)
+
+    def _extend(self, control: Connection, wanted: Sequence[Publication]) -> None:
+        """Publish tables that are new, if the publication is ours and exists: a missing one is a gap, not a wish."""
+        existing = existing_publications(control, self._source)
+        if self._source.owns_publication:
+            for table in extend_publications(control, [each for each in wanted if each.name in existing]):
+                log.info("table added to the publication", source=self.name, table=str(table))
 
     def _slot_start(self, control: Connection, walsender: Connection, position: Lsn | None) -> Lsn:
         """Where to begin. Starting below the slot's own position would silently start there: compared first."""

@@ -157,8 +157,8 @@ def test_f4_the_walsender_is_terminated_under_load(mirror: Mirror) -> None:
 
 
 def test_f7_the_slot_of_an_idle_table_advances(mirror: Mirror) -> None:
-    mirror.source_db.execute("CREATE TABLE unrelated (x text)")
-    mirror.source_db.execute("INSERT INTO unrelated SELECT repeat('x', 100) FROM generate_series(1, 20000)")
+    mirror.source_db.execute("CREATE SCHEMA other; CREATE TABLE other.unrelated (x text)")
+    mirror.source_db.execute("INSERT INTO other.unrelated SELECT repeat('x', 100) FROM generate_series(1, 20000)")
     end = mirror.source_db.value("SELECT pg_current_wal_lsn() - '0/0'")
     confirmed = "SELECT confirmed_flush_lsn - '0/0' FROM pg_replication_slots WHERE slot_name = 'cdc_shop'"
     wait_for(lambda: mirror.source_db.value(confirmed) >= end, "the slot to advance")
@@ -295,3 +295,16 @@ def test_f116_a_late_commit_of_an_old_connection_is_noticed(mirror: Mirror) -> N
     mirror.delivery.release()
     mirror.assert_equal("log")
     assert mirror.delivery_stats.retries == 1
+
+
+def test_f15_a_table_made_since_the_start_is_published_at_the_next_start(mirror: Mirror) -> None:
+    mirror.source_db.execute("CREATE TABLE later (id int PRIMARY KEY)")
+    mirror.source_db.execute(
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = 'cdc_shop'"
+    )
+    mirror.assert_equal("items")  # a reconnect does not fail because of it
+    published = "SELECT count(*) FROM pg_publication_tables WHERE tablename = 'later'"
+    assert mirror.source_db.value(published) == 0
+    mirror.restart()
+    mirror.assert_equal("items")
+    assert mirror.source_db.value(published) == 1
