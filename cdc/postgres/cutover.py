@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 from psycopg.sql import SQL, Identifier, Literal
@@ -15,14 +15,12 @@ from cdc.errors import TransientError
 from cdc.position import Lsn, SourcePosition, parse_lsn
 from cdc.postgres.connection import Connection, connect, translated_errors
 from cdc.postgres.digest import nudge
+from cdc.postgres.pgoutput import Delete, Insert, PgMessage, Relation, Truncate, Update, decode
 from cdc.postgres.schema import read_tables
 from cdc.postgres.sequences import SequencesSet, read_sequences, set_sequences
 
 _WATCHED_WRITES: Final = 1000
-"""Writes looked at: one would be too many already."""
-
-_WRITES: Final = {ord("I"): 1, ord("U"): 1, ord("D"): 1, ord("T"): 6}
-"""pgoutput's Insert, Update, Delete and Truncate, and where in the message a relation's OID stands."""
+"""Messages looked at (and the rest of their transaction): one write would be too many already."""
 
 _TOO_MANY_NAMED: Final = 20
 
@@ -83,14 +81,8 @@ class PostgresHandover:
         """Tables with writes that committed since `watch`: what the slot would send, without taking it."""
         query = SQL(_PEEK).format(Literal(self._slot), Literal(_WATCHED_WRITES), Literal(self._publications))
         with translated_errors():
-            messages = [row[0] for row in self._connection.execute(query)]
-            oids = {
-                int.from_bytes(message[at : at + 4], "big")
-                for message in messages
-                if (at := _WRITES.get(message[0])) is not None
-            }
-            names = self._connection.execute(_NAMES, [list(oids)]).fetchall()
-        return tuple(str(TableName(*name)) for name in names)
+            rows = self._connection.execute(query).fetchall()
+        return _written(decode(data) for (data,) in rows)
 
     def finish(self) -> Finished:
         """Set sequences, make identity columns GENERATED ALWAYS again, and name what was never mirrored."""
@@ -129,6 +121,20 @@ def restore_identities(
     return restored
 
 
+def _written(messages: Iterable[PgMessage]) -> tuple[str, ...]:
+    names: dict[int, str] = {}
+    written: set[int] = set()
+    for message in messages:
+        match message:
+            case Relation():
+                names[message.oid] = str(message.table.qualified)
+            case Insert() | Update() | Delete():
+                written.add(message.relation)
+            case Truncate():
+                written.update(message.relations)
+    return tuple(sorted(names[oid] for oid in written))
+
+
 def _sequence_problems(sequences: SequencesSet) -> list[str]:
     lines = [f"sequence {name} is not on the mirror" for name in sequences.missing]
     lines += [f"sequence {name} was not set: {reason}" for name, reason in sequences.refused]
@@ -148,9 +154,4 @@ def _bounded(lines: list[str]) -> list[str]:
 
 _PEEK: Final = """
 SELECT data FROM pg_logical_slot_peek_binary_changes({}, NULL, {}, 'proto_version', '1', 'publication_names', {})
-"""
-
-_NAMES: Final = """
-SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE c.oid = ANY (%s::oid[]) ORDER BY 1, 2
 """

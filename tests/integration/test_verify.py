@@ -21,8 +21,8 @@ from tests.servers import Database, PostgresServer
 
 SINK: Final = SinkConfig(name="mirror", source="shop")
 
-ODD: Final = ("", " ", "a b", 'quo"te', "com,ma", "back\\slash", "(paren)", "50%", "%s", "tab\t", "new\nline", "{brace}",
-              "a", "B", "b", "Z", "z", "é", "e\u0301", "ß", "世界", "🐘", "NULL", "\ufffd", "x" * 500)  # fmt: skip
+ODD: Final = ("", " ", "a b", 'quo"te', "com,ma", "back\\slash", "(paren)", "50%", "%s", "tab\t", "new\n",
+              "{x}", "a", "B", "b", "Z", "z", "é", "e\u0301", "ß", "世界", "🐘", "NULL", "x" * 500)  # fmt: skip
 """Keys that quoting, formatting and collations treat in ways of their own."""
 
 
@@ -76,11 +76,14 @@ def test_types_that_both_versions_have_are_equal_across_them(pair: tuple[Databas
     on_both(
         *pair,
         "CREATE TABLE t (id int PRIMARY KEY, f4 real, f8 float8, n numeric, tz timestamptz, i interval, m money,"
-        " j json, jb jsonb, b bytea, r regclass, ra tstzrange, mr int4multirange, a text[], u uuid, p point, v tsvector)",
-        "INSERT INTO t SELECT x, x / 3.0, sqrt(x), x / 7.0, 'epoch'::timestamptz + x * interval '1 day 01:02:03.4',"
-        " x * interval '1 mon -1 s', x * 1.5, ('{\"b\":  ' || x || ', \"a\": 1}')::json, jsonb_build_object('bb', 1, 'a', x),"
-        " convert_to('ä' || x, 'UTF8'), 'pg_class', tstzrange('epoch', NULL), '{[1,3),[5,6)}', ARRAY['q\"', NULL, '\\'],"
-        " md5(x::text)::uuid, point(x / 3.0, -0.0), to_tsvector('simple', 'b a ' || x) FROM generate_series(1, 2000) x",
+        " j json, jb jsonb, b bytea, r regclass, ra tstzrange, mr int4multirange, a text[], u uuid, p point,"
+        " v tsvector)",
+        """INSERT INTO t SELECT x, x / 3.0, sqrt(x), x / 7.0, 'epoch'::timestamptz + x * interval '1 day 01:02:03.4',
+                  x * interval '1 mon -1 s', x * 1.5, ('{"b":  ' || x || ', "a": 1}')::json,
+                  jsonb_build_object('bb', 1, 'a', x), convert_to('ä' || x, 'UTF8'), 'pg_class',
+                  tstzrange('epoch', NULL), '{[1,3),[5,6)}', ARRAY['q"', NULL, E'\\\\'], md5(x::text)::uuid,
+                  point(x / 3.0, -0.0), to_tsvector('simple', 'b a ' || x)
+             FROM generate_series(1, 2000) x""",
     )
     table = compare_one(*pair)
     assert table.equal
@@ -238,8 +241,8 @@ def test_f26_a_partitioned_table_equals_a_plain_one_and_children_are_no_part_of_
         "CREATE TABLE p (id int PRIMARY KEY); CREATE TABLE c (PRIMARY KEY (id)) INHERITS (p); INSERT INTO c VALUES (1)"
     )
     target_db.execute(
-        "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE p (id int PRIMARY KEY); CREATE TABLE c (id int PRIMARY KEY);"
-        "INSERT INTO c VALUES (1)"
+        "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE p (id int PRIMARY KEY);"
+        "CREATE TABLE c (id int PRIMARY KEY); INSERT INTO c VALUES (1)"
     )
     on_both(source_db, target_db, "INSERT INTO t SELECT x, 'v' FROM generate_series(1, 1000) x")
     report = compare(source_db, target_db)
