@@ -32,7 +32,7 @@ def wait_until(
             return value
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout_seconds} s for {what if isinstance(what, str) else what()}")
-        time.sleep(min(0.001 * 2**attempt, 0.02))
+        time.sleep(min(0.001 * 2 ** min(attempt, 5), 0.02))
     raise AssertionError("unreachable")
 
 
