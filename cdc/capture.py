@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from operator import attrgetter
 from typing import Final
 
@@ -31,6 +32,7 @@ FULL_SECONDS: Final = 30.0
 
 
 _OPERATION = attrgetter("operation")
+_CHANGES = attrgetter("changes")
 
 
 class Capture:
@@ -165,6 +167,6 @@ class Capture:
 
 def count_changes(counts: dict[str, int], batch: Batch) -> None:
     """Add a batch's changes, by name of the operation."""
-    for transaction in batch.transactions:
-        for operation, number in Counter(map(_OPERATION, transaction.changes)).items():
-            counts[OPERATIONS[operation]] += number
+    changes = chain.from_iterable(map(_CHANGES, batch.transactions))
+    for operation, number in Counter(map(_OPERATION, changes)).items():
+        counts[OPERATIONS[operation]] += number

@@ -233,21 +233,27 @@ def _select(
         return list(stored), False
     pieces: list[Stored] = []
     for item in stored:
-        transactions = [
-            transaction
-            for transaction in item.batch.transactions
-            if transaction.position >= after and (until is None or transaction.position < until)  # type: ignore[operator]
-        ]
         every = item.batch.transactions
-        if len(transactions) == len(every):
-            pieces.append(item)
-            given_seq = item.seq
-        elif until is None or every[-1].position < until:  # type: ignore[operator]
-            pieces.append(Stored(item.seq, msgspec.structs.replace(item.batch, transactions=transactions)))
-            given_seq = item.seq
+        cut = bool(every) and until is not None and every[-1].position >= until  # type: ignore[operator]
+        if cut or (every and every[0].position < after):  # type: ignore[operator]
+            batch = _between(item.batch, after, until)
+            if batch.transactions or not cut:
+                pieces.append(Stored(given_seq if cut else item.seq, batch))
         else:
-            if transactions:
-                batch = msgspec.structs.replace(item.batch, transactions=transactions, position=transactions[-1].end)
-                pieces.append(Stored(given_seq, batch))
+            pieces.append(item)
+        if cut:
             return pieces, True
+        given_seq = item.seq
     return pieces, False
+
+
+def _between(batch: Batch, after: int, until: SourcePosition | None) -> Batch:
+    """The transactions that commit at `after` or later, and below `until`."""
+    kept = [
+        transaction
+        for transaction in batch.transactions
+        if transaction.position >= after and (until is None or transaction.position < until)  # type: ignore[operator]
+    ]
+    if not kept or kept[-1] is batch.transactions[-1]:
+        return msgspec.structs.replace(batch, transactions=kept)
+    return msgspec.structs.replace(batch, transactions=kept, position=kept[-1].end)

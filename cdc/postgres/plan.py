@@ -168,7 +168,7 @@ class TablePlan:
         return query
 
     def _insert(self, *, upsert: bool) -> sql.Composed:
-        query = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
+        query = sql.SQL("INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE VALUES ({})").format(
             self.table, self.names(self.columns), sql.SQL(", ").join([sql.SQL(_PARAMETER)] * len(self.columns))
         )
         if not upsert:
