@@ -217,9 +217,9 @@ def run(context: typer.Context) -> None:
     session = context.ensure_object(Session)
     config = session.config
     session.log_as_configured()
-    if not daemon.run(config, build_parts(config)):
-        sys.stderr.flush()
-        os._exit(1)  # a thread that does not end would keep the interpreter from ending
+    drained = daemon.run(config, build_parts(config))
+    sys.stderr.flush()
+    os._exit(0 if drained else 1)  # the interpreter would wait for threads that did not end in time
 
 
 @app.command()

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,11 +18,13 @@ import pytest
 
 from cdc import config as configuration
 from cdc.api.client import Client
+from cdc.barrier import HttpBarrier
 from cdc.change import INSERT, Change, Column, Table
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.daemon import ADDRESS_FILE, Daemon, Parts
 from cdc.errors import CdcError, DirectoryInUse, FatalError, TransientError
-from cdc.position import Position
+from cdc.hold import Hold
+from cdc.position import Position, SourcePosition
 from cdc.queue import Queue
 from cdc.sink import Sink
 from cdc.status import DeliveryStats, State
@@ -80,18 +83,24 @@ class World:
     def running(self, **daemon: object) -> Iterator[Client]:
         """A daemon in a thread of its own, and a client for it; drained at the end."""
         running = Daemon(self.config(**daemon), self.parts())
-        loop = asyncio.new_event_loop()
+        loops: list[asyncio.AbstractEventLoop] = []
         results: list[bool] = []
-        thread = threading.Thread(target=lambda: results.append(loop.run_until_complete(running.run())))
+
+        def run() -> None:
+            with asyncio.Runner() as runner:
+                loops.append(runner.get_loop())
+                results.append(runner.run(running.run()))
+
+        thread = threading.Thread(target=run)
         thread.start()
         try:
             wait_until(lambda: (self.data_dir / ADDRESS_FILE).exists() or not thread.is_alive())
             yield self.client()
         finally:
-            loop.call_soon_threadsafe(running.stop)
+            loops[0].call_soon_threadsafe(running.stop)
             thread.join(20)
-            loop.close()
         assert results == [True]
+        assert not thread.is_alive()
 
     def client(self) -> Client:
         return Client((self.data_dir / ADDRESS_FILE).read_text())
@@ -244,6 +253,38 @@ def test_paused_sink_is_not_even_copied(world: World) -> None:
         wait_until(lambda: client.status().sinks["mirror"].state == State.PAUSED)
         wait_until(lambda: client.status().sinks["copy"].state == State.RUNNING)
         assert "mirror" not in world.copied
+
+
+def test_held_sink_stands_still_until_released(world: World) -> None:
+    with world.running() as client:
+        barrier = HttpBarrier(client.url, "mirror")
+        barrier.hold(None, 20)
+        end = world.sources["shop"].commit(insert(1))
+        world.sources["shop"].commit(insert(2))
+        assert barrier.hold(end, 20).exact
+        assert client.status().sinks["mirror"].state == State.HELD
+        assert len(world.sinks["mirror"].transactions) == 1
+        with pytest.raises(CdcError, match="no sink is called 'shop'"):
+            HttpBarrier(client.url, "shop").hold(end, 20)
+        barrier.release()
+        wait_until(arrived(world.sinks["mirror"], 2))
+
+
+def test_f109_hold_that_waits_does_not_delay_the_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks, ask = threading.Event(), Hold.ask
+
+    def noticed(hold: Hold, until: SourcePosition | None, seconds: float) -> None:
+        ask(hold, until, seconds)
+        asks.set()
+
+    monkeypatch.setattr(Hold, "ask", noticed)
+    with ThreadPoolExecutor() as pool, world.running() as client:
+        wait_until(lambda: client.status().sinks["mirror"].state == State.RUNNING)
+        asked = pool.submit(HttpBarrier(client.url, "mirror").hold, 10**9, 30)
+        assert asks.wait(10)
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
+    assert isinstance(asked.exception(), CdcError)
 
 
 def test_unknown_names_are_refused(world: World) -> None:
