@@ -41,12 +41,16 @@ class Hold:
     def wait(self, seconds: float) -> SourcePosition:
         """Wait until the delivery stands still, and return where. Raises `TransientError` if it does not."""
         with self._changed:
-            self._changed.wait_for(lambda: self._reached is not None or self._error is not None, seconds)
+            asked = self._request
+            self._changed.wait_for(
+                lambda: self._reached is not None or self._error is not None or self._request is not asked, seconds
+            )
             if self._error is None and self._reached is not None:
                 return self._reached
-            request, self._request = self._request, None
+            if self._request is asked:
+                self._request = None
             self._changed.notify_all()
-            where = format_position(request.until) if request and request.until else "rest"
+            where = format_position(asked.until) if asked and asked.until else "rest"
             raise TransientError(
                 self._error or f"the sink did not come to {where} within {seconds:.0f} seconds",
                 hint="see `cdc status`: is it running, and how far behind is it?",

@@ -195,7 +195,7 @@ class Applier:
 
     def _flush(self, lane: _Lane) -> None:
         fold, plan = lane.fold, lane.plan
-        if not fold.count:
+        if not fold:
             return
         lane.reset()
         if isinstance(fold, Fold):

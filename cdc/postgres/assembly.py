@@ -23,6 +23,8 @@ from cdc.errors import DecodeError, ResyncRequired
 from cdc.position import format_lsn
 from cdc.postgres import pgoutput
 
+_INSERT, _UPDATE, _NEW = b"IUN"
+
 HEARTBEAT_PREFIX: Final = "cdc.heartbeat"
 """Logical messages that only move the position."""
 
@@ -34,7 +36,7 @@ class Assembler:
     """Collects messages and gives out batches.
 
     position: transactions that commit below it have been given out (or were not wanted).
-    pending_bytes: of all that was not given out; open_bytes: of the transaction that has begun.
+    pending_bytes: size of all that was not given out.
     """
 
     def __init__(self, position: int) -> None:
@@ -46,7 +48,8 @@ class Assembler:
         self._indexes: dict[int, int] = {}  # relation OID -> index into _tables
         self._transactions: list[Transaction] = []
         self._begin: pgoutput.Begin | None = None
-        self.open_bytes = 0
+        self._open_from = 0  # pending_bytes when it began
+        self._plain = False  # inside a transaction of which nothing is to be skipped
         self._skip_transaction = False
         self._changes: list[Change] = []
         self._ordinal = 0  # of _changes[0]
@@ -55,6 +58,11 @@ class Assembler:
         )
         self._skip_changes = 0
         self._passed_empty = False
+
+    @property
+    def open_bytes(self) -> int:
+        """Size of what has come of the transaction that is open."""
+        return self.pending_bytes - self._open_from if self._begin is not None else 0
 
     @property
     def in_transaction(self) -> bool:
@@ -69,19 +77,32 @@ class Assembler:
 
     def feed(self, data: bytes, at: int) -> None:
         """Take the message that starts at byte `at`. Raises `DecodeError` on what cannot be understood."""
-        message = pgoutput.decode(data, at)
         self.pending_bytes += len(data) - at
-        self.open_bytes += len(data) - at
-        if isinstance(message, pgoutput.Insert):
-            self._add(Change(INSERT, self._table(message.relation), None, None, message.after))
-        elif isinstance(message, pgoutput.Update):
-            self._update(message)
-        elif isinstance(message, pgoutput.Begin):
+        kind = data[at]
+        if kind == _INSERT or (kind == _UPDATE and data[at + 5] == _NEW):
+            relation, after = pgoutput.decode_new_row(data, at)
+            index = self._indexes.get(relation)
+            if index is None:
+                index = self._table(relation)
+            change = Change(INSERT if kind == _INSERT else UPDATE, index, None, None, after)
+            if self._plain:
+                self._changes.append(change)
+            else:
+                self._add(change)
+        else:
+            self._feed_other(pgoutput.decode(data, at))
+
+    def _feed_other(self, message: pgoutput.PgMessage) -> None:
+        if isinstance(message, pgoutput.Begin):
             self._start(message)
         elif isinstance(message, pgoutput.Commit):
             self._commit(message)
+        elif isinstance(message, pgoutput.Update):
+            self._update(message)
         elif isinstance(message, pgoutput.Delete):
             self._add(Change(DELETE, self._table(message.relation), message.key, message.before, None))
+        elif isinstance(message, pgoutput.Insert):
+            self._add(Change(INSERT, self._table(message.relation), None, None, message.after))
         else:
             self._feed_rare(message)
 
@@ -95,10 +116,10 @@ class Assembler:
             self._given = (begin.commit_lsn, self._ordinal)
         if not transactions:
             return None
-        if part or self._begin is None:
-            self.open_bytes = 0
-        size = self.pending_bytes - self.open_bytes
-        self.pending_bytes = self.open_bytes
+        kept = 0 if part else self.open_bytes
+        size = self.pending_bytes - kept
+        self.pending_bytes = kept
+        self._open_from = 0
         self._transactions = []
         if not self._changes:  # else the open transaction's changes refer to these tables
             self._tables = []
@@ -113,8 +134,9 @@ class Assembler:
     def _feed_rare(self, message: pgoutput.PgMessage) -> None:
         match message:
             case pgoutput.Relation(oid=oid, table=table):
-                self._relations[oid] = table
-                self._indexes.pop(oid, None)
+                if self._relations.get(oid) != table:  # it is described again after every TRUNCATE, ANALYZE, ...
+                    self._relations[oid] = table
+                    self._indexes.pop(oid, None)
             case pgoutput.Truncate(relations=relations, cascade=cascade, restart_identity=restart):
                 tables = tuple(self._table(relation) for relation in relations)
                 self._add(Change(TRUNCATE, tables[0], None, None, None, Truncate(tables, cascade, restart)))
@@ -128,7 +150,7 @@ class Assembler:
         if self._begin is not None:
             raise DecodeError("pgoutput: transaction begins inside another")
         self._begin = begin
-        self.open_bytes = 0
+        self._open_from = self.pending_bytes
         # the server sends again what it does not know to be confirmed
         self._skip_transaction = begin.commit_lsn < self.position
         if self._given is not None and not self._skip_transaction:
@@ -140,6 +162,7 @@ class Assembler:
                     hint="it is not the server it was, or was restored: copy the mirror again",
                 )
             self._skip_changes = ordinal
+        self._plain = not self._skip_transaction and not self._skip_changes
 
     def _commit(self, commit: pgoutput.Commit) -> None:
         begin = self._begin
@@ -155,6 +178,7 @@ class Assembler:
             self._ordinal = self._skip_changes = 0
             self.last_commit_time = begin.commit_time
         self._begin = None
+        self._plain = False
 
     def _cut(self, begin: pgoutput.Begin, *, end: int, complete: bool) -> Transaction:
         changes, self._changes = self._changes, []

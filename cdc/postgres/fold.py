@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from cdc.change import DELETE, INSERT, UNCHANGED, Change, Row, Value
+from cdc.change import INSERT, UNCHANGED, Change, Row, Value
 
 
 class FoldError(Exception):
@@ -22,59 +22,56 @@ class Fold:
     and another one took its place. Rows in `updates` may have UNCHANGED columns, those in `inserts` never do.
     """
 
-    __slots__ = ("count", "deletes", "inserts", "key_of", "updates")
+    __slots__ = ("deletes", "inserts", "key_of", "updates")
 
     def __init__(self, key_of: KeyOf) -> None:
         self.key_of = key_of
-        self.count = 0
         self.deletes: dict[Hashable, Row] = {}
         self.updates: dict[Hashable, Row] = {}
         self.inserts: dict[Hashable, Row] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to apply."""
+        return bool(self.inserts or self.updates or self.deletes)
 
     def add(self, change: Change) -> bool:
         """Take a change; False if it moves a row to another key, which only keeps its meaning by itself.
 
         Such an update must stay one (as delete and insert it would lose unchanged TOAST): apply what was
-        folded so far, then the update.
+        folded so far, then the update. (One function on purpose: it runs for every change.)
         """
         after = change.after
+        if after is None:
+            self._delete(change)
+            return True
+        key = self.key_of(after)
+        inserts, updates = self.inserts, self.updates
         if change.operation == INSERT:
-            assert after is not None
-            self._insert(self.key_of(after), after)
-        elif change.operation == DELETE:
-            old = change.before or change.key
-            assert old is not None
-            self._delete(self.key_of(old), old)
+            if key in inserts or key in updates:
+                raise FoldError
+            inserts[key] = after
+            return True
+        old = change.before or change.key
+        if old is not None and self.key_of(old) != key:
+            return False
+        if key in updates:
+            updates[key] = merge(after, updates[key])
+        elif key in inserts:
+            inserts[key] = merge(after, inserts[key])
+        elif key in self.deletes:
+            raise FoldError
         else:
-            assert after is not None
-            old = change.before or change.key
-            key = self.key_of(after)
-            if old is not None and self.key_of(old) != key:
-                return False
-            self._update(key, after)
-        self.count += 1
+            updates[key] = after
         return True
 
     def inserted(self) -> Iterable[Row]:
         """Rows to insert."""
         return self.inserts.values()
 
-    def _insert(self, key: Hashable, row: Row) -> None:
-        if key in self.inserts or key in self.updates:
-            raise FoldError
-        self.inserts[key] = row
-
-    def _update(self, key: Hashable, row: Row) -> None:
-        if key in self.inserts:
-            self.inserts[key] = merge(row, self.inserts[key])
-        elif key in self.updates:
-            self.updates[key] = merge(row, self.updates[key])
-        elif key in self.deletes:
-            raise FoldError
-        else:
-            self.updates[key] = row
-
-    def _delete(self, key: Hashable, old: Row) -> None:
+    def _delete(self, change: Change) -> None:
+        old = change.before or change.key
+        assert old is not None
+        key = self.key_of(old)
         if self.inserts.pop(key, None) is None:
             if key in self.deletes:
                 raise FoldError
@@ -90,10 +87,9 @@ class Appends:
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
-    @property
-    def count(self) -> int:
-        """Changes taken."""
-        return len(self.rows)
+    def __bool__(self) -> bool:
+        """Whether there is anything to apply."""
+        return bool(self.rows)
 
     def add(self, change: Change) -> bool:
         """Take an INSERT; False for anything else."""

@@ -10,6 +10,7 @@ from typing import Final
 from cdc.barrier import Barrier
 from cdc.config import SinkConfig, SourceConfig
 from cdc.cutover import CutoverResult, cutover
+from cdc.errors import FatalError
 from cdc.position import SourcePosition
 from cdc.postgres.connection import connect, translated_errors
 from cdc.postgres.cutover import PostgresHandover
@@ -88,6 +89,11 @@ def _publications(source: SourceConfig) -> tuple[str, ...]:
 def _comparison(source: SourceConfig, sink: SinkConfig) -> Comparison:
     with connect(reveal(source.url)) as left, connect(reveal(sink.url)) as right:
         tables = [table.name for table in captured_tables(source, read_tables(left))]
+        if not tables:
+            raise FatalError(
+                f"source {source.name}: no table matches {', '.join(source.tables.include)}: there is nothing to compare",
+                hint="correct `tables` in its configuration (globs over schema.table)",
+            )
         return plan_comparison(left, right, sink, tables)
 
 

@@ -126,6 +126,22 @@ def decode(data: bytes, at: int = 0) -> PgMessage:
     return message
 
 
+def decode_new_row(data: bytes, at: int) -> tuple[int, Row]:
+    """The relation and the new row of an Insert, or of an Update without an old one: nine of ten messages.
+
+    at: of the message; the bytes up to `data`'s end are it. The same as `decode`, without the detours.
+    """
+    try:
+        if data[at + 5] != _NEW:
+            raise DecodeError(f"expected 'N' at byte {at + 5}, found {data[at + 5]:#04x}")
+        row, end = _tuple(data, at + 6)
+        if end != len(data):
+            raise DecodeError(f"pgoutput message should end at byte {end}, but has {len(data)}")
+        return _INT32(data, at + 1)[0], row
+    except (IndexError, error):
+        raise DecodeError(f"pgoutput message truncated at byte {len(data)}") from None
+
+
 def _unknown(kind: int, at: int) -> str:
     if kind in b"SEcAbPKrp":
         return f"streamed or prepared transaction (message {chr(kind)!r} at byte {at}) was not asked for"

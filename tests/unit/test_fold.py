@@ -84,12 +84,20 @@ def test_changes_that_do_not_follow_from_each_other_are_refused(changes: list[Ch
         [fold.add(change) for change in changes]
 
 
+def test_nothing_is_left_of_a_row_that_came_and_went() -> None:
+    fold = Fold(lambda row: row[0])
+    fold.add(inserted(b"1", b"a"))
+    assert fold
+    fold.add(deleted(b"1"))
+    assert not fold
+
+
 def test_f23_a_moved_key_is_not_folded() -> None:
     fold = Fold(lambda row: row[0])
     assert not fold.add(Change(UPDATE, 0, (b"1", UNCHANGED), None, (b"2", b"x")))
     assert not fold.add(Change(UPDATE, 0, None, (b"1", b"x"), (b"2", b"x")))
     assert fold.add(Change(UPDATE, 0, None, (b"2", b"x"), (b"2", b"y")))
-    assert fold.count == 1
+    assert fold.updates == {b"2": (b"2", b"y")}
 
 
 def test_rows_without_a_key_are_only_appended() -> None:
