@@ -91,7 +91,7 @@ def _comparison(source: SourceConfig, sink: SinkConfig) -> Comparison:
         tables = [table.name for table in captured_tables(source, read_tables(left))]
         if not tables:
             raise FatalError(
-                f"source {source.name}: no table matches {', '.join(source.tables.include)}: there is nothing to compare",
+                f"nothing to compare: no table of source {source.name} matches {', '.join(source.tables.include)}",
                 hint="correct `tables` in its configuration (globs over schema.table)",
             )
         return plan_comparison(left, right, sink, tables)

@@ -12,7 +12,7 @@ import pytest
 
 from cdc.change import Batch
 from cdc.errors import ResyncRequired, TransientError
-from cdc.position import Position, format_lsn
+from cdc.position import Position, as_lsn, format_lsn
 from cdc.postgres.source import PostgresSource
 from sinks.postgres import PostgresSink
 from tests.mirror import Mirror, running_mirror, wait_for
@@ -109,13 +109,13 @@ def test_f2_f3_three_true_positions_are_reported(mirror: Mirror) -> None:
 
 def test_f3_nothing_is_confirmed_before_it_is_durable(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
     mirror.sync()
-    durable = mirror.queue.position
+    durable = as_lsn(mirror.queue.position or 0)
     monkeypatch.setattr(type(mirror.queue), "position", property(lambda queue: durable))  # the fsync takes for ever
     mirror.source_db.execute("INSERT INTO items SELECT g FROM generate_series(1, 100) g")
-    wait_for(lambda: (mirror.capture_stats.received or 0) > (durable or 0), "the changes to be received")
+    wait_for(lambda: as_lsn(mirror.capture_stats.received or 0) > durable, "the changes to be received")
     until = time.monotonic() + 2.5  # status goes out every second
     while time.monotonic() < until:
-        assert ((walsender(mirror) or {}).get("flush") or 0) <= (durable or 0)
+        assert ((walsender(mirror) or {}).get("flush") or 0) <= durable
 
 
 def test_f4_f5_what_the_server_sends_again_is_dropped(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from struct import pack
+
 import pytest
 
 from cdc.change import DELETE, INSERT, UNCHANGED, UPDATE, Batch, Change, Message, Truncate
 from cdc.errors import DecodeError, ResyncRequired
 from cdc.postgres.assembly import Assembler
-from tests.unit.test_pgoutput import pack, row, text
+from tests.unit.test_pgoutput import row, text
 
 RELATION = (
     b"R" + pack(">I", 1) + text("public") + text("t") + b"d" + pack(">H", 2)
