@@ -1,0 +1,212 @@
+"""This daemon and PostgreSQL's own subscription do the same work in turn, between the same two servers.
+
+drain: both drain one backlog, then both follow small transactions; every run ends with proof that target and source are
+equal. limit: a bare reader takes the same backlog out of its socket, which is as fast as any reader can be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks.contenders import Cdc, Contender, Native
+from tests.benchmarks.drain import Drain, drain
+from tests.benchmarks.latency import Latency, latency
+from tests.benchmarks.reader import read
+from tests.benchmarks.table import Backlog, BenchFailed, create_source
+from tests.servers import Database, PostgresServer, ServerUnavailable
+
+SETTINGS: Final = {"shared_buffers": "128MB", "track_commit_timestamp": "on"}
+"""Of both servers, besides fsync: what is confirmed must survive, and that has its price."""
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The backlog; then how many transactions a second follow, for how long."""
+
+    backlog: Backlog
+    rate: int
+    seconds: float
+
+
+FULL: Final = Sizes(Backlog(inserts=300_000, updates=160_000), rate=500, seconds=10)
+SMALL: Final = Sizes(Backlog(inserts=3_000, updates=1_000), rate=200, seconds=1)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured, by contender."""
+
+    rows: int
+    drains: Mapping[str, Sequence[Drain]]
+    latencies: Mapping[str, Latency]
+
+    def seconds(self, name: str) -> float:
+        """The median of its drains."""
+        return median(drain.seconds for drain in self.drains[name])
+
+    def as_json(self) -> dict[str, Any]:
+        """Medians over all runs, and the highest peak of memory."""
+        usages = [drain.usage for drain in self.drains["cdc"] if drain.usage is not None]
+        return {
+            "native_seconds": round(self.seconds("native"), 3),
+            "cdc_seconds": round(self.seconds("cdc"), 3),
+            "ratio": round(self.seconds("native") / self.seconds("cdc"), 3),
+            "rows": self.rows,
+            "cdc_cpu_seconds": round(median(usage.cpu_seconds for usage in usages), 3),
+            "cdc_peak_rss_mb": round(max(usage.peak_rss_mb for usage in usages), 1),
+            "latency_ms": {
+                name: {"p50": round(found.p50, 2), "p99": round(found.p99, 2)} for name, found in self.latencies.items()
+            },
+        }
+
+
+class Bench:
+    """Two servers, and those who replicate between them."""
+
+    def __init__(self, source: PostgresServer, target: PostgresServer, folder: Path, sizes: Sizes) -> None:
+        self._source = source
+        self._target = target
+        self._folder = folder
+        self._sizes = sizes
+        self._kinds: dict[str, Callable[[str, Database], Contender]] = {
+            "native": lambda name, source: Native(name, source, self._target),
+            "cdc": lambda name, source: Cdc(name, source, self._target, self._folder),
+        }
+
+    def compare(self, runs: int) -> Results:
+        """Drain with both in turn, then measure their latencies."""
+        drains = self._drains(runs)
+        latencies = {kind: self._latency(kind) for kind in self._kinds}
+        return Results(self._sizes.backlog.rows, drains, latencies)
+
+    def limit(self) -> Table:
+        """Read the backlog twice: woken for every packet, and in naps."""
+        source = self._new_source("limit")
+        names = ("woken", "napping")
+        for name in names:
+            source.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [name])
+        self._sizes.backlog.write(source)
+        table = Table("bare reader", "seconds", "CPU seconds", "messages", "MB", box=None, pad_edge=False)
+        for name in names:
+            found = read(source, name, naps=name == "napping")
+            numbers = (f"{found.seconds:.2f}", f"{found.cpu_seconds:.2f}", f"{found.messages:,}")
+            table.add_row(name, *numbers, f"{found.size / 1e6:.0f}")
+        return table
+
+    def _drains(self, runs: int) -> dict[str, list[Drain]]:
+        """Every run has a slot of its own, and all slots begin before the backlog: all drain the same log."""
+        source = self._new_source("bench")
+        contenders = [
+            (kind, make(f"{kind}_{run}", source)) for run in range(1, runs + 1) for kind, make in self._kinds.items()
+        ]
+        for _, contender in contenders:
+            contender.prepare()
+        with console.status("writing the backlog"):
+            self._sizes.backlog.write(source)
+        drains: dict[str, list[Drain]] = {kind: [] for kind in self._kinds}
+        for kind, contender in contenders:
+            with console.status(f"{contender.name} drains it"), closing(contender):
+                drains[kind].append(drain(contender))
+            console.print(f"{contender.name}: {drains[kind][-1].seconds:.2f} s, equal to its source")
+        return drains
+
+    def _latency(self, kind: str) -> Latency:
+        source = self._new_source(f"latency_{kind}")
+        with closing(self._kinds[kind](f"{kind}_latency", source)) as contender, console.status(contender.name):
+            contender.prepare()
+            return latency(contender, rate=self._sizes.rate, seconds=self._sizes.seconds)
+
+    def _new_source(self, name: str) -> Database:
+        database = self._source.create_database(name)
+        create_source(database)
+        return database
+
+
+def main() -> int:
+    """Run what was asked for and return the exit code."""
+    options = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything below is ended
+    folder = Path(tempfile.mkdtemp(prefix="cdc-bench-"))
+    try:
+        with (
+            PostgresServer(fsync=True, settings=SETTINGS) as source,
+            PostgresServer(fsync=True, settings=SETTINGS) as target,
+        ):
+            _describe_surroundings(source)
+            _perform(Bench(source, target, folder, SMALL if options.small else FULL), options)
+    except (BenchFailed, TimeoutError, ServerUnavailable) as exc:
+        console.print(f"The benchmark failed: {exc}", style="bold red", markup=False)
+        return 1
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def _perform(bench: Bench, options: argparse.Namespace) -> None:
+    if options.command == "limit":
+        console.print(bench.limit())
+        return
+    results = bench.compare(options.runs)
+    console.print(_table(results))
+    if options.json is not None:
+        options.json.write_text(json.dumps(results.as_json(), indent=2) + "\n")
+
+
+def _describe_surroundings(server: PostgresServer) -> None:
+    load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
+    with server.connect() as connection:
+        version = connection.info.parameter_status("server_version")
+    console.print(f"Python {platform.python_version()}, PostgreSQL {version}, {os.cpu_count()} CPUs, load {load}")
+
+
+def _table(results: Results) -> Table:
+    found = results.as_json()
+    table = Table("", "native", "cdc", box=None, pad_edge=False)
+
+    def add(what: str, show: Callable[[str], str]) -> None:
+        table.add_row(what, show("native"), show("cdc"))
+
+    add("seconds (median)", lambda name: f"{results.seconds(name):.2f}")
+    add("seconds (each run)", lambda name: " ".join(f"{drain.seconds:.2f}" for drain in results.drains[name]))
+    add("rows/s", lambda name: f"{results.rows / results.seconds(name):,.0f}")
+    table.add_row("ratio", "", f"{found['ratio']:.2f}")
+    table.add_row("CPU seconds", "", f"{found['cdc_cpu_seconds']:.2f}")
+    table.add_row("peak memory (MiB)", "", f"{found['cdc_peak_rss_mb']:.0f}")
+    add("latency p50 (ms)", lambda name: f"{results.latencies[name].p50:.1f}")
+    add("latency p99 (ms)", lambda name: f"{results.latencies[name].p99:.1f}")
+    add("  at transactions/s", lambda name: f"{results.latencies[name].rate:.0f}")
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    small = argparse.ArgumentParser(add_help=False)
+    small.add_argument("--small", action="store_true", help="a few thousand rows: shows only that it works")
+    commands = parser.add_subparsers(dest="command", required=True)
+    comparing = commands.add_parser("drain", parents=[small], help="compare with PostgreSQL's own subscription")
+    comparing.add_argument("--runs", type=int, default=3, help="drains of each (%(default)s)")
+    comparing.add_argument("--json", type=Path, metavar="FILE", help="write the medians there")
+    commands.add_parser("limit", parents=[small], help="only read, with a bare reader")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""How long a contender takes for a backlog."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from tests.benchmarks.contenders import Contender, Usage
+from tests.benchmarks.table import has_all, require_equal
+from tests.processes import wait_until
+
+TIMEOUT_SECONDS: Final = 600
+
+
+@dataclass(frozen=True)
+class Drain:
+    """One drain. usage: during it, where the contender is a process."""
+
+    seconds: float
+    usage: Usage | None
+
+
+def drain(contender: Contender) -> Drain:
+    """Let it drain what was committed since it was prepared, and check what it has made of it.
+
+    The clock runs from its taking the slot until the target shows the last transaction.
+    """
+    for server in (contender.source.server, contender.target.server):
+        with server.connect() as connection:
+            connection.execute("CHECKPOINT")  # or a run would pay for what the one before has written
+    with contender.target.connect() as connection:
+        contender.start()
+        contender.wait_until_reading()
+        started, before = time.monotonic(), contender.usage()
+        wait_until(
+            lambda: has_all(connection),
+            timeout_seconds=TIMEOUT_SECONDS,
+            what=lambda: f"{contender.name} to drain the backlog; it says:\n{contender.log_tail()}",
+        )
+        seconds, after = time.monotonic() - started, contender.usage()
+    require_equal(contender.source, contender.target)
+    return Drain(seconds, _difference(before, after))
+
+
+def _difference(before: Usage | None, after: Usage | None) -> Usage | None:
+    if before is None or after is None:
+        return None
+    return Usage(after.cpu_seconds - before.cpu_seconds, after.peak_rss_mb)

@@ -1,0 +1,87 @@
+"""The table that is replicated: its shape, its backlog, and whether two copies of it are equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import psycopg
+
+from tests.servers import Database
+
+PUBLICATION: Final = "bench"
+TRANSACTION_ROWS: Final = 1_000
+LAST_ID: Final = 0
+"""The row that the last transaction of a backlog inserts: where it is visible, everything is."""
+
+SCHEMA: Final = """
+CREATE TABLE item (
+    id bigint PRIMARY KEY, quantity int, name text, price numeric, changed_at timestamptz, note text, active bool
+)
+"""
+
+INSERT: Final = "INSERT INTO item VALUES (%s, 1, 'a new item', 1.25, now(), 'written while it is watched', true)"
+
+_BACKLOG: Final = """
+CREATE PROCEDURE write_backlog(inserts int, updates int, per_transaction int) LANGUAGE plpgsql AS $$
+BEGIN
+    FOR start IN 1 .. inserts BY per_transaction LOOP
+        INSERT INTO item
+        SELECT id, id % per_transaction, 'item ' || id, id * 1.25, now(), md5(id::text), id % 2 = 0
+          FROM generate_series(start, start + per_transaction - 1) AS id;
+        COMMIT;
+    END LOOP;
+    FOR number IN 1 .. updates LOOP
+        UPDATE item SET quantity = quantity + 1, price = price + 1, changed_at = now()
+         WHERE id = 1 + number * 7919::bigint % inserts;
+        COMMIT;
+    END LOOP;
+END $$
+"""
+
+_FINGERPRINT: Final = "SELECT count(*), sum(hashtextextended(item::text, 0)) FROM item"
+
+
+class BenchFailed(Exception):
+    """A run did not do what it measures; the message says what."""
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """Inserts in transactions of `TRANSACTION_ROWS`, then updates of single rows scattered over all of them."""
+
+    inserts: int
+    updates: int
+
+    @property
+    def rows(self) -> int:
+        """Changes in all."""
+        return self.inserts + self.updates
+
+    def write(self, database: Database) -> None:
+        """Commit it at the source. Durable at the end, and not at every transaction: nobody measures the writing."""
+        with database.connect() as connection:
+            connection.execute("SET synchronous_commit = off")
+            connection.execute(_BACKLOG)
+            connection.execute("CALL write_backlog(%s, %s, %s)", [self.inserts, self.updates, TRANSACTION_ROWS])
+            connection.execute("SET synchronous_commit = on")
+            connection.execute(INSERT, [LAST_ID])
+
+
+def create_source(database: Database) -> None:
+    """An empty table, published."""
+    database.execute(SCHEMA)
+    database.execute(f"CREATE PUBLICATION {PUBLICATION} FOR TABLE item")
+
+
+def has_all(connection: psycopg.Connection[tuple[bool]]) -> bool:
+    """Whether the last transaction of the backlog is visible there."""
+    row = connection.execute("SELECT EXISTS (SELECT FROM item WHERE id = %s)", [LAST_ID]).fetchone()
+    return row is not None and row[0]
+
+
+def require_equal(source: Database, target: Database) -> None:
+    """Raise `BenchFailed` unless both tables hold the same rows: their number, and a hash over each row's text."""
+    (expected,), (found,) = source.execute(_FINGERPRINT), target.execute(_FINGERPRINT)
+    if found != expected:
+        raise BenchFailed(f"{target.name} differs from its source: rows and hash are {found}, should be {expected}")

@@ -1,0 +1,71 @@
+"""The benchmark runs, and would notice a contender that loses something. What it measures is not judged here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.table import SCHEMA, Backlog, BenchFailed, create_source, require_equal
+from tests.servers import Database
+
+CHECKOUT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is measured by way of /proc")
+
+
+def bench(*arguments: str | Path) -> str:
+    command = [sys.executable, "-m", "scripts.bench", *map(str, arguments)]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_drain_compares_both_and_writes_what_it_found(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    output = bench("drain", "--small", "--runs", "1", "--json", file)
+    assert "native_1: " in output
+    assert "cdc_1: " in output
+    assert output.count("equal to its source") == 2
+    found = json.loads(file.read_text())
+    latencies = found.pop("latency_ms")
+    assert {name: sorted(parts) for name, parts in latencies.items()} == dict.fromkeys(
+        ("native", "cdc"), ["p50", "p99"]
+    )
+    assert found.pop("rows") == 4_000
+    assert sorted(found) == ["cdc_cpu_seconds", "cdc_peak_rss_mb", "cdc_seconds", "native_seconds", "ratio"]
+    assert all(value > 0 for value in (*found.values(), *latencies["native"].values(), *latencies["cdc"].values()))
+
+
+def test_limit_reads_all_of_the_backlog() -> None:
+    *_, woken, napping = bench("limit", "--small").splitlines()
+    for line in (woken, napping):
+        messages = int(line.split()[3].replace(",", ""))
+        assert messages >= 3_000 + 2 * 3 + 3 * 1_000  # rows in three transactions, then one a transaction
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM item WHERE id = 7",
+        "INSERT INTO item (id) VALUES (-1)",
+        "UPDATE item SET price = price + 0.000 WHERE id = 7",
+        "UPDATE item SET note = NULL WHERE id = 7",
+        "UPDATE item SET id = -7 WHERE id = 7",
+    ],
+)
+def test_what_is_lost_or_changed_is_noticed(source_db: Database, target_db: Database, damage: str) -> None:
+    create_source(source_db)
+    Backlog(inserts=1_000, updates=10).write(source_db)
+    target_db.execute(SCHEMA)
+    with target_db.connect() as target:
+        target.cursor().executemany(
+            "INSERT INTO item VALUES (%s, %s, %s, %s, %s, %s, %s)", source_db.execute("TABLE item")
+        )
+    require_equal(source_db, target_db)
+    target_db.execute(damage)
+    with pytest.raises(BenchFailed, match="differs"):
+        require_equal(source_db, target_db)
