@@ -62,6 +62,15 @@ def test_an_open_transaction_stays_behind_with_its_tables() -> None:
     assert batch.tables[batch.transactions[0].changes[0].table].name == "t"
 
 
+def test_f33_a_table_that_is_described_again_stays_one() -> None:
+    """It is, after every TRUNCATE or ANALYZE; two tables of one name could not be applied set-wise."""
+    assembler = fed(Assembler(0), begin(100), RELATION, insert(b"1"), RELATION, insert(b"2"), commit(100))
+    batch = fed(assembler, begin(200), RELATION, insert(b"3"), commit(200)).take()
+    assert values(batch) == [b"1", b"2", b"3"]
+    assert batch is not None
+    assert [table.name for table in batch.tables] == ["t"]
+
+
 def test_f40_a_large_transaction_is_given_out_in_parts() -> None:
     assembler = fed(Assembler(50), begin(100), RELATION, insert(b"1"), insert(b"2"))
     first = assembler.take(part=True)
