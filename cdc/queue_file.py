@@ -42,8 +42,8 @@ seconds of CPU for 100 batches of 1 MB / 400 of 256 KB, while batches are pruned
 - Debian's SQLite overwrites deleted data with zeros (`secure_delete`): twice the CPU, and a commit of 90 ms.
 """
 
-_KEPT_FREE_BYTES: Final = 64 * 1024**2
-"""Free pages inside the file that are not worth giving back."""
+_KEPT_FREE_BYTES: Final = 256 * 1024**2
+"""Free pages inside the file that stay for the next backlog: a file that shrinks and grows again costs time."""
 
 _STEP_ROWS: Final = 32
 """Batches pruned in one commit: about 10 ms where they are 1 MB each (deleting one reads its chain of pages)."""
@@ -353,7 +353,8 @@ class QueueFile:
         """Shrink a file that has become far too large: its free pages would be missing to other sources' queues."""
         free_bytes = _free_bytes(self._writer)
         if free_bytes > max(_KEPT_FREE_BYTES, 4 * self._contents.bytes):
-            self._writer.execute(f"PRAGMA incremental_vacuum({_CHECKPOINT_BYTES // PAGE_BYTES})").fetchall()
+            # a script: `execute` takes one step of a statement without columns, which here is a single page
+            self._writer.executescript(f"PRAGMA incremental_vacuum({_CHECKPOINT_BYTES // PAGE_BYTES})")
             self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
             self._more = True
         self._contents = msgspec.structs.replace(self._contents, free_bytes=free_bytes)

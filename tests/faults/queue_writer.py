@@ -17,6 +17,7 @@ from pathlib import Path
 from cdc.errors import CdcError
 from cdc.queue import Queue
 from tests.batches import STRIDE, batch, end_of, transaction
+from tests.processes import wait_until
 
 MAX_BYTES = 2 << 20
 
@@ -34,8 +35,7 @@ def stream(queue: Queue) -> None:
         number += 1
         size = 200 + number * 7919 % 20_000
         for part in transaction(number, parts=3 if number % 5 == 0 else 1, size=size):
-            while not queue.has_room:
-                queue.flush(1)
+            wait_until(lambda: queue.has_room, what="room in the queue")
             queue.append(part)
         if queue.position != reported:
             reported = queue.position

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,13 @@ def rows_in(path: Path) -> int:
         return int(connection.execute("SELECT count(*) FROM batch").fetchone()[0])
 
 
-@pytest.fixture
-def writer_held_up(path: Path) -> Iterator[Callable[[], None]]:
-    """Holds the queue's writer up in its next commit: the test begins, and ends it by calling the value."""
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    yield lambda: other.execute("ROLLBACK") and None
-    other.close()
+@contextmanager
+def writer_held_up(queue: Queue) -> Iterator[None]:
+    """Its next commit waits until the block has ended."""
+    with closing(sqlite3.connect(queue._path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
 
 
 class TestOrder:
@@ -157,7 +158,7 @@ class TestOrder:
         assert [batches_of(stored) for stored in results] == [[batch(1)], []]
 
     def test_batches_that_come_during_a_commit_share_the_next_one(
-        self, queue: Queue, writer_held_up: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+        self, queue: Queue, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         commits: list[int] = []
         write = queue._file.write
@@ -167,19 +168,19 @@ class TestOrder:
             return write(items, upkeep)
 
         monkeypatch.setattr(queue._file, "write", counted)
-        for number in range(1, 101):
-            queue.append(batch(number))
-        assert queue.read(0, max_bytes=1, timeout_seconds=0) == []
-        writer_held_up()
+        with writer_held_up(queue):
+            for number in range(1, 101):
+                queue.append(batch(number))
+            assert queue.read(0, max_bytes=1, timeout_seconds=0) == []
         assert queue.flush(10)
         assert sum(commits) == 100
         assert len([size for size in commits if size]) <= 3
 
-    def test_flush_says_when_time_is_over(self, queue: Queue, writer_held_up: Callable[[], None]) -> None:
-        queue.append(batch(1))
-        assert not queue.flush(0.01)
-        assert queue.position == START
-        writer_held_up()
+    def test_flush_says_when_time_is_over(self, queue: Queue) -> None:
+        with writer_held_up(queue):
+            queue.append(batch(1))
+            assert not queue.flush(0.01)
+            assert queue.position == START
         assert queue.flush(10)
 
 
@@ -301,6 +302,14 @@ class TestPruning:
         assert 0 <= (again.stats().oldest_seconds or -1) < 3600
         wait_pruned(open_queue(keep_seconds=1e-6), 3)
 
+    def test_they_go_when_they_are_old_enough(self, open_queue: OpenQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cdc.queue._AGING_SECONDS", 0.02)
+        queue = open_queue(keep_seconds=0.4)
+        queue.register("mirror")
+        fill(queue, [batch(1)])
+        queue.advance("mirror", 1, end_of(1))
+        wait_pruned(queue, 1)
+
     @pytest.mark.parametrize("now", [0.0, 4e9])
     def test_f88_a_clock_that_jumps_changes_nothing(
         self, queue: Queue, monkeypatch: pytest.MonkeyPatch, now: float
@@ -375,15 +384,13 @@ class TestBounds:
         assert again._contents.free_bytes > 7 << 20
         assert again.stats().free_disk_bytes > disk.f_bavail * disk.f_frsize + (4 << 20)
 
-    def test_f91_what_is_handed_over_but_not_written_is_bounded(
-        self, queue: Queue, writer_held_up: Callable[[], None]
-    ) -> None:
+    def test_f91_what_is_handed_over_but_not_written_is_bounded(self, queue: Queue) -> None:
         count = 0
-        while queue.has_room:
-            count += 1
-            queue.append(batch(count, size=1 << 20))
-        assert count == 8
-        writer_held_up()
+        with writer_held_up(queue):
+            while queue.has_room:
+                count += 1
+                queue.append(batch(count, size=1 << 20))
+            assert count == 8
         wait_until(lambda: queue.has_room, what="the writer to catch up")
         assert queue.flush(10)
         assert len(read_all(queue)) == count
@@ -473,6 +480,11 @@ class TestFacts:
             assert (found.get("system_identifier"), found.get("paused")) == ("7000000000000000001", None)
             assert found.queue_id == queue.queue_id
 
+    def test_a_registration_is_durable_on_return(self, queue: Queue, tmp_path: Path) -> None:
+        queue.register("audit")
+        with Reopened(crash_image(queue, tmp_path)) as found:
+            assert found.cursor("audit") == (0, None)
+
     def test_cursors_are_stored_while_nothing_else_happens(self, queue: Queue, tmp_path: Path) -> None:
         fill(queue, [batch(1), batch(2)])
         queue.advance("mirror", 1, end_of(1))
@@ -539,6 +551,16 @@ class TestDamage:
         with pytest.raises(QueueCorrupt, match=re.escape(str(path))):
             Queue(path, max_bytes=1, min_free_bytes=0)
 
+    def test_f84_a_row_that_vanishes_meanwhile_is_noticed_when_read(self, open_queue: OpenQueue, path: Path) -> None:
+        queue = open_queue(tail_bytes=0)
+        queue.register("mirror")
+        fill(queue, [batch(number) for number in range(1, 6)])
+        with sqlite3.connect(path) as connection:
+            connection.execute("DELETE FROM batch WHERE seq IN (3, 5)")
+        for after_seq in (0, 2, 4):
+            with pytest.raises(QueueCorrupt):
+                queue.read(after_seq, max_bytes=1000, timeout_seconds=0)
+
     def test_f84_a_damaged_page_is_refused(self, queue: Queue, path: Path) -> None:
         self.filled(queue)
         data = bytearray(path.read_bytes())
@@ -598,14 +620,15 @@ class TestFailure:
     def test_f85_a_failed_commit_is_final_and_publishes_nothing(self, queue: Queue, open_queue: OpenQueue) -> None:
         fill(queue, [batch(1)])
         queue._file._writer.execute("PRAGMA max_page_count = 1")  # as many as there are: the disk is full
-        failed = [batch(2, size=1 << 20), batch(3)]
-        for each in failed:
-            queue.append(each)
+        with writer_held_up(queue):
+            for number in range(2, 12):
+                queue.append(batch(number, size=1 << 20))
+            assert not queue.has_room
         with pytest.raises(FatalError, match="full") as caught:
             queue.flush(10)
         assert caught.value.hint
         queue._file._writer.execute("PRAGMA max_page_count = 1000000")  # too late: never tried again
-        for refused in (lambda: queue.append(batch(4)), lambda: queue.set("key", "value"), lambda: queue.flush(0)):
+        for refused in (lambda: queue.append(batch(12)), lambda: queue.set("key", "value"), lambda: queue.flush(0)):
             with pytest.raises(FatalError, match="full"):
                 refused()
         assert queue.has_room, "or nobody would append and learn of it"
