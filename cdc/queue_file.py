@@ -10,7 +10,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -171,17 +171,18 @@ class QueueFile:
     """An open queue file. One thread writes; `read` and `seek` may be called by any."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create. Raises `QueueCorrupt` on damage and unknown formats, before anything is changed."""
+        """Open or create. Raises `QueueCorrupt` on damage, and on an unknown format, which is left as it is."""
         self.path = path
         self._readers: list[sqlite3.Connection] = []
         self._more = True  # a crash may have interrupted it
-        with _translated(path):
-            self._writer = _open(path)
+        with _translated(path), ExitStack() as on_error:
+            self._writer = on_error.enter_context(closing(_open(path)))
             self._state = _load_state(self._writer, path)
             self._check()
             self._drop_unfinished()
             self._contents = _count(self._writer, self._state)
             self._next_seq = self._unused_seq()
+            on_error.pop_all()
 
     @property
     def contents(self) -> Contents:

@@ -528,6 +528,7 @@ class TestDamage:
         self.flip(path, b"row-19-0.")
         with pytest.raises(QueueCorrupt, match="batch 19 "):
             Queue(path, max_bytes=1, min_free_bytes=0)
+        assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing stays open"
 
     @pytest.mark.parametrize(
         "damage",
