@@ -19,7 +19,8 @@ WARM_UP: Final = 0.1
 """The first transactions do not count: connections and caches are cold."""
 
 _WATCH: Final = """
-CREATE FUNCTION watch(last_id bigint) RETURNS TABLE (newest bigint, seen_at timestamptz) LANGUAGE plpgsql AS $$
+CREATE FUNCTION watch(last_id bigint) RETURNS TABLE (newest bigint, seen_at timestamptz)
+LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
     found bigint;
 BEGIN

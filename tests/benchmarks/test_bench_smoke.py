@@ -32,12 +32,11 @@ def test_drain_compares_both_and_writes_what_it_found(tmp_path: Path) -> None:
     assert output.count("equal to its source") == 2
     found = json.loads(file.read_text())
     latencies = found.pop("latency_ms")
-    assert {name: sorted(parts) for name, parts in latencies.items()} == dict.fromkeys(
-        ("native", "cdc"), ["p50", "p99"]
-    )
+    assert sorted(latencies) == ["cdc", "native"]
+    assert all(0 < each["p50"] <= each["p99"] for each in latencies.values())
     assert found.pop("rows") == 4_000
     assert sorted(found) == ["cdc_cpu_seconds", "cdc_peak_rss_mb", "cdc_seconds", "native_seconds", "ratio"]
-    assert all(value > 0 for value in (*found.values(), *latencies["native"].values(), *latencies["cdc"].values()))
+    assert all(value > 0 for value in found.values())
 
 
 def test_limit_reads_all_of_the_backlog() -> None:
