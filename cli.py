@@ -163,7 +163,9 @@ def build_parts(config: Config) -> Parts:
 
     def copy_into(sink: SinkConfig, mirror: Sink, queue: Queue, stats: DeliveryStats, stop: threading.Event) -> None:
         source = build_source(config, config.sources[sink.source], queue)
-        fill(source, cast("Mirror", mirror), queue, stats=stats, options=sink.copy, stop=stop)
+        progress = CopyProgress()
+        with reported(progress, Console(stderr=True, force_terminal=False)):
+            fill(source, cast("Mirror", mirror), queue, stats=stats, options=sink.copy, stop=stop, progress=progress)
 
     return Parts(
         source=lambda source, queue: build_source(config, source, queue),

@@ -1,8 +1,8 @@
 """The daemon: start up, run one task a pipeline, drain, end.
 
 Each pipeline runs in a thread of its own, from an executor that has one for each. What goes wrong in one ends that one
-only: it stays failed, with error and hint in its status, until the daemon is started again. HTTP and signals stay
-with the event loop, which nothing blocks.
+only: it stays failed, with error and hint in its status, until the daemon is started again; when nothing is left that
+could do anything, the daemon ends with that error. HTTP and signals stay with the event loop, which nothing blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -104,7 +104,8 @@ class Daemon:
     async def run(self) -> bool:
         """Run until `stop`, and drain; returns what `cdc.daemon.run` does.
 
-        Raises `CdcError` where the daemon cannot start at all; nothing has been touched then.
+        Raises `CdcError` where the daemon cannot start at all (nothing has been touched then), or has nothing left
+        that it could do.
         """
         with ExitStack() as stack:
             stack.enter_context(lock_directory(self._directory))
@@ -117,6 +118,7 @@ class Daemon:
             if drained:
                 self._close_queues()
             log.info("stopped", drained=drained)
+            self._raise_failure()
             return drained
 
     def stop(self) -> None:
@@ -200,7 +202,7 @@ class Daemon:
         async with asyncio.TaskGroup() as group:
             group.create_task(_serve(server), name="http")
             tasks = [group.create_task(work(pipeline), name=pipeline.stats.name) for pipeline in pipelines]
-            await self._stopping.wait()
+            await self._stopped_or_useless(tasks)
             log.info("draining", at_most_seconds=self._config.daemon.drain_seconds)
             stop.set()
             self._wake_all()
@@ -208,6 +210,27 @@ class Daemon:
             server.stop()
         threads.shutdown(wait=drained)
         return drained
+
+    async def _stopped_or_useless(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        """Wait for `stop`, or until no pipeline is left that can do anything."""
+        stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
+        waiting: set[asyncio.Task[Any]] = {stopping, *tasks}
+        while not stopping.done() and not self._useless():
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+
+    def _useless(self) -> bool:
+        """Whether every source has failed, and no sink has a queue that it could still deliver."""
+        begun = [sink for sink in self._sinks.values() if sink.queue is not None and sink.queue.position is not None]
+        pipelines: list[AnyPipeline] = [*self._sources.values(), *begun]
+        return all(pipeline.stats.state in {State.FAILED, State.STOPPED} for pipeline in pipelines)
+
+    def _raise_failure(self) -> None:
+        """If it was not told to stop, say why it did."""
+        pipelines: list[AnyPipeline] = [*self._sources.values(), *self._sinks.values()]
+        failed = [pipeline.stats for pipeline in pipelines if pipeline.stats.state is State.FAILED]
+        if not self.stopping and failed:
+            raise CdcError(f"{failed[0].name}: {failed[0].error}", hint=failed[0].hint)
 
     def _wake_all(self) -> None:
         for delivery in self._deliveries.values():

@@ -121,6 +121,7 @@ class Delivery:
         cursor = self._queue.cursor(self._sink.name)
         if cursor is not None and after < cursor[0]:
             self._log.warning("target is older than it was", position=format_position(stored.source))
+        self._queue.advance(self._sink.name, after, stored.source)  # what comes after it must be kept
         self._stored = Position(self._queue.queue_id, after, stored.source)
         self._given_seq = after
         self._upkeep_at = 0.0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import Cdc
 from tests.servers import Database, PostgresServer, ServerUnavailable
 
 NewDatabase = Callable[[PostgresServer], Database]
@@ -73,6 +74,12 @@ def source_db(request: pytest.FixtureRequest, new_database: NewDatabase) -> Data
 def target_db(target18: PostgresServer, new_database: NewDatabase) -> Database:
     """An empty database on `target18`."""
     return new_database(target18)
+
+
+@pytest.fixture
+def cdc(tmp_path: Path) -> Cdc:
+    """The command line, with a folder of its own."""
+    return Cdc(tmp_path)
 
 
 @pytest.fixture(scope="session")

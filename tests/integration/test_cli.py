@@ -3,121 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cdc.queue import Queue
-from tests.processes import kill_tree, wait_until
+from tests.command import CHECKOUT, NOWHERE, Cdc, assert_complaint
+from tests.processes import wait_until
 from tests.servers import Database
-
-CHECKOUT = Path(__file__).parents[2]
-NOWHERE = "postgresql://me:geheim@127.0.0.1:1/shop"
-
-
-class Cdc:
-    """Runs `cdc` with one configuration file."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.file = folder / "cdc.toml"
-        self.data_dir = folder / "data"
-
-    def configure(self, source_url: str, target_url: str = "", **options: str) -> None:
-        """A source `shop` and a sink `mirror`; `options` are raw TOML, by section."""
-        url = f'url = "{target_url}"' if target_url else ""
-        self.file.write_text(
-            f"""
-            [daemon]
-            data_dir = "{self.data_dir}"
-            http = "127.0.0.1:0"
-            {options.get("daemon", "")}
-            [queue]
-            min_free_bytes = 0
-            [sources.shop]
-            url = "{source_url}"
-            {options.get("source", "")}
-            [sinks.mirror]
-            from = "shop"
-            {url}
-            """
-        )
-
-    def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(*arguments), check=False, timeout=60, **self.surroundings(environment))
-
-    def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, str(CHECKOUT / "cli.py"), "--config", str(self.file), *arguments]
-
-    def surroundings(self, environment: dict[str, str] | None = None) -> dict[str, Any]:
-        return {
-            "cwd": self.folder,
-            "env": {**os.environ, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200", **(environment or {})},
-            "text": True,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-        }
-
-    @contextmanager
-    def running(self) -> Iterator[subprocess.Popen[str]]:
-        """`cdc run`, ended by SIGTERM; its log is in the file `log`."""
-        surroundings = self.surroundings()
-        with (self.folder / "log").open("a") as log:
-            surroundings["stderr"] = log
-            process = subprocess.Popen(self.command("run"), **surroundings)
-        try:
-            wait_until(
-                lambda: (self.data_dir / "http").exists() or process.poll() is not None,
-                what=lambda: f"the daemon to start: {self.log}",
-            )
-            yield process
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=30)
-        finally:
-            kill_tree(process.pid)
-            process.wait()
-            if process.stdout:
-                process.stdout.close()
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
-
-    def status(self) -> dict[str, Any]:
-        status = json.loads(self("status", "--json").stdout)
-        assert isinstance(status, dict)
-        return status
-
-    def wait_for_sink(self, state: str) -> None:
-        wait_until(
-            lambda: self.status()["sinks"]["mirror"]["state"] == state,
-            timeout_seconds=60,
-            what=lambda: f"sink to be {state}: {self.status()}\n{self.log}",
-        )
-
-
-@pytest.fixture
-def cdc(tmp_path: Path) -> Cdc:
-    return Cdc(tmp_path)
-
-
-def assert_complaint(result: subprocess.CompletedProcess[str], code: int, error: str, hint: str = "") -> None:
-    """One line for the error, one for the hint, nothing else: no traceback, nothing on standard output."""
-    assert result.returncode == code, result.stderr
-    lines = result.stderr.splitlines()
-    assert re.match(f"error: .*{error}", lines[0]), result.stderr
-    assert lines[1:] == [] or re.match(f"hint: .*{hint}", lines[1]), result.stderr
-    assert len(lines) == (2 if hint else len(lines)) <= 2, result.stderr
-    assert result.stdout == ""
-
 
 COMMANDS = ["check", "run", "copy", "status", "verify", "cutover", "pause", "resume", "drop"]
 
