@@ -35,12 +35,13 @@ PART_BYTES: Final = 1024**2
 class Assembler:
     """Collects messages and gives out batches.
 
-    position: transactions that commit below it have been given out (or were not wanted).
+    position: transactions that commit below it have been given out (or were not wanted); the stream can begin there.
     pending_bytes: size of all that was not given out.
     """
 
     def __init__(self, position: int) -> None:
         self.position = position
+        self._end = position  # of the last transaction that came, given out or not
         self.pending_bytes = 0
         self.last_commit_time = 0
         self._relations: dict[int, Table] = {}
@@ -112,7 +113,7 @@ class Assembler:
         tables = tuple(self._tables)
         if part and self._begin is not None and self._changes:
             begin = self._begin
-            transactions.append(self._cut(begin, end=self.position, complete=False))
+            transactions.append(self._cut(begin, end=self._end, complete=False))
             self._given = (begin.commit_lsn, self._ordinal)
         if not transactions:
             return None
@@ -124,10 +125,16 @@ class Assembler:
         if not self._changes:  # else the open transaction's changes refer to these tables
             self._tables = []
             self._indexes = {}
+        self.position = self._end
         return Batch(tables, transactions, self.position, size)
 
-    def take_empty(self) -> bool:
-        """Whether a transaction without changes for us has ended since the last call: the position can move."""
+    def pass_idle(self, position: int) -> bool:
+        """Move on by what holds nothing for us: everything below `position` came, and `take` has nothing more.
+
+        Returns whether a transaction without changes for us was among it.
+        """
+        if self._begin is None and not self._transactions:
+            self.position = self._end = max(self._end, position)
         passed, self._passed_empty = self._passed_empty, False
         return passed
 
@@ -152,7 +159,7 @@ class Assembler:
         self._begin = begin
         self._open_from = self.pending_bytes
         # the server sends again what it does not know to be confirmed
-        self._skip_transaction = begin.commit_lsn < self.position
+        self._skip_transaction = begin.commit_lsn < self._end
         if self._given is not None and not self._skip_transaction:
             lsn, ordinal = self._given
             if lsn != begin.commit_lsn:
@@ -169,7 +176,7 @@ class Assembler:
         if begin is None:
             raise DecodeError("pgoutput: commit outside a transaction")
         if not self._skip_transaction:
-            self.position = max(self.position, commit.end_lsn)
+            self._end = max(self._end, commit.end_lsn)
             if self._changes or self._given is not None:
                 self._transactions.append(self._cut(begin, end=commit.end_lsn, complete=True))
                 self._given = None

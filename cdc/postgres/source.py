@@ -261,9 +261,7 @@ class PostgresSource:
         """Move the position by what was sent and held nothing for us, so that no WAL is kept for nothing."""
         if assembler.in_transaction:
             return None
-        # everything that commits below it has been sent, and taken: nothing is pending
-        assembler.position = max(assembler.position, stream.idle_end)
-        passed_something = assembler.take_empty()
+        passed_something = assembler.pass_idle(stream.idle_end)
         due = passed_something or stream.reply_wanted or time.monotonic() - self._given_at > IDLE_SECONDS
         if assembler.position <= self._given or not due:
             return None

@@ -148,9 +148,23 @@ def test_f43_messages_outside_transactions_and_heartbeats_leave_nothing_but_the_
     heartbeat = b"M" + pack(">BQ", 1, 77) + text("cdc.heartbeat") + pack(">I", 0)
     assembler = fed(Assembler(0), outside, begin(100), outside, heartbeat, commit(100))
     assert assembler.take() is None
-    assert assembler.take_empty()
-    assert not assembler.take_empty()
+    assert assembler.pass_idle(0)
+    assert not assembler.pass_idle(0)
     assert assembler.position == 108
+
+
+def test_f7_the_position_moves_while_nothing_happens_but_never_past_what_waits() -> None:
+    assembler = Assembler(50)
+    assembler.pass_idle(80)
+    assert assembler.position == 80
+    fed(assembler, begin(100), RELATION, insert(b"1"))
+    assembler.pass_idle(90)
+    assert assembler.position == 80
+    fed(assembler, commit(100)).pass_idle(200)
+    assert assembler.position == 80
+    assert values(assembler.take()) == [b"1"]
+    assembler.pass_idle(200)
+    assert assembler.position == 200
 
 
 @pytest.mark.parametrize(
@@ -171,3 +185,11 @@ def test_sizes_add_up() -> None:
     assert first.size + second.size == sum(map(len, messages))
     assert assembler.pending_bytes == 0
     assert first.transactions[0].changes[0].operation == INSERT
+
+
+def test_f4_what_was_not_given_out_when_the_stream_broke_comes_again() -> None:
+    assembler = fed(Assembler(50), begin(100), RELATION, insert(b"1"), commit(100))
+    assembler.reset()  # before anybody took it
+    assert assembler.position == 50, "the stream would go on behind it"
+    assert values(fed(assembler, begin(100), RELATION, insert(b"1"), commit(100)).take()) == [b"1"]
+    assert assembler.position == 108
