@@ -32,6 +32,10 @@ BLOCK_BYTES: Final = 256 * 1024
 _PATIENCE_SECONDS: Final = 3.0
 _REMIND_SECONDS: Final = 30.0
 _LOCK_TIMEOUT: Final = "60s"
+_READ_LOCK_TIMEOUT: Final = "1s"
+"""A reader waits for a lock only behind somebody who waits for ours (a TRUNCATE, an ALTER TABLE): for ever, if we let
+it, since the server sees no deadlock there. Giving up, and the snapshot with it, lets him go first."""
+
 _LOST_HINT: Final = "finished tables stay; the others are copied again from a new snapshot"
 
 
@@ -84,7 +88,7 @@ class PostgresSnapshot:
 
     def connect(self) -> Connection:
         """A connection of the caller's that sees the snapshot, in a transaction that can only read."""
-        connection = connect(self._url, application_name="cdc-copy")
+        connection = connect(self._url, application_name="cdc-copy", lock_timeout=_READ_LOCK_TIMEOUT)
         try:
             _enter(connection, self.snapshot_id)
         except CdcError as exc:
