@@ -1,0 +1,126 @@
+"""`cdc run` as a process of its own, with one source `shop` and one sink `mirror`, that tests may treat badly."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Self
+
+import psutil
+
+from tests.processes import kill_tree
+
+CHECKOUT: Final = Path(__file__).parents[2]
+
+_CONFIG: Final = """\
+[daemon]
+data_dir = {data_dir}
+http = "127.0.0.1:0"
+log_format = "json"
+
+[queue]
+min_free_bytes = 0
+
+[sources.shop]
+url = {source}
+pg_dump = {pg_dump}
+heartbeat_seconds = 1.0
+
+[sinks.mirror]
+from = "shop"
+url = {target}
+"""
+
+_STOP_SECONDS: Final = 60
+
+
+class Daemon:
+    """One configuration, and the process that runs it.
+
+    tracer: a command line that the daemon's is put behind (strace).
+    """
+
+    def __init__(self, folder: Path, *, source: str, target: str, pg_dump: Path, tracer: Sequence[str] = ()) -> None:
+        self.data_dir = folder / "data"
+        self.log_file = folder / "daemon.log"
+        self._config_file = folder / "cdc.toml"
+        self._tracer = tracer
+        self._process: subprocess.Popen[bytes] | None = None
+        values = {"data_dir": self.data_dir, "source": source, "target": target, "pg_dump": pg_dump}
+        self._config_file.write_text(_CONFIG.format_map({key: json.dumps(str(value)) for key, value in values.items()}))
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            kill_tree(self._process.pid)
+            self._process.wait()
+
+    def start(self) -> None:
+        """Start the process, and do not wait for anything."""
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*self._tracer, *self._command("run")],
+                cwd=CHECKOUT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def running(self) -> bool:
+        """Whether the process lives."""
+        return self._process is not None and self._process.poll() is None
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """SIGTERM, and wait for an orderly end."""
+        psutil.Process(self._own_pid).send_signal(signal.SIGTERM)
+        assert self._process is not None
+        self._process.wait(_STOP_SECONDS)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most physical memory that the process ever had (Linux: VmHWM)."""
+        lines = Path(f"/proc/{self._own_pid}/status").read_text().splitlines()
+        (line,) = (line for line in lines if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+
+    def ask(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run another command of `cdc` with the same configuration."""
+        return subprocess.run(
+            self._command(*arguments), cwd=CHECKOUT, check=False, capture_output=True, text=True, timeout=300
+        )
+
+    def status(self) -> dict[str, Any]:
+        """What `cdc status` says."""
+        status = json.loads(self.ask("status", "--json").stdout)
+        assert isinstance(status, dict)
+        return status
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The end of the log."""
+        return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
+
+    def _command(self, *arguments: str) -> list[str]:
+        return [sys.executable, str(CHECKOUT / "cli.py"), "--config", str(self._config_file), *arguments]
+
+    @property
+    def _own_pid(self) -> int:
+        """The daemon's process, not its tracer's."""
+        assert self._process is not None
+        if not self._tracer:
+            return self._process.pid
+        return psutil.Process(self._process.pid).children()[0].pid

@@ -1,0 +1,96 @@
+"""Killed at random moments under load, and the servers too: a short run of `scripts/crash`, and what it notices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.crash import CrashTest, compare, draw_strikes
+from tests.faults.crash_load import SCHEMA
+from tests.faults.crash_watch import Snapshot, look
+from tests.servers import Database
+
+KILLS = 12
+SEED = 19
+
+
+def test_f4_f49_f83_f90_f93_f94_f116_killed_under_load_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
+    """Also F40 and F48: transactions larger than a batch, and changes that are made during the copy."""
+    assert {strike.server for strike in draw_strikes(SEED, KILLS)} == {"", "source", "target"}
+    result = CrashTest(tmp_path, kills=KILLS, seed=SEED, progress=print).run()
+    assert result.problems == []
+    assert result.kills == KILLS
+    assert result.looks > 20
+    assert result.transactions > 200
+
+
+@pytest.fixture
+def mirror(target_db: Database) -> Database:
+    """What the watcher takes for a mirror, at rest."""
+    target_db.execute(SCHEMA)
+    target_db.execute(
+        "CREATE SCHEMA cdc; CREATE TABLE cdc.positions AS SELECT 'mirror' AS sink, '0/100'::pg_lsn AS position"
+    )
+    target_db.execute("CREATE TABLE cdc.tables AS TABLE cdc.positions")
+    target_db.execute("UPDATE journal SET seq = 1")
+    target_db.execute("INSERT INTO entries SELECT key, seq FROM journal")
+    target_db.execute("INSERT INTO orders OVERRIDING SYSTEM VALUE VALUES (7, 1)")
+    target_db.execute("INSERT INTO order_lines VALUES (7, 1, 1)")
+    return target_db
+
+
+def snapshot(mirror: Database) -> Snapshot:
+    with mirror.connect() as connection:
+        taken = look(connection)
+    assert taken is not None
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        ("UPDATE accounts SET balance = balance - 1 WHERE id = 3", "sum of all balances is 39999"),
+        ("INSERT INTO entries VALUES (5, 1)", "5 is at 1 with 2 up to 1"),
+        ("DELETE FROM entries WHERE key = 5", "5 is at 1 with  up to"),
+        ("UPDATE journal SET seq = 2 WHERE key = 5", "5 is at 2 with 1 up to 1"),
+        ("DELETE FROM order_lines", "7 has  of 1 lines"),
+        ("DELETE FROM orders", "7 has 1 of  lines"),
+        ("DELETE FROM bulk WHERE id = 9", "bulk has 14999 rows of 1 runs"),
+        ("UPDATE bulk SET run = 9 WHERE id = 9", "bulk has 15000 rows of 2 runs"),
+        ("UPDATE counters SET n = -1 WHERE id = 9", "a counter went back"),
+        ("DELETE FROM counters WHERE id = 9", "a counter went back"),
+        ("UPDATE journal SET seq = 0; DELETE FROM entries", "a key of the journal went back"),
+        ("UPDATE bulk SET run = -1", "bulk went back"),
+        ("UPDATE cdc.positions SET position = '0/0'; UPDATE cdc.tables SET position = '0/0'", "the position went back"),
+    ],
+)
+def test_the_watcher_sees_what_cannot_be(mirror: Database, damage: str, problem: str) -> None:
+    before = snapshot(mirror)
+    assert before.problems() == before.problems_after(before) == []
+    mirror.execute(damage)
+    after = snapshot(mirror)
+    assert problem in "; ".join(after.problems() + after.problems_after(before))
+
+
+def test_the_watcher_waits_until_the_copy_is_consistent(mirror: Database) -> None:
+    mirror.execute("UPDATE cdc.tables SET position = '0/200'")
+    with mirror.connect() as connection:
+        assert look(connection) is None
+        mirror.execute("UPDATE cdc.tables SET position = NULL")
+        assert look(connection) is None
+
+
+def test_the_comparison_counts_equal_rows(source_db: Database, target_db: Database) -> None:
+    for database in (source_db, target_db):
+        database.execute("CREATE TABLE twins (n int, note text)")
+        database.execute("INSERT INTO twins VALUES (1, NULL), (1, NULL), (2, '')")
+    assert compare(source_db, target_db, "twins") == (3, [])
+    target_db.execute("INSERT INTO twins VALUES (1, NULL); DELETE FROM twins WHERE n = 2")
+    assert compare(source_db, target_db, "twins") == (
+        3,
+        [
+            'twins: 1 rows are missing from the mirror, as (2,"")',
+            "twins: 1 rows are too many in the mirror, as (1,)",
+        ],
+    )
