@@ -77,7 +77,7 @@ def draw_strikes(seed: int, count: int) -> list[Strike]:
         Strike(
             starting=number < 3 or rng.random() < 0.3,
             seconds=rng.uniform(0.05, 2.5 if number < 3 else 1.5),
-            server=rng.choices(("target", "source", ""), (4, 1, 27))[0],
+            server=rng.choices(("target", "source", ""), (4, 2, 26))[0],
             gap_seconds=rng.uniform(0, 0.3),
             survives=rng.random() < 0.5,
         )
