@@ -6,7 +6,7 @@ never waits or retries by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -79,7 +79,15 @@ class Loader(Protocol):
 class Mirror(Sink, Protocol):
     """A sink that holds a copy of the source: it can be filled, and compared."""
 
-    def copied(self) -> dict[TableName, SourcePosition]:
+    def stored_position(self) -> Position | None:
+        """The position stored in the target; `None` if it was never written to. Needs no `open`."""
+        ...
+
+    def mirror_only(self, tables: Collection[TableName]) -> None:
+        """Mirror no other tables from now on. What is left out stays as it is, and is copied again if it comes back."""
+        ...
+
+    def copied(self) -> Mapping[TableName, SourcePosition]:
         """Tables whose copy is complete, and the snapshot position of each."""
         ...
 

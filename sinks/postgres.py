@@ -47,11 +47,15 @@ class PostgresSink(CopyTarget):
         self._connection = connection
         with translated_errors():
             connection.execute("SET synchronous_commit = on")
+            # a plan that was made while a table was small must not read all of it for one row later; and with
+            # sequential scans priced out, JIT would compile every statement for which there is nothing else
+            connection.execute("SET enable_seqscan = off")
+            connection.execute("SET jit = off")
             self.silence_triggers(connection)
             tables = read_tables(connection)
             position = self.stored_position()
             self._position = as_lsn(position.source) if position else None
-            self._copied_at = {table: as_lsn(copied_at) for table, copied_at in self.copied().items()}
+            self._copied_at = {table: as_lsn(copied_at) for table, copied_at in self.applied_from().items()}
             copied = {name for table in self._copied_at if (name := self.config.target_name(table)) in tables}
             self._applier = Applier(connection, self.config, {name: tables[name] for name in copied}, self._reread)
         return position

@@ -12,6 +12,7 @@ from typing import Any
 from cdc.capture import Capture
 from cdc.config import parse
 from cdc.delivery import Delivery
+from cdc.filling import fill
 from cdc.position import Position
 from cdc.postgres.source import PostgresSource
 from cdc.queue import Queue
@@ -73,6 +74,23 @@ class Mirror:
         for table in tables:
             self.sink.table_copied(table, start, 0)
         self.sink.finish_copy(start)
+
+    def fill(self) -> None:
+        """Capture, and copy what was never copied, as the daemon does at its start; no delivery yet."""
+        self.queue.register("mirror")
+        self.start(delivery=False)
+        wait_for(lambda: self.error or self.queue.position is not None, "the stream to begin")
+        if self.error is not None:
+            raise self.error
+        reader = PostgresSource(self.config, self.config.sources["shop"], self.queue)
+        options = self.config.sinks["mirror"].copy
+        fill(reader, self.sink, self.queue, stats=self.delivery_stats, options=options, stop=self._stop)
+
+    def deliver(self) -> None:
+        """Deliver what is captured, after `fill`."""
+        capture = self._threads
+        self.start(capture=False)
+        self._threads += capture
 
     def start(self, *, capture: bool = True, delivery: bool = True) -> None:
         """Run what is wanted."""
@@ -150,6 +168,20 @@ def running_mirror(
     try:
         mirror.prepare()
         mirror.start()
+        yield mirror
+    finally:
+        mirror.close()
+
+
+@contextmanager
+def filled_mirror(
+    source_db: Database, target_db: Database, folder: Path, pg_dump: Path, **options: Any
+) -> Iterator[Mirror]:
+    """Run a daemon's life with one configuration: what was never copied is copied, then all is streamed."""
+    mirror = Mirror(source_db, target_db, folder, pg_dump, **options)
+    try:
+        mirror.fill()
+        mirror.deliver()
         yield mirror
     finally:
         mirror.close()

@@ -34,6 +34,9 @@ SESSION_SETTINGS: Final = {
 `row_security = off` makes a filtered read an error instead of half a table.
 """
 
+_LATER_TIMEOUTS: Final = {"idle_session_timeout": 140000, "transaction_timeout": 170000}
+"""Time-outs that older servers do not know, and would refuse to connect with; each with the first version that does."""
+
 _TRANSIENT_CLASSES: Final = ("08", "53", "57P", "40", "58")
 """Connection, resources, operator intervention, rollback (deadlock, serialization), system error."""
 
@@ -58,10 +61,8 @@ _STARTUP_HINTS: Final = {
 """A failed connection attempt carries no SQLSTATE through libpq: these texts mean that trying again is in vain."""
 
 
-def connect(
-    url: str, *, application_name: str = "cdc", autocommit: bool = True, replication: bool = False, **settings: str
-) -> Connection:
-    """Open a connection whose session settings are fixed. Raises `CdcError` by the kind of failure.
+def connect(url: str, *, application_name: str = "cdc", replication: bool = False, **settings: str) -> Connection:
+    """Open a connection in autocommit mode whose session settings are fixed. Raises `CdcError` by the kind of failure.
 
     replication: a walsender of the url's database (only the simple query protocol works there).
     settings: more session settings, or others than `SESSION_SETTINGS`.
@@ -72,9 +73,9 @@ def connect(
         conninfo = make_conninfo(url)
         given = psycopg.conninfo.conninfo_to_dict(conninfo)
         merged = f"{given['options']} {options}" if given.get("options") else options
-        return psycopg.connect(
+        connection = psycopg.connect(
             conninfo,
-            autocommit=autocommit,
+            autocommit=True,
             options=merged,
             application_name=application_name,
             connect_timeout=int(given.get("connect_timeout") or 10),
@@ -84,6 +85,12 @@ def connect(
             prepare_threshold=None,
             **extra,
         )
+        try:
+            _lift_later_timeouts(connection)
+        except psycopg.Error:
+            connection.close()
+            raise
+    return connection
 
 
 @contextmanager
@@ -93,6 +100,16 @@ def translated_errors() -> Iterator[None]:
         yield
     except psycopg.Error as exc:
         raise to_cdc_error(exc) from exc
+
+
+@contextmanager
+def while_doing(what: str) -> Iterator[None]:
+    """Turn psycopg's errors into `CdcError`s that say what was being done."""
+    try:
+        with translated_errors():
+            yield
+    except CdcError as exc:
+        raise type(exc)(f"{what}: {exc}", hint=exc.hint) from exc
 
 
 def to_cdc_error(error: psycopg.Error) -> CdcError:
@@ -132,6 +149,13 @@ def sorted_error(state: str | None, text: str, *, connection_lost: bool) -> CdcE
     if state.startswith(_PERMANENT_CLASSES):
         return PermanentError(f"{text} ({state})")
     return FatalError(f"{text} ({state})")
+
+
+def _lift_later_timeouts(connection: Connection) -> None:
+    version = connection.info.server_version
+    known = [name for name, since in _LATER_TIMEOUTS.items() if version >= since]
+    if known:
+        connection.execute("; ".join(f"SET {name} = 0" for name in known).encode())
 
 
 def _escape(value: str) -> str:

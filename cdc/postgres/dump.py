@@ -25,9 +25,11 @@ from cdc.errors import FatalError, TransientError
 from cdc.postgres.connection import Connection, connect, translated_errors
 from cdc.postgres.schema import SchemaTable, read_tables
 from cdc.postgres.sequences import read_sequences
+from cdc.postgres.toc import TocEntry, parse_toc, reach, reverse, select_entries, split_script
 
 log = structlog.get_logger()
 
+TABLE: Final = "TABLE"
 PRIMARY_KEY: Final = "PRIMARY KEY"
 REPLICA_IDENTITY: Final = "REPLICA IDENTITY"
 KEY_KINDS: Final = (PRIMARY_KEY, REPLICA_IDENTITY)
@@ -55,48 +57,62 @@ _WAITING_HELPS: Final = re.compile(r"connection to server|lock timeout|too many 
 
 _PG_CLASS: Final = 1259
 _PG_NAMESPACE: Final = 2615
-_NEVER: Final = frozenset({1262, 1417, 1418, 2328, 3466, 6100, 6104, 6106, 6237})
-"""Catalogs whose objects no mirror takes: databases, foreign servers, user mappings (they hold passwords), foreign data
-wrappers, event triggers, subscriptions, publications and their members."""
 
 
-class PostDataEntry(msgspec.Struct, frozen=True):
-    """One thing to build after the copy.
+class SchemaEntry(msgspec.Struct, frozen=True):
+    """A piece of the schema. Its SQL has the source's names.
 
-    kind: one of `KEY_KINDS` where the stream needs it, else pg_dump's word (`INDEX`, `FK CONSTRAINT`, `TRIGGER`...).
+    number, depends_on: entries depend on each other by number.
+    kind: one of `KEY_KINDS` where the stream needs it, else pg_dump's word (`TABLE`, `INDEX`, `FK CONSTRAINT`...).
     table: the table (or partition) it belongs to, by its name at the source.
+    relations: all tables and partitions that it is about, or that what it depends on is about.
     """
 
+    number: int
     kind: str
     name: str
     table: TableName | None
+    relations: tuple[TableName, ...]
+    depends_on: tuple[int, ...]
     sql: str
 
 
+class Selection(NamedTuple):
+    """Entries, by number.
+
+    about: what makes some tables, and all that depends on them. needed: that, and what it depends on itself.
+    """
+
+    about: Collection[int]
+    needed: Collection[int]
+
+
 class SchemaDump(msgspec.Struct, frozen=True):
-    """The captured tables, and the SQL that makes them somewhere else, with the source's names.
+    """The captured tables, and the SQL that makes them somewhere else.
 
     sequences: those that no column owns.
     database: the options of a CREATE DATABASE with the same encoding and collation.
-    pre_data: one script; assumes `search_path = ''`, UTF8 and `check_function_bodies = off`.
-    post_data: in an order in which each finds what it depends on.
+    pre_data, post_data: what comes before and after the copy, in an order in which each finds what it depends on;
+    assumes `search_path = ''`, UTF8 and `check_function_bodies = off`.
     """
 
     tables: tuple[SchemaTable, ...]
     sequences: tuple[TableName, ...]
     database: str
-    pre_data: str
-    post_data: tuple[PostDataEntry, ...]
+    pre_data: tuple[SchemaEntry, ...]
+    post_data: tuple[SchemaEntry, ...]
 
-
-class TocEntry(NamedTuple):
-    """A line of an archive's table of contents. `catalog` and `oid` are 0 where it stands for no object."""
-
-    dump_id: int
-    catalog: int
-    oid: int
-    label: str
-    depends_on: tuple[int, ...]
+    def select(self, tables: Collection[TableName]) -> Selection:
+        """What some of the captured tables take, on a mirror that has the others."""
+        others = {table.name for table in self.tables if table.name not in tables}
+        edges = {
+            entry.number: entry.depends_on
+            for entry in (*self.pre_data, *self.post_data)
+            if not (entry.kind == TABLE and entry.table in others)
+        }
+        made = (entry.number for entry in self.pre_data if entry.kind == TABLE and entry.table in tables)
+        about = reach(made, reverse(edges))
+        return Selection(about & edges.keys(), reach(about, edges) & edges.keys())
 
 
 class Belonging(NamedTuple):
@@ -134,34 +150,6 @@ def pg_dump_version(path: str | Path) -> tuple[int, int]:
     return int(found[1]), int(found[2] or 0)
 
 
-def parse_toc(listing: str) -> list[TocEntry]:
-    """Parse what `pg_restore --list --verbose` prints."""
-    entries: list[TocEntry] = []
-    for line in listing.splitlines():
-        if (found := re.match(r"(\d+); (\d+) (\d+) (.*)", line)) is not None:
-            dump_id, catalog, oid = int(found[1]), int(found[2]), int(found[3])
-            entries.append(TocEntry(dump_id, catalog, oid, found[4], ()))
-        elif line.startswith(";\tdepends on:"):
-            depends_on = tuple(int(number) for number in line.partition(":")[2].split())
-            entries[-1] = entries[-1]._replace(depends_on=depends_on)
-    return entries
-
-
-def select_entries(toc: Sequence[TocEntry], unwanted: Collection[tuple[int, int]]) -> list[TocEntry]:
-    """Leave out the unwanted objects, (catalog, OID), and transitively all that depends on one of them."""
-    excluded = {e.dump_id for e in toc if e.catalog in _NEVER or (e.catalog, e.oid) in unwanted}
-    dependents: dict[int, list[int]] = {}
-    for entry in toc:
-        for dependency in entry.depends_on:
-            dependents.setdefault(dependency, []).append(entry.dump_id)
-    reached = list(excluded)
-    while reached:
-        new = set(dependents.get(reached.pop(), ())) - excluded
-        excluded |= new
-        reached += new
-    return [entry for entry in toc if entry.dump_id not in excluded]
-
-
 class Archive:
     """A dump in pg_dump's custom format."""
 
@@ -194,23 +182,6 @@ class Archive:
             ) from exc
         except subprocess.CalledProcessError as exc:
             raise FatalError(f"pg_restore failed: {_complaint(exc.stderr)}") from exc
-
-
-def split_script(script: str, entries: Iterable[TocEntry]) -> Iterator[tuple[TocEntry, str]]:
-    """Cut a verbose script of these entries, in this order, into the SQL of each; what stands before is dropped.
-
-    That preamble sets session settings, among them some that an older server does not know.
-    """
-    ordered = list(entries)
-    if not ordered:
-        return
-    starts = []
-    at = 0
-    for entry in ordered:
-        at = script.index(f"--\n-- TOC entry {entry.dump_id} (class {entry.catalog} OID {entry.oid})\n", at)
-        starts.append(at)
-    for entry, start, end in zip(ordered, starts, [*starts[1:], len(script)], strict=True):
-        yield entry, script[start:end].strip()
 
 
 def _find_pg_dump(configured: str, server_major: int) -> Path:
@@ -263,15 +234,14 @@ def _read_archive(connection: Connection, archive: Archive, names: Collection[Ta
     toc = archive.contents()
     selected = select_entries(toc, _unwanted(connection, oids))
     _check_complete(captured.values(), toc, selected)
-    post_ids = archive.post_data()
-    post = [entry for entry in selected if entry.dump_id in post_ids]
-    pre = [entry for entry in selected if entry.dump_id not in post_ids]
+    entries = list(_entries(archive.script(selected), selected, _belongings(connection, oids)))
+    post_data = archive.post_data()
     return SchemaDump(
         tables=tuple(captured.values()),
         sequences=tuple(value.name for value in read_sequences(connection, names) if value.owner is None),
         database=_database_options(archive.script((e for e in toc if e.catalog == 1262), "--create")),
-        pre_data=_body(archive.script(pre)),
-        post_data=tuple(_post_data(archive.script(post), post, toc, _belongings(connection, oids))),
+        pre_data=tuple(entry for entry in entries if entry.number not in post_data),
+        post_data=tuple(entry for entry in entries if entry.number in post_data),
     )
 
 
@@ -305,17 +275,24 @@ def _check_complete(tables: Iterable[SchemaTable], toc: Sequence[TocEntry], sele
     log.debug("schema entries left out", entries=left_out)
 
 
-def _post_data(
-    script: str, entries: Sequence[TocEntry], toc: Iterable[TocEntry], belongings: Mapping[tuple[int, int], Belonging]
-) -> Iterator[PostDataEntry]:
-    known = {e.dump_id: belongings[e.catalog, e.oid] for e in toc if (e.catalog, e.oid) in belongings}
-    for entry, text in split_script(script, entries):
+def _entries(
+    script: str, selected: Sequence[TocEntry], belongings: Mapping[tuple[int, int], Belonging]
+) -> Iterator[SchemaEntry]:
+    known = {e.dump_id: belongings[e.catalog, e.oid] for e in selected if (e.catalog, e.oid) in belongings}
+    edges = {entry.dump_id: entry.depends_on for entry in selected}
+    for entry, text in split_script(script, selected):
         candidates = (known.get(dump_id) for dump_id in (entry.dump_id, *entry.depends_on))
         belonging = next(filter(None, candidates), None)  # an attached index is no object: it is what it attaches
         kind, name = _title(text)
-        if belonging is not None and belonging.key_kind is not None:
-            kind = belonging.key_kind
-        yield PostDataEntry(kind, name, belonging.table if belonging else None, text)
+        yield SchemaEntry(
+            number=entry.dump_id,
+            kind=belonging.key_kind if belonging is not None and belonging.key_kind is not None else kind,
+            name=name,
+            table=belonging.table if belonging is not None else None,
+            relations=tuple(sorted({known[n].table for n in reach([entry.dump_id], edges) if n in known})),
+            depends_on=entry.depends_on,
+            sql=text,
+        )
 
 
 def _title(text: str) -> tuple[str, str]:
@@ -329,12 +306,6 @@ def _database_options(script: str) -> str:
     found = re.search(r"^CREATE DATABASE .* WITH (TEMPLATE = template0 .*);$", script, re.MULTILINE)
     assert found is not None, script[:200]
     return found[1]
-
-
-def _body(script: str) -> str:
-    """The script without its preamble of session settings."""
-    _, marker, body = script.partition("--\n-- TOC entry ")
-    return marker + body
 
 
 def _without_psql_commands(script: str) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
+import msgspec
 import psycopg
 from psycopg import sql
 
 from cdc.change import TableName
 from cdc.config import SinkConfig
-from cdc.errors import CdcError, FatalError
-from cdc.postgres.connection import Connection, translated_errors
-from cdc.postgres.dump import PostDataEntry, SchemaDump
+from cdc.errors import FatalError
+from cdc.postgres.bookkeeping import EntryKey, Mark, key_of
+from cdc.postgres.connection import Connection, while_doing
+from cdc.postgres.dump import TABLE, SchemaDump, SchemaEntry
 from cdc.postgres.schema import SchemaColumn, SchemaTable, read_tables
 
 ANALYZE: Final = "ANALYZE"
@@ -23,50 +24,112 @@ ANALYZE: Final = "ANALYZE"
 Rename = tuple[TableName, TableName]
 
 
+class Prepared(msgspec.Struct, frozen=True):
+    """What became of the tables.
+
+    made: those that were created. later: what is to be built once the copy is complete.
+    """
+
+    made: tuple[TableName, ...]
+    later: tuple[SchemaEntry, ...]
+
+
 class Preparation:
     """Prepares a target within one transaction of the caller's. Raises `FatalError` where it holds something else.
 
-    marked: the tables that this sink has begun to copy, and whether each is complete.
+    marks: the tables that this sink has begun to mirror. recorded: what it has built or is going to build.
     """
 
-    def __init__(self, connection: Connection, config: SinkConfig, marked: Mapping[TableName, bool]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        config: SinkConfig,
+        marks: Mapping[TableName, Mark],
+        recorded: Collection[EntryKey],
+    ) -> None:
         self._connection = connection
         self._config = config
-        self._marked = marked
+        self._marks = marks
+        self._recorded = recorded
 
-    def run(self, schema: SchemaDump, tables: Sequence[SchemaTable]) -> list[PostDataEntry]:
-        """Make the tables, or take them as they are and empty the incomplete ones; what is to be built later."""
+    def run(self, schema: SchemaDump) -> Prepared:
+        """Make what is missing, or take tables as they are and empty the incomplete ones."""
         present = read_tables(self._connection)
-        targets = {table.name: self._config.target_name(table.name) for table in tables}
-        missing = [target for target in targets.values() if target not in present]
-        if missing and len(missing) == len(tables) and not self._marked:
-            return self._create(schema, tables)
+        pairs = [(table, present.get(self._config.target_name(table.name))) for table in schema.tables]
+        missing = [table for table, target in pairs if target is None]
+        unfinished = [(table, target) for table, target in pairs if target and not self._is_complete(table.name)]
+        self._refuse(missing, among=len(pairs))
+        self._check(unfinished)
+        _empty(self._connection, [target for table, target in unfinished if table.name in self._marks])
+        made = tuple(table.name for table in missing)
         if missing:
+            self._make(schema, missing)
+        analyzed = [*made, *(table.name for table, _ in unfinished)]
+        later = (*self._later(schema, made), *(self._analyze(table) for table in analyzed))
+        return Prepared(made, later)
+
+    def _is_complete(self, table: TableName) -> bool:
+        return table in self._marks and self._marks[table].copied_at is not None
+
+    def _refuse(self, missing: Sequence[SchemaTable], *, among: int) -> None:
+        """Tables are made by the sink, or by the user: where he made some, he is asked for the others too."""
+        if gone := [self._config.target_name(table.name) for table in missing if self._is_complete(table.name)]:
             raise FatalError(
-                f"missing on the target: {', '.join(map(str, missing))}",
+                f"gone from the target: {_listed(gone)}",
+                hint="exclude them, start once, include them again: they are copied anew",
+            )
+        ours = any(mark.made for mark in self._marks.values()) if self._marks else len(missing) == among
+        if missing and not ours:
+            targets = [self._config.target_name(table.name) for table in missing]
+            raise FatalError(
+                f"missing on the target: {_listed(targets)}",
                 hint="create them there, or drop the sink's tables and its rows in schema cdc to begin anew",
             )
-        unfinished = [(table, present[targets[table.name]]) for table in tables if not self._marked.get(table.name)]
-        self._check(unfinished)
-        _empty(self._connection, [target for table, target in unfinished if table.name in self._marked])
-        return [] if self._marked else [_analyze(table.name, target.name) for table, target in unfinished]
 
-    def _create(self, schema: SchemaDump, tables: Sequence[SchemaTable]) -> list[PostDataEntry]:
+    def _make(self, schema: SchemaDump, tables: Sequence[SchemaTable]) -> None:
+        """Create tables with all that they need. What an earlier run made, or the user did since, is taken as it is."""
+        selection = schema.select([table.name for table in tables])
+        entries = [entry for entry in schema.pre_data if not self._marks or entry.number in selection.needed]
+        names = {*(relation for entry in entries for relation in entry.relations), *schema.sequences}
+        pairs = renames(self._config, sorted(names))
         with while_doing("creating the tables on the target"):
             self._connection.execute("SET LOCAL check_function_bodies = off")
             self._connection.execute("SET LOCAL client_min_messages = warning")
-            self._connection.execute(schema.pre_data.encode())
-            made = [*(table.name for table in tables), *self._partitions(tables), *schema.sequences]
-            rename_relations(self._connection, renames(self._config, made))
+            if self._marks:
+                rename_relations(self._connection, [(target, source) for source, target in pairs])
+            for entry in entries:
+                new = entry.kind == TABLE and entry.number in selection.about
+                self._make_entry(entry, strict=new or not self._marks)
+            rename_relations(self._connection, pairs)
             for table in tables:
                 self._loosen(table)
-        return [*schema.post_data, *(_analyze(table.name, self._config.target_name(table.name)) for table in tables)]
 
-    def _partitions(self, tables: Sequence[SchemaTable]) -> Iterator[TableName]:
-        for table in tables:
-            if table.partitioned:
-                root = sql.Identifier(*table.name).as_string()
-                yield from (TableName(*row) for row in self._connection.execute(_PARTITIONS, [root]).fetchall())
+    def _make_entry(self, entry: SchemaEntry, *, strict: bool) -> None:
+        if strict:
+            self._connection.execute(entry.sql.encode())
+            return
+        try:
+            with self._connection.transaction():
+                self._connection.execute(entry.sql.encode())
+        except _DUPLICATES:
+            pass
+
+    def _later(self, schema: SchemaDump, made: Collection[TableName]) -> Iterator[SchemaEntry]:
+        """What is to be built for tables that the sink has made; of old ones only what is new at the source."""
+        if made and not self._marks:
+            yield from schema.post_data
+            return
+        begun = [table for table, mark in self._marks.items() if mark.made and not self._is_complete(table)]
+        about = schema.select(made).about
+        needed = schema.select([*made, *begun]).needed
+        for entry in schema.post_data:
+            if entry.number in about or (entry.number in needed and key_of(entry) not in self._recorded):
+                yield entry
+
+    def _analyze(self, table: TableName) -> SchemaEntry:
+        target = self._config.target_name(table)
+        statement = sql.SQL("ANALYZE {}").format(sql.Identifier(*target)).as_string()
+        return SchemaEntry(0, ANALYZE, target.name, table, (table,), (), statement)
 
     def _loosen(self, table: SchemaTable) -> None:
         """Lift what replicated rows would break. The cut-over makes identity columns GENERATED ALWAYS again."""
@@ -90,7 +153,7 @@ class Preparation:
                 f"the target's tables do not fit: {'; '.join(problems)}", hint="alter them to what the source has"
             )
         for table, target in tables:
-            if table.name not in self._marked and not self._is_empty(target.name):
+            if table.name not in self._marks and not self._is_empty(target.name):
                 raise FatalError(
                     f"{target.name} on the target has rows that this sink did not copy",
                     hint="empty it if they may go, or mirror into another database",
@@ -163,19 +226,8 @@ def rename_relations(connection: Connection, pairs: Iterable[Rename]) -> None:
         _alter(connection, TableName(new.schema, f"cdc_renaming_{number}"), "RENAME TO {}", new.name)
 
 
-@contextmanager
-def while_doing(what: str) -> Iterator[None]:
-    """Say in an error what was being done."""
-    try:
-        with translated_errors():
-            yield
-    except CdcError as exc:
-        raise type(exc)(f"{what}: {exc}", hint=exc.hint) from exc
-
-
-def _analyze(table: TableName, target: TableName) -> PostDataEntry:
-    statement = sql.SQL("ANALYZE {}").format(sql.Identifier(*target)).as_string()
-    return PostDataEntry(ANALYZE, target.name, table, statement)
+def _listed(names: Iterable[TableName]) -> str:
+    return ", ".join(map(str, names))
 
 
 def _empty(connection: Connection, tables: Sequence[SchemaTable]) -> None:
@@ -188,6 +240,8 @@ def _empty(connection: Connection, tables: Sequence[SchemaTable]) -> None:
             connection.execute(sql.SQL("TRUNCATE {}").format(sql.SQL(", ").join(names)))
     except psycopg.errors.FeatureNotSupported:  # a foreign key of a table that is complete
         for name in names:
+            # an old connection of ours may still commit: TRUNCATE would have waited for it
+            connection.execute(sql.SQL("LOCK TABLE {} IN EXCLUSIVE MODE").format(name))
             connection.execute(sql.SQL("DELETE FROM ") + name)
 
 
@@ -212,10 +266,9 @@ _WIDER: Final = {
     "bigint": ("numeric",),
 }
 
-_PARTITIONS: Final = """
-SELECT n.nspname, c.relname
-  FROM pg_partition_tree(%s::regclass) p
-  JOIN pg_class c ON c.oid = p.relid
-  JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE p.level > 0
-"""
+_DUPLICATES: Final = (
+    psycopg.errors.DuplicateSchema,
+    psycopg.errors.DuplicateTable,
+    psycopg.errors.DuplicateObject,
+    psycopg.errors.DuplicateFunction,
+)

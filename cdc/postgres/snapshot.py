@@ -72,10 +72,12 @@ class PostgresSnapshot:
         self._leaves = self._lock_tables()
 
     def chunks(self, table: TableName, chunk_bytes: int) -> Sequence[Chunk]:
-        """Split by partition, and large ones by ranges of blocks.
+        """Split by partition, and large ones by ranges of blocks. Raises `TransientError` if the table has gone.
 
         The ranges hold as long as the lock does: no VACUUM FULL can move rows from one to another meanwhile.
         """
+        if table not in self._leaves:
+            raise TransientError(f"{table} is no longer at the source")
         return [chunk for leaf in self._leaves[table] for chunk in split_leaf(table, leaf, chunk_bytes)]
 
     def binary_columns(self, table: TableName) -> dict[str, str]:
@@ -203,8 +205,6 @@ def _create_slot(url: str, walsender: Connection) -> tuple[Lsn, str]:
 
 def _enter(connection: Connection, snapshot: str) -> None:
     with translated_errors():
-        if connection.info.server_version >= 170000:
-            connection.execute("SET transaction_timeout = 0")
         connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(snapshot))
 

@@ -1,15 +1,14 @@
-"""The mirror's side of the initial copy: schema, bookkeeping, loading, and what is built afterwards.
+"""The mirror's side of the initial copy: schema, loading, and what is built afterwards.
 
-All that must survive a crash is in the target, in schema `cdc`: where the sink stands, which tables are complete and as
-of which position, and the SQL that has to run once they are.
+All that must survive a crash is in the target: see `cdc.postgres.bookkeeping`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple, cast
+from typing import TypeVar, cast
 
 import psycopg
 import structlog
@@ -18,31 +17,19 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from cdc.change import TableName
 from cdc.config import SinkConfig
-from cdc.errors import FatalError
-from cdc.position import Lsn, Position, SourcePosition, as_lsn, format_lsn, parse_lsn
-from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
-from cdc.postgres.dump import KEY_KINDS, PostDataEntry, SchemaDump
-from cdc.postgres.preparation import (
-    ANALYZE,
-    Preparation,
-    mirrored_columns,
-    rename_relations,
-    renames,
-    while_doing,
-)
+from cdc.errors import FatalError, TransientError
+from cdc.position import Lsn, Position, SourcePosition, as_lsn
+from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, PendingEntry, changed_tables
+from cdc.postgres.connection import Connection, connect, translated_errors, while_doing
+from cdc.postgres.dump import KEY_KINDS, SchemaDump
+from cdc.postgres.preparation import ANALYZE, Preparation, mirrored_columns, rename_relations, renames
 from cdc.postgres.schema import SchemaTable, read_tables
 from cdc.postgres.sequences import SequenceValue, set_sequences
 
 log = structlog.get_logger()
 
 
-class _Pending(NamedTuple):
-    ordinal: int
-    kind: str
-    name: str
-    source_schema: str | None
-    source_table: str | None
-    sql: str
+T = TypeVar("T")
 
 
 class CopyTarget:
@@ -58,34 +45,52 @@ class CopyTarget:
 
     def stored_position(self) -> Position | None:
         """The position in the target; `None` if it was never written to."""
-        query = "SELECT queue_id, seq, position::text FROM cdc.positions WHERE sink = %s"
-        rows = self._bookkeeping(query)
-        return Position(rows[0][0], rows[0][1], parse_lsn(rows[0][2])) if rows else None
+        return self._remembered(Bookkeeping.position)
 
     def copied(self) -> Mapping[TableName, Lsn]:
         """Tables whose copy is complete, and the snapshot position of each. Nothing where there is no database yet."""
-        query = """SELECT source_schema, source_table, position::text FROM cdc.tables
-                    WHERE sink = %s AND position IS NOT NULL"""
-        return {TableName(schema, name): parse_lsn(position) for schema, name, position in self._bookkeeping(query)}
+        return {table: at for table, at in self.applied_from().items() if at != FORGOTTEN}
+
+    def applied_from(self) -> Mapping[TableName, Lsn]:
+        """From which position on changes of each table are to be applied: `FORGOTTEN` where none ever are."""
+        marks = self._remembered(Bookkeeping.marks) or {}
+        return {table: mark.copied_at for table, mark in marks.items() if mark.copied_at is not None}
+
+    def mirror_only(self, tables: Collection[TableName]) -> None:
+        """Leave tables that are not among these as they are from now on; one that comes back is copied again."""
+        left, back = changed_tables(self._remembered(Bookkeeping.marks) or {}, tables)
+        if not left and not back:
+            return
+        with self._session() as connection, translated_errors(), connection.transaction():
+            Bookkeeping(connection, self.name).forget(left)
+            Bookkeeping(connection, self.name).copy_again(back)
+        for table in left:
+            log.info("table no longer mirrored", sink=self.name, table=str(table))
+        for table in back:
+            log.info("table is mirrored again, and copied anew", sink=self.name, table=str(table))
 
     def prepare_copy(self, tables: Sequence[TableName], start: Position, schema: object) -> None:
-        """Create database, bookkeeping and tables, or take tables that the user made; empty what is not `copied`.
+        """Create database, bookkeeping and missing tables, or take tables that the user made; empty what is not copied.
 
         All or nothing (but for the database). Raises `FatalError` where the target holds something else.
         """
         assert isinstance(schema, SchemaDump)
+        if gone := set(tables) - {table.name for table in schema.tables}:
+            raise TransientError(f"no longer at the source: {', '.join(map(str, sorted(gone)))}")
         self._create_database(schema.database)
-        wanted = [table for table in schema.tables if table.name in tables]
         with self._session() as connection:
-            ensure_bookkeeping(connection)
+            bookkeeping = Bookkeeping(connection, self.name)
+            bookkeeping.create()
             self.silence_triggers(connection)
             with translated_errors(), connection.transaction():
                 connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.prepare', 0))")
-                entries = Preparation(connection, self.config, self._marked(connection)).run(schema, wanted)
-                self._record_post_data(connection, entries)
-                self._record_start(connection, wanted, start)
+                preparation = Preparation(connection, self.config, bookkeeping.marks(), bookkeeping.recorded())
+                prepared = preparation.run(schema)
+                bookkeeping.record(prepared.later)
+                bookkeeping.mark([table.name for table in schema.tables], prepared.made)
+                bookkeeping.begin(start)
             present = read_tables(connection)
-        self._columns = {table.name: self._column_types(table, present) for table in wanted}
+        self._columns = {table.name: self._column_types(table, present) for table in schema.tables}
 
     def column_types(self, table: TableName) -> dict[str, str]:
         """Column name -> type name on the target, in the order the loader writes them. After `prepare_copy`."""
@@ -100,11 +105,7 @@ class CopyTarget:
     def table_copied(self, table: TableName, position: SourcePosition, rows: int) -> None:
         """Record durably that a table is complete as of `position`."""
         with self._session() as connection, translated_errors():
-            connection.execute(
-                """UPDATE cdc.tables SET position = %s, rows = %s, copied_at = now()
-                    WHERE sink = %s AND source_schema = %s AND source_table = %s""",
-                [format_lsn(as_lsn(position)), rows, self.name, *table],
-            )
+            Bookkeeping(connection, self.name).copied(table, as_lsn(position), rows)
 
     def build_keys(self) -> None:
         """Build primary keys and identity indexes. Killed in the middle, it goes on where it was."""
@@ -116,12 +117,8 @@ class CopyTarget:
         with self._session() as connection:
             self._build(connection, KEY_KINDS)
             with translated_errors():
-                ((waiting,),) = connection.execute(
-                    "SELECT count(*) FROM cdc.tables WHERE sink = %s AND (position IS NULL OR position > %s)",
-                    [self.name, format_lsn(as_lsn(position))],
-                ).fetchall()
-            if waiting:
-                return False
+                if Bookkeeping(connection, self.name).waiting(as_lsn(position)):
+                    return False
             self._build(connection)
         return True
 
@@ -155,19 +152,16 @@ class CopyTarget:
         finally:
             connection.close()
 
-    def _bookkeeping(self, query: str) -> list[tuple[Any, ...]]:
-        """Rows of this sink in a table of ours; none if it does not exist yet."""
+    def _remembered(self, read: Callable[[Bookkeeping], T]) -> T | None:
+        """What the bookkeeping says; `None` where there is none yet, or no database."""
         try:
-            with self._session() as connection:
-                return connection.execute(query, [self.name]).fetchall()
-        except psycopg.errors.UndefinedTable:
-            return []
-        except psycopg.Error as exc:
-            raise to_cdc_error(exc) from exc
+            with self._session() as connection, translated_errors():
+                bookkeeping = Bookkeeping(connection, self.name)
+                return read(bookkeeping) if bookkeeping.exists else None
         except FatalError:
             if self._database_exists():
                 raise
-            return []
+            return None
 
     def _create_database(self, options: str) -> None:
         try:
@@ -196,63 +190,28 @@ class CopyTarget:
         except FatalError:
             return connect(make_conninfo(self.url, dbname="template1"))
 
-    def _marked(self, connection: Connection) -> dict[TableName, bool]:
-        """The tables that this sink has begun to copy, and whether each is complete."""
-        query = "SELECT source_schema, source_table, position IS NOT NULL FROM cdc.tables WHERE sink = %s"
-        return {TableName(schema, name): complete for schema, name, complete in connection.execute(query, [self.name])}
-
     def _column_types(self, table: SchemaTable, present: Mapping[TableName, SchemaTable]) -> dict[str, str]:
         types = {column.name: column.base_type_name for column in present[self.config.target_name(table.name)].columns}
         return {column.name: types[column.name] for column in mirrored_columns(self.config, table)}
 
-    def _record_start(self, connection: Connection, tables: Sequence[SchemaTable], start: Position) -> None:
-        with connection.cursor() as cursor:
-            cursor.executemany(
-                "INSERT INTO cdc.tables (sink, source_schema, source_table) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
-                [(self.name, *table.name) for table in tables],
-            )
-            cursor.execute(
-                """INSERT INTO cdc.positions (sink, queue_id, seq, position) VALUES (%s, %s, %s, %s)
-                   ON CONFLICT DO NOTHING""",
-                [self.name, start.queue_id, start.seq, format_lsn(as_lsn(start.source))],
-            )
-
-    def _record_post_data(self, connection: Connection, entries: Sequence[PostDataEntry]) -> None:
-        rows = [
-            (self.name, ordinal, entry.kind, entry.name, *(entry.table or (None, None)), entry.sql)
-            for ordinal, entry in enumerate(entries)
-        ]
-        with connection.cursor() as cursor:
-            cursor.executemany(
-                """INSERT INTO cdc.post_data (sink, ordinal, kind, name, source_schema, source_table, sql)
-                   VALUES (%s, %s, %s, %s, %s, %s, %s)""",
-                rows,
-            )
-
     def _build(self, connection: Connection, kinds: Sequence[str] | None = None) -> None:
         """Run pending entries in order, each in a transaction that also records that it is done."""
+        bookkeeping = Bookkeeping(connection, self.name)
         with translated_errors():
-            rows = connection.execute(_PENDING, [self.name]).fetchall()
-        pending = [entry for entry in map(_Pending._make, rows) if kinds is None or entry.kind in kinds]
+            pending = [entry for entry in bookkeeping.pending() if kinds is None or entry.kind in kinds]
         for number, entry in enumerate(pending, 1):
             started = time.monotonic()
             with while_doing(f"building {entry.kind} {entry.name} on the target"), connection.transaction():
                 self._run_entry(connection, entry)
-                connection.execute(
-                    "UPDATE cdc.post_data SET done = true WHERE sink = %s AND ordinal = %s", [self.name, entry.ordinal]
-                )
+                bookkeeping.built(entry)
             seconds = round(time.monotonic() - started, 3)
             log.info(
                 "built", sink=self.name, kind=entry.kind, name=entry.name, seconds=seconds, of=len(pending), n=number
             )
 
-    def _run_entry(self, connection: Connection, entry: _Pending) -> None:
+    def _run_entry(self, connection: Connection, entry: PendingEntry) -> None:
         """Run SQL that has the source's names: renamed tables get those back until the end of the transaction."""
-        if entry.kind == ANALYZE:
-            connection.execute(entry.sql.encode())
-            return
-        tables = [TableName(*row) for row in connection.execute(_POST_DATA_TABLES, [self.name]).fetchall()]
-        pairs = [pair for pair in renames(self.config, tables) if _concerns(entry, pair[0])]
+        pairs = [] if entry.kind == ANALYZE else renames(self.config, entry.relations)
         rename_relations(connection, [(target, source) for source, target in pairs])
         connection.execute(entry.sql.encode())
         rename_relations(connection, pairs)
@@ -287,64 +246,6 @@ class PostgresLoader:
         self._connection.close()
 
 
-def ensure_bookkeeping(connection: Connection) -> None:
-    """Create schema `cdc` and its tables, where they are not there."""
-    with while_doing("creating the bookkeeping on the target"), connection.transaction():
-        connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.bookkeeping', 0))")
-        ((exists,),) = connection.execute("SELECT to_regclass('cdc.post_data') IS NOT NULL").fetchall()
-        if not exists:  # even IF NOT EXISTS wants the right to create a schema
-            connection.execute(_BOOKKEEPING)
-
-
 def _database_name(url: str) -> str:
     given = conninfo_to_dict(url)
     return str(given.get("dbname") or given.get("user") or "")
-
-
-def _concerns(entry: _Pending, table: TableName) -> bool:
-    """Whether an entry's SQL may be about a table, or about its indexes, which live in its schema."""
-    if table == (entry.source_schema, entry.source_table) or " ATTACH PARTITION " in entry.sql:
-        return True
-    return table.name.replace('"', '""') in entry.sql
-
-
-_PENDING: Final = """
-SELECT ordinal, kind, name, source_schema, source_table, sql
-  FROM cdc.post_data WHERE sink = %s AND NOT done ORDER BY ordinal
-"""
-
-_POST_DATA_TABLES: Final = """
-SELECT DISTINCT source_schema, source_table FROM cdc.post_data WHERE sink = %s AND source_table IS NOT NULL
-"""
-
-_BOOKKEEPING: Final = """
-CREATE SCHEMA IF NOT EXISTS cdc;
-CREATE TABLE IF NOT EXISTS cdc.positions (
-    sink text PRIMARY KEY,
-    source_system text NOT NULL DEFAULT '',
-    queue_id text NOT NULL,
-    seq bigint NOT NULL,
-    position pg_lsn NOT NULL,
-    updated_at timestamptz NOT NULL DEFAULT now()
-);
-CREATE TABLE IF NOT EXISTS cdc.tables (
-    sink text,
-    source_schema text,
-    source_table text,
-    position pg_lsn,
-    rows bigint,
-    copied_at timestamptz,
-    PRIMARY KEY (sink, source_schema, source_table)
-);
-CREATE TABLE IF NOT EXISTS cdc.post_data (
-    sink text,
-    ordinal int,
-    kind text NOT NULL,
-    name text NOT NULL,
-    source_schema text,
-    source_table text,
-    sql text NOT NULL,
-    done boolean NOT NULL DEFAULT false,
-    PRIMARY KEY (sink, ordinal)
-);
-"""

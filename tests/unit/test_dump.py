@@ -7,16 +7,9 @@ from pathlib import Path
 import pytest
 
 from cdc.errors import FatalError
-from cdc.postgres.dump import (
-    TocEntry,
-    _without_psql_commands,
-    _without_secrets,
-    parse_toc,
-    pg_dump_version,
-    select_entries,
-    split_script,
-)
+from cdc.postgres.dump import _without_psql_commands, _without_secrets, pg_dump_version
 from cdc.postgres.preparation import type_holds
+from cdc.postgres.toc import TocEntry, parse_toc, select_entries, split_script
 
 LISTING = """;
 ; Archive created at 2026-01-01 00:00:00 UTC
@@ -70,6 +63,13 @@ def test_split_script_is_not_fooled_by_text_that_looks_like_another_heading() ->
     entries = [TocEntry(1, 1259, 5, "", ()), TocEntry(2, 0, 0, "", ())]
     parts = list(split_script(f"SET transaction_timeout = 0;\n{first}\n\n{second}\n", entries))
     assert parts == [(entries[0], first), (entries[1], second)]
+
+
+def test_split_script_leaves_out_entries_without_sql() -> None:
+    text = "--\n-- TOC entry 2 (class 0 OID 0)\n-- Name: b\n--\nSELECT 2;"
+    entries = [TocEntry(number, 0, 0, "", ()) for number in (1, 2, 3)]
+    assert list(split_script(f"SET x = 0;\n{text}\n", entries)) == [(entries[1], text)]
+    assert list(split_script("SET x = 0;\n", entries)) == []
 
 
 def test_only_the_archives_own_psql_commands_go() -> None:

@@ -1,0 +1,221 @@
+"""What must survive a crash, in schema `cdc` of the target: where a sink stands, its tables, what is left to build."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+from psycopg.types.json import Jsonb
+
+from cdc.change import TableName
+from cdc.position import Lsn, Position, as_lsn, format_lsn, parse_lsn
+from cdc.postgres.connection import Connection, while_doing
+from cdc.postgres.dump import SchemaEntry
+
+FORGOTTEN: Final = Lsn(2**64 - 1)
+"""The copy position of a table that is no longer captured: every change comes before it, and is left out."""
+
+
+class Mark(NamedTuple):
+    """A table that a sink has begun to mirror.
+
+    copied_at: `None` until its copy is complete. made: whether the sink made the table, and builds its indexes.
+    """
+
+    copied_at: Lsn | None
+    made: bool
+
+
+class PendingEntry(NamedTuple):
+    """Something that is to be built. `relations` are the tables that it is about, by their names at the source."""
+
+    ordinal: int
+    kind: str
+    name: str
+    relations: tuple[TableName, ...]
+    sql: str
+
+
+EntryKey = tuple[str, str, TableName | None]
+"""What makes an entry the same in two dumps: its kind, name and table."""
+
+
+def key_of(entry: SchemaEntry) -> EntryKey:
+    """The entry's key."""
+    return entry.kind, entry.name, entry.table
+
+
+class Bookkeeping:
+    """One sink's rows, within transactions of the caller's."""
+
+    def __init__(self, connection: Connection, sink: str) -> None:
+        self._connection = connection
+        self._sink = sink
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is any on this target."""
+        ((exists,),) = self._connection.execute("SELECT to_regclass('cdc.post_data') IS NOT NULL").fetchall()
+        return bool(exists)
+
+    def create(self) -> None:
+        """Create schema and tables where they are not there."""
+        with while_doing("creating the bookkeeping on the target"), self._connection.transaction():
+            self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.bookkeeping', 0))")
+            if not self.exists:  # even IF NOT EXISTS wants the right to create a schema
+                self._connection.execute(_TABLES)
+
+    def position(self) -> Position | None:
+        """Where the sink stands; `None` if it never wrote anything."""
+        query = "SELECT queue_id, seq, position::text FROM cdc.positions WHERE sink = %s"
+        rows = self._connection.execute(query, [self._sink]).fetchall()
+        return Position(rows[0][0], rows[0][1], parse_lsn(rows[0][2])) if rows else None
+
+    def begin(self, start: Position) -> None:
+        """Store `start`, unless a position is stored."""
+        self._connection.execute(
+            "INSERT INTO cdc.positions (sink, queue_id, seq, position) VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING",
+            [self._sink, start.queue_id, start.seq, format_lsn(as_lsn(start.source))],
+        )
+
+    # tables
+
+    def marks(self) -> dict[TableName, Mark]:
+        """The tables of this sink."""
+        query = "SELECT source_schema, source_table, position::text, made FROM cdc.tables WHERE sink = %s"
+        return {
+            TableName(schema, name): Mark(None if position is None else parse_lsn(position), made)
+            for schema, name, position, made in self._connection.execute(query, [self._sink]).fetchall()
+        }
+
+    def mark(self, tables: Iterable[TableName], made: Collection[TableName]) -> None:
+        """Note that tables are going to be copied, and which of them the sink has made just now."""
+        with self._connection.cursor() as cursor:
+            cursor.executemany(_MARK, [(self._sink, *table, table in made) for table in tables])
+
+    def copied(self, table: TableName, position: Lsn, rows: int) -> None:
+        """Note that a table is complete as of `position`."""
+        self._connection.execute(
+            """UPDATE cdc.tables SET position = %s, rows = %s, copied_at = now()
+                WHERE sink = %s AND source_schema = %s AND source_table = %s""",
+            [format_lsn(position), rows, self._sink, *table],
+        )
+
+    def forget(self, tables: Collection[TableName]) -> None:
+        """Leave tables as they are from now on, and build nothing any more that is about them."""
+        self._move(tables, FORGOTTEN)
+        self._connection.execute(_NOTHING_LEFT_OUT, [self._sink, Jsonb(list(tables))])
+
+    def copy_again(self, tables: Collection[TableName]) -> None:
+        """Note that what is in these tables is of no use."""
+        self._move(tables, None)
+
+    def waiting(self, position: Lsn) -> bool:
+        """Whether a table is incomplete, or the stream has not reached its copy at `position`."""
+        copies = [mark.copied_at for mark in self.marks().values()]
+        return any(at is None or position < at < FORGOTTEN for at in copies)
+
+    def _move(self, tables: Collection[TableName], position: Lsn | None) -> None:
+        with self._connection.cursor() as cursor:
+            cursor.executemany(
+                """UPDATE cdc.tables SET position = %s, rows = NULL, copied_at = NULL
+                    WHERE sink = %s AND source_schema = %s AND source_table = %s""",
+                [(None if position is None else format_lsn(position), self._sink, *table) for table in tables],
+            )
+
+    # what is left to build
+
+    def recorded(self) -> set[EntryKey]:
+        """All that is built, or to be built."""
+        query = "SELECT kind, name, source_schema, source_table FROM cdc.post_data WHERE sink = %s"
+        rows = self._connection.execute(query, [self._sink]).fetchall()
+        return {(kind, name, TableName(*table) if table[0] is not None else None) for kind, name, *table in rows}
+
+    def record(self, entries: Sequence[SchemaEntry]) -> None:
+        """Note what is to be built, after all that was noted before; once more, if it is noted already."""
+        keys = [(self._sink, kind, name, *(table or (None, None))) for kind, name, table in map(key_of, entries)]
+        rows = [(*key, Jsonb(entry.relations), entry.sql, self._sink) for key, entry in zip(keys, entries, strict=True)]
+        with self._connection.cursor() as cursor:
+            cursor.executemany(_DELETE_ENTRY, keys)
+            cursor.executemany(_INSERT_ENTRY, rows)
+
+    def pending(self) -> list[PendingEntry]:
+        """What is left to build, in order."""
+        query = """SELECT ordinal, kind, name, relations, sql FROM cdc.post_data
+                    WHERE sink = %s AND NOT done ORDER BY ordinal"""
+        return [
+            PendingEntry(ordinal, kind, name, tuple(TableName(*relation) for relation in relations), text)
+            for ordinal, kind, name, relations, text in self._connection.execute(query, [self._sink]).fetchall()
+        ]
+
+    def built(self, entry: PendingEntry) -> None:
+        """Note that it is built."""
+        self._connection.execute(
+            "UPDATE cdc.post_data SET done = true WHERE sink = %s AND ordinal = %s", [self._sink, entry.ordinal]
+        )
+
+
+def changed_tables(
+    marks: Mapping[TableName, Mark], wanted: Collection[TableName]
+) -> tuple[list[TableName], list[TableName]]:
+    """Tables that are to be forgotten, and those that were and have come back."""
+    forgotten = {table for table, mark in marks.items() if mark.copied_at == FORGOTTEN}
+    return sorted(marks.keys() - forgotten - set(wanted)), sorted(forgotten & set(wanted))
+
+
+_MARK: Final = """
+INSERT INTO cdc.tables (sink, source_schema, source_table, made) VALUES (%s, %s, %s, %s)
+    ON CONFLICT (sink, source_schema, source_table) DO UPDATE SET made = cdc.tables.made OR excluded.made
+"""
+
+_NOTHING_LEFT_OUT: Final = """
+DELETE FROM cdc.post_data
+ WHERE sink = %s AND NOT done
+   AND EXISTS (SELECT FROM jsonb_array_elements(relations) AS relation
+                WHERE relation IN (SELECT jsonb_array_elements(%s)))
+"""
+
+_DELETE_ENTRY: Final = """
+DELETE FROM cdc.post_data
+ WHERE sink = %s AND kind = %s AND name = %s
+   AND source_schema IS NOT DISTINCT FROM %s AND source_table IS NOT DISTINCT FROM %s
+"""
+
+_INSERT_ENTRY: Final = """
+INSERT INTO cdc.post_data (sink, kind, name, source_schema, source_table, relations, sql, ordinal)
+SELECT %s, %s, %s, %s, %s, %s, %s, coalesce(max(ordinal) + 1, 0) FROM cdc.post_data WHERE sink = %s
+"""
+
+_TABLES: Final = """
+CREATE SCHEMA IF NOT EXISTS cdc;
+CREATE TABLE IF NOT EXISTS cdc.positions (
+    sink text PRIMARY KEY,
+    source_system text NOT NULL DEFAULT '',
+    queue_id text NOT NULL,
+    seq bigint NOT NULL,
+    position pg_lsn NOT NULL,
+    updated_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE IF NOT EXISTS cdc.tables (
+    sink text,
+    source_schema text,
+    source_table text,
+    made boolean NOT NULL,
+    position pg_lsn,
+    rows bigint,
+    copied_at timestamptz,
+    PRIMARY KEY (sink, source_schema, source_table)
+);
+CREATE TABLE IF NOT EXISTS cdc.post_data (
+    sink text,
+    ordinal int,
+    kind text NOT NULL,
+    name text NOT NULL,
+    source_schema text,
+    source_table text,
+    relations jsonb NOT NULL,
+    sql text NOT NULL,
+    done boolean NOT NULL DEFAULT false,
+    PRIMARY KEY (sink, ordinal)
+);
+"""

@@ -1,0 +1,130 @@
+"""Sessions whose settings nobody else decides, and errors that tell no values."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from cdc.errors import PermanentError
+from cdc.postgres.connection import connect, result_error, to_cdc_error, while_doing
+from cdc.postgres.snapshot import PostgresReader
+from cdc.source import Chunk
+from tests.mirror import filled_mirror
+from tests.servers import Database, PostgresServer
+
+TIMEOUTS = {
+    "statement_timeout": 90600,
+    "lock_timeout": 90600,
+    "idle_in_transaction_session_timeout": 90600,
+    "idle_session_timeout": 140000,
+    "transaction_timeout": 170000,
+}
+"""Each with the first version that knows it."""
+
+LONGER_SECONDS = 1.5
+
+
+def limit_everything(database: Database) -> list[str]:
+    """Give new sessions of a database a second for everything, and return what limits them."""
+    version = database.value("SELECT current_setting('server_version_num')::int")
+    names = [name for name, since in TIMEOUTS.items() if version >= since]
+    for name in names:
+        database.execute(f"ALTER DATABASE {database.name} SET {name} = '1s'")
+    return names
+
+
+@pytest.mark.parametrize("replication", [False, True])
+def test_f38_no_time_out_of_a_database_applies(
+    postgres: PostgresServer, source_db: Database, replication: bool
+) -> None:
+    names = limit_everything(source_db)
+    with connect(source_db.url, replication=replication) as connection:
+        assert {name: connection.execute(f"SHOW {name}").fetchone() for name in names} == dict.fromkeys(names, ("0",))
+
+
+def test_f38_neither_copy_nor_stream_are_cut_by_time_outs(
+    postgres: PostgresServer,
+    source_db: Database,
+    target_db: Database,
+    tmp_path: Path,
+    pg_dump: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source_db.execute("CREATE TABLE a (id int PRIMARY KEY); INSERT INTO a SELECT generate_series(1, 1000)")
+    for database in (source_db, target_db):
+        limit_everything(database)
+    read = PostgresReader.read
+    pause = threading.Event()  # nobody sets it: only time ends what limits time
+
+    def slowly(reader: PostgresReader, chunk: Chunk, *, columns: Sequence[str], binary: bool) -> Iterator[bytes]:
+        for block in read(reader, chunk, columns=columns, binary=binary):
+            yield block
+            pause.wait(LONGER_SECONDS)
+        pause.wait(LONGER_SECONDS)
+
+    monkeypatch.setattr(PostgresReader, "read", slowly)
+    source = {"heartbeat_seconds": 0}
+    with filled_mirror(source_db, target_db, tmp_path, pg_dump, source=source) as mirror:
+        assert mirror.delivery_stats.retries == 0, mirror.delivery_stats.error
+        source_db.execute("INSERT INTO a VALUES (0)")
+        mirror.assert_equal("a")
+        before = sessions(source_db), sessions(target_db)
+        pause.wait(LONGER_SECONDS)
+        assert (sessions(source_db), sessions(target_db)) == before
+        assert min(map(len, before)) > 0
+
+
+def sessions(database: Database) -> set[int]:
+    """The backends that capture and delivery keep open."""
+    query = """SELECT pid FROM pg_stat_activity
+                WHERE datname = current_database() AND application_name IN ('cdc shop', 'cdc sink mirror')"""
+    return {pid for (pid,) in database.execute(query)}
+
+
+SECRET = "geheim@example.com"
+
+
+@pytest.fixture
+def customers(source_db: Database) -> Database:
+    source_db.execute(
+        f"""CREATE TABLE customers (email text UNIQUE, boss text REFERENCES customers (email), n int CHECK (n > 0));
+            INSERT INTO customers VALUES ('{SECRET}')"""
+    )
+    return source_db
+
+
+REFUSED = [
+    f"INSERT INTO public.customers VALUES ('{SECRET}')",
+    f"INSERT INTO public.customers VALUES ('x', '{SECRET}x')",
+    f"INSERT INTO public.customers VALUES ('{SECRET}1', NULL, -1)",
+    f"DO $$ BEGIN EXECUTE $x$INSERT INTO public.customers VALUES ('{SECRET}')$x$; END $$",
+]
+
+
+@pytest.mark.parametrize("statement", REFUSED)
+def test_f113_errors_tell_no_values_of_rows(customers: Database, statement: str) -> None:
+    with connect(customers.url) as connection:
+        with pytest.raises(psycopg.Error) as caught:
+            connection.execute(statement)
+        assert SECRET in str(caught.value), "there is something to hide"
+        error = to_cdc_error(caught.value)
+        assert isinstance(error, PermanentError)
+        assert "violates" in str(error)
+        assert SECRET not in str(error) + error.hint
+        with pytest.raises(PermanentError) as told, while_doing("writing"):
+            connection.execute(statement)
+        assert SECRET not in str(told.value)
+
+
+@pytest.mark.parametrize("statement", REFUSED)
+def test_f113_nor_do_those_of_libpqs_results(customers: Database, statement: str) -> None:
+    with connect(customers.url) as connection:
+        result = connection.pgconn.exec_(statement.encode())
+    error = result_error(result)
+    assert isinstance(error, PermanentError)
+    assert "violates" in str(error)
+    assert SECRET not in str(error)
