@@ -21,7 +21,7 @@ from psycopg import pq, sql
 from cdc.change import TableName
 from cdc.errors import CdcError, TransientError
 from cdc.position import Lsn, parse_lsn
-from cdc.postgres.connection import Connection, connect, result_error, translated_errors
+from cdc.postgres.connection import Connection, connect, result_error, translated_errors, while_doing
 from cdc.postgres.schema import SchemaTable
 from cdc.source import Chunk
 
@@ -135,7 +135,7 @@ class PostgresReader:
     def read(self, chunk: Chunk, *, columns: Sequence[str], binary: bool) -> Iterator[bytes]:
         """Yield the chunk's rows in blocks of `BLOCK_BYTES`, as one stream in COPY's binary or text format."""
         query = copy_query(chunk, columns, self._filters.get(chunk.table), binary=binary)
-        with translated_errors():
+        with while_doing(f"reading {chunk.table}"):
             yield from _copy_out(self._connection.pgconn, query.as_bytes(self._connection))
 
     def close(self) -> None:
