@@ -23,7 +23,7 @@ from psycopg.conninfo import make_conninfo
 from cdc.change import TableName
 from cdc.errors import FatalError, TransientError
 from cdc.postgres.connection import Connection, connect, translated_errors
-from cdc.postgres.schema import SchemaTable, read_tables
+from cdc.postgres.schema import SchemaTable, database_identity, read_tables
 from cdc.postgres.sequences import read_sequences
 from cdc.postgres.toc import TocEntry, parse_toc, reach, reverse, select_entries, split_script
 
@@ -90,12 +90,14 @@ class Selection(NamedTuple):
 class SchemaDump(msgspec.Struct, frozen=True):
     """The captured tables, and the SQL that makes them somewhere else.
 
+    origin: the `database_identity` of the source.
     sequences: those that no column owns.
     database: the options of a CREATE DATABASE with the same encoding and collation.
     pre_data, post_data: what comes before and after the copy, in an order in which each finds what it depends on;
     assumes `search_path = ''`, UTF8 and `check_function_bodies = off`.
     """
 
+    origin: tuple[str, str]
     tables: tuple[SchemaTable, ...]
     sequences: tuple[TableName, ...]
     database: str
@@ -237,6 +239,7 @@ def _read_archive(connection: Connection, archive: Archive, names: Collection[Ta
     entries = list(_entries(archive.script(selected), selected, _belongings(connection, oids)))
     post_data = archive.post_data()
     return SchemaDump(
+        origin=database_identity(connection),
         tables=tuple(captured.values()),
         sequences=tuple(value.name for value in read_sequences(connection, names) if value.owner is None),
         database=_database_options(archive.script((e for e in toc if e.catalog == 1262), "--create")),

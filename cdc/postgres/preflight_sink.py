@@ -27,7 +27,7 @@ from cdc.postgres.preflight_server import (
 )
 from cdc.postgres.preparation import mirrored_columns, type_holds
 from cdc.postgres.publication import captured_tables, quoted
-from cdc.postgres.schema import SchemaColumn, SchemaTable, read_tables, unsupported_relations
+from cdc.postgres.schema import SchemaColumn, SchemaTable, database_identity, read_tables, unsupported_relations
 from cdc.preflight import Finding, guard
 
 _TARGET_PRIVILEGES: Final = ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE")
@@ -99,7 +99,7 @@ def _check_missing_database(url: str, error: FatalError) -> Iterator[Finding]:
 
 def _check_distinct(view: _SinkView) -> Iterator[Finding]:
     """F117: a mirror in the captured database itself would feed itself for ever."""
-    one, other = (rows(connection, _WHERE)[0] for connection in (view.origin, view.target))
+    one, other = database_identity(view.origin), database_identity(view.target)
     if one == other:
         message = f"is the source's own database ({view.target.info.dbname})"
         yield Finding("error", "database", message, f"let sinks.{view.sink.name}.url name another database")
@@ -243,8 +243,6 @@ _SINK_CHECKS: Final[dict[str, Callable[[_SinkView], Iterator[Finding]]]] = {
     "triggers": _check_triggers,
     "tables": _check_tables,
 }
-
-_WHERE: Final = "SELECT system_identifier, current_database() FROM pg_control_system()"
 
 _MAY_CREATE: Final = "SELECT has_database_privilege(current_database(), 'CREATE')"
 

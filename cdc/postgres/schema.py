@@ -78,6 +78,16 @@ def read_tables(connection: Connection) -> dict[TableName, SchemaTable]:
     return {table.name: table for table in tables}
 
 
+def database_identity(connection: Connection) -> tuple[str, str]:
+    """What no other database has: the cluster's system identifier, and the name within it."""
+    with translated_errors():
+        row = connection.execute(
+            "SELECT system_identifier::text, current_database() FROM pg_control_system()"
+        ).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
 def unsupported_relations(connection: Connection) -> list[tuple[TableName, str]]:
     """Relations that logical replication does not carry, and what each is (`view`, `foreign table`...)."""
     with translated_errors():

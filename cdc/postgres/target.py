@@ -23,7 +23,7 @@ from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, PendingEntry, chang
 from cdc.postgres.connection import Connection, connect, translated_errors, while_doing
 from cdc.postgres.dump import KEY_KINDS, SchemaDump
 from cdc.postgres.preparation import ANALYZE, Preparation, mirrored_columns, rename_relations, renames
-from cdc.postgres.schema import SchemaTable, read_tables
+from cdc.postgres.schema import SchemaTable, database_identity, read_tables
 from cdc.postgres.sequences import SequenceValue, set_sequences
 
 log = structlog.get_logger()
@@ -79,6 +79,11 @@ class CopyTarget:
             raise TransientError(f"no longer at the source: {', '.join(map(str, sorted(gone)))}")
         self._create_database(schema.database)
         with self._session() as connection:
+            if database_identity(connection) == schema.origin:
+                raise FatalError(
+                    f"sink {self.name} leads to the source's own database: it would mirror itself for ever",
+                    hint=f"let sinks.{self.name}.url name another database",
+                )
             bookkeeping = Bookkeeping(connection, self.name)
             bookkeeping.create()
             self.silence_triggers(connection)
