@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import secrets
 import selectors
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Final
 
 import msgspec
@@ -23,14 +22,13 @@ from cdc.errors import CdcError, TransientError
 from cdc.position import Lsn, parse_lsn
 from cdc.postgres.connection import Connection, connect, result_error, translated_errors, while_doing
 from cdc.postgres.schema import SchemaTable
+from cdc.postgres.slot import blockers_logged
 from cdc.source import Chunk
 
 log = structlog.get_logger()
 
 BLOCK_BYTES: Final = 256 * 1024
 
-_PATIENCE_SECONDS: Final = 3.0
-_REMIND_SECONDS: Final = 30.0
 _LOCK_TIMEOUT: Final = "60s"
 _READ_LOCK_TIMEOUT: Final = "1s"
 """A reader waits for a lock only behind somebody who waits for ours (a TRUNCATE, an ALTER TABLE): for ever, if we let
@@ -153,7 +151,7 @@ def open_snapshot(
     """
     with ExitStack() as on_error:
         with connect(url, application_name="cdc-snapshot", replication=True) as walsender:
-            position, exported = _create_slot(url, walsender)
+            position, exported = _create_slot(walsender)
             coordinator = connect(url, application_name="cdc-snapshot", lock_timeout=_LOCK_TIMEOUT)
             on_error.callback(coordinator.close)
             _enter(coordinator, exported)
@@ -190,7 +188,7 @@ def copy_query(chunk: Chunk, columns: Sequence[str], row_filter: str | None, *, 
     )
 
 
-def _create_slot(url: str, walsender: Connection) -> tuple[Lsn, str]:
+def _create_slot(walsender: Connection) -> tuple[Lsn, str]:
     """Create a temporary slot; return its consistent point and the name of the snapshot that belongs to it.
 
     The snapshot is exported until the next command on this connection.
@@ -198,7 +196,7 @@ def _create_slot(url: str, walsender: Connection) -> tuple[Lsn, str]:
     slot = f"cdc_copy_{secrets.token_hex(6)}"
     export = "(SNAPSHOT 'export')" if walsender.info.server_version >= 150000 else "EXPORT_SNAPSHOT"
     command = f'CREATE_REPLICATION_SLOT "{slot}" TEMPORARY LOGICAL pgoutput {export}'
-    with _blockers_named(url, walsender.info.backend_pid), translated_errors():
+    with blockers_logged(walsender, slot), translated_errors():
         ((_, consistent_point, exported, _),) = walsender.execute(command).fetchall()
     return parse_lsn(consistent_point), exported
 
@@ -207,37 +205,6 @@ def _enter(connection: Connection, snapshot: str) -> None:
     with translated_errors():
         connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(snapshot))
-
-
-@contextmanager
-def _blockers_named(url: str, pid: int) -> Iterator[None]:
-    """Log whom `pid` waits for, should that take longer than a moment."""
-    done = threading.Event()
-    watcher = threading.Thread(target=_name_blockers, args=(url, pid, done), name="cdc-blockers", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-
-
-def _name_blockers(url: str, pid: int, done: threading.Event) -> None:
-    wait_seconds = _PATIENCE_SECONDS
-    while not done.wait(wait_seconds):
-        wait_seconds = _REMIND_SECONDS
-        try:
-            with connect(url, application_name="cdc-snapshot") as connection, translated_errors():
-                for blocker, age_seconds, user, name in connection.execute(_BLOCKERS, [pid]).fetchall():
-                    log.warning(
-                        "the snapshot waits for an older transaction to end",
-                        pid=blocker,
-                        age_seconds=age_seconds,
-                        user=user,
-                        prepared=name,
-                    )
-        except CdcError as exc:
-            log.debug("cannot see whom the snapshot waits for", error=str(exc))
 
 
 def _copy_out(pgconn: pq.abc.PGconn, query: bytes) -> Iterator[bytes]:
@@ -294,13 +261,3 @@ SELECT root.oid::bigint, n.nspname, c.relname, greatest(c.reltuples, 0)::bigint,
 """
 """`c` is read in the snapshot, the sizes and `pg_relation_filenode` tell of now: a rewrite (ALTER TABLE, TRUNCATE)
 between snapshot and lock is not MVCC-safe, and would make the table look empty."""
-
-_BLOCKERS: Final = """
-SELECT holder.pid, extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared))::int,
-       coalesce(a.usename, p.owner), p.gid
-  FROM pg_locks waiter
-  JOIN pg_locks holder ON holder.transactionid = waiter.transactionid AND holder.granted
-  LEFT JOIN pg_stat_activity a ON a.pid = holder.pid
-  LEFT JOIN pg_prepared_xacts p ON p.transaction = holder.transactionid
- WHERE waiter.pid = %s AND NOT waiter.granted
-"""
