@@ -115,12 +115,13 @@ class TablePlan:
     def update_staged(self, name: str, columns: Sequence[int]) -> sql.Composed:
         """Update the rows whose keys are in a temporary table from its other columns."""
         changed = [index for index in columns if index not in self.key]
-        return sql.SQL("UPDATE {} AS t SET {} FROM {} AS s WHERE {}").format(
+        return sql.SQL("UPDATE {} AS t SET {} FROM (SELECT * FROM {} ORDER BY {}) AS s WHERE {}").format(
             self.table,
             sql.SQL(", ").join(
                 sql.SQL("{0} = s.{0}").format(sql.Identifier(self.source.columns[index].name)) for index in changed
             ),
             sql.Identifier("pg_temp", name),
+            self.names(self.key),  # neighbours in the index are often neighbours in the table
             self._same_key(),
         )
 
@@ -195,7 +196,8 @@ class TablePlan:
     def _where(self) -> sql.Composed:
         if self.key:
             return sql.SQL(" AND ").join(
-                sql.SQL("t.{} = \0").format(sql.Identifier(self.source.columns[index].name)) for index in self.key
+                sql.SQL("t.{} = {}").format(sql.Identifier(self.source.columns[index].name), self._typed(index))
+                for index in self.key
             )
         if self.source.identity != "f":
             raise PermanentError(
@@ -206,22 +208,22 @@ class TablePlan:
 
     def _same_image(self) -> sql.Composed:
         """One row whose record image equals the old one's: `=` does not exist for json, and 1.0 is not 1.00."""
-        casts = sql.SQL(", ").join(
-            sql.SQL("\0::{}").format(sql.SQL(self._base_types[self.source.columns[index].name]))
-            for index in self.columns
-        )
         return sql.SQL(
             "(t.tableoid, t.ctid) = (SELECT o.tableoid, o.ctid FROM {} AS o"
             " WHERE {}ROW({})::record *= ROW({})::record LIMIT 1)"
         ).format(
             self.table,
             sql.SQL("").join(
-                sql.SQL("o.{} = \0 AND ").format(sql.Identifier(self.source.columns[index].name))
+                sql.SQL("o.{} = {} AND ").format(sql.Identifier(self.source.columns[index].name), self._typed(index))
                 for index in self._near
             ),
             sql.SQL(", ").join(sql.Identifier("o", self.source.columns[index].name) for index in self.columns),
-            casts,
+            sql.SQL(", ").join(map(self._typed, self.columns)),
         )
+
+    def _typed(self, index: int) -> sql.Composed:
+        """A parameter of the column's own type: beside a `regclass` an unknown one would be taken for an `oid`."""
+        return sql.SQL("\0::{}").format(sql.SQL(self._base_types[self.source.columns[index].name]))
 
     def _same_key(self) -> sql.Composed:
         return sql.SQL(" AND ").join(

@@ -20,7 +20,8 @@ _TEXT_ONLY: Final = frozenset({142}) | frozenset({24, 2202, 2203, 2204, 2205, 22
 class SchemaColumn(msgspec.Struct, frozen=True):
     """A column.
 
-    type_name: as `format_type` writes it, with schema unless in pg_catalog; base_type_name: without modifier.
+    type_name: as `format_type` writes it, with schema unless in pg_catalog; base_type_name: without modifier (`bpchar`,
+    since `character` alone means a single one).
     generated: `s` stored, `v` virtual, empty otherwise. identity: `a` always, `d` by default, empty otherwise.
     binary_exact: whether COPY's binary format carries it exactly to another server.
     """
@@ -179,7 +180,7 @@ SELECT c.oid, n.nspname, c.relname, c.relkind = 'p', c.relreplident::text,
 _COLUMN_FIELDS: Final = ("name", "type_oid", "type_name", "base_type_name", "not_null", "generated", "identity")
 
 _COLUMNS: Final = f"""
-SELECT c.oid, a.attname, a.atttypid, format_type(a.atttypid, a.atttypmod), format_type(a.atttypid, NULL),
+SELECT c.oid, a.attname, a.atttypid, format_type(a.atttypid, a.atttypmod), format_type(a.atttypid, -1),
        a.attnotnull,
        a.attgenerated::text, a.attidentity::text
   FROM pg_attribute a
