@@ -27,6 +27,12 @@ FEW_CHANGES = 64
 """Up to so many changes, prepared statements in one pipeline are faster than staging tables."""
 
 
+FIND_BY_INDEX = "SET enable_seqscan = off; SET random_page_cost = 0.1; SET seq_page_cost = 0.1; SET jit = off"
+"""The planner knows little about temporary tables and about tables that grow: it would read a table from end to end
+for each batch, or, by a plan made while it was empty, for each row. (JIT: scans that are "off" look expensive to it.)
+"""
+
+
 class PostgresSink(CopyTarget):
     """A mirror. Implements `cdc.sink.Mirror`."""
 
@@ -47,10 +53,7 @@ class PostgresSink(CopyTarget):
         self._connection = connection
         with translated_errors():
             connection.execute("SET synchronous_commit = on")
-            # a plan that was made while a table was small must not read all of it for one row later; and with
-            # sequential scans priced out, JIT would compile every statement for which there is nothing else
-            connection.execute("SET enable_seqscan = off")
-            connection.execute("SET jit = off")
+            connection.execute(FIND_BY_INDEX)
             self.silence_triggers(connection)
             tables = read_tables(connection)
             position = self.stored_position()

@@ -152,21 +152,20 @@ def _tuple(data: bytes, at: int) -> tuple[Row, int]:
     """Decode TupleData. The hottest loop of the daemon: lengths below 64 KiB are read without a call."""
     count = data[at] << 8 | data[at + 1]
     at += 2
-    values: list[Value] = []
-    append = values.append
-    for _ in range(count):
+    values: list[Value] = [None] * count
+    for index in range(count):
         kind = data[at]
         if kind == _TEXT:
             start = at + 5
-            at = start + (data[at + 3] << 8 | data[at + 4])
-            if data[start - 4] or data[start - 3]:
-                at = start + _INT32(data, start - 4)[0]
-            append(data[start:at])
+            if data[at + 1] or data[at + 2]:
+                at = start + _INT32(data, at + 1)[0]
+            else:
+                at = start + (data[at + 3] << 8 | data[at + 4])
+            values[index] = data[start:at]
         elif kind == _NULL:
-            append(None)
             at += 1
         elif kind == _UNCHANGED:
-            append(UNCHANGED)
+            values[index] = UNCHANGED
             at += 1
         else:
             raise DecodeError(f"column kind {kind:#04x} at byte {at} (binary values were not asked for)")

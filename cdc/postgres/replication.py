@@ -83,11 +83,8 @@ class ReplicationStream:
         deadline = time.monotonic() + timeout_seconds + DRAIN_SECONDS
         with translated_errors():
             while size < max_bytes and time.monotonic() < deadline:
-                length, data = self._pgconn.get_copy_data(1)
-                if length > 0:
-                    size += self._take(bytes(data), feed)  # slicing the memoryview would cost three times as much
-                elif length < 0:
-                    self._ended()
+                if taken := self._take(feed, max_bytes - size):
+                    size += taken
                 elif self._poll.poll(0 if size else wait_seconds * 1000):
                     self._pgconn.consume_input()
                     wait_seconds = 0  # what has come may be half a message: look once more, then return
@@ -96,11 +93,6 @@ class ReplicationStream:
         self._behind = size >= BEHIND_BYTES and size < max_bytes
         self._check_silence(size)
         return size
-
-    @property
-    def behind(self) -> bool:
-        """Whether more is coming than was taken at once."""
-        return self._behind
 
     def send_status(self, *, flushed: Lsn, applied: Lsn) -> None:
         """Report three true LSNs, if the server asked, the position moved or it is time."""
@@ -134,22 +126,33 @@ class ReplicationStream:
         if result is None or result.status != pq.ExecStatus.COPY_BOTH:
             raise result_error(result) if result is not None else TransientError("START_REPLICATION: no answer")
 
-    def _take(self, data: bytes, feed: Callable[[bytes, int], None]) -> int:
-        kind = data[0]
-        if kind == _XLOG_DATA:
-            if len(data) < _HEADER_BYTES:
-                raise DecodeError(f"replication message truncated at byte {len(data)}")
-            start, _ = _DATA_HEADER(data)
-            self.received = max(self.received, start)
-            feed(data, _HEADER_BYTES)
-        elif kind == _KEEPALIVE and len(data) == 18:
-            end, _, reply = _KEEPALIVE_BODY(data)
-            self.received = max(self.received, end)
-            self.idle_end = max(self.idle_end, end)
-            self.reply_wanted |= bool(reply)
-        else:
-            raise DecodeError(f"unknown replication message {kind:#04x} of {len(data)} bytes")
-        return len(data)
+    def _take(self, feed: Callable[[bytes, int], None], max_bytes: int) -> int:
+        """Pass on what libpq holds already, up to about `max_bytes`; 0 if there is no whole message."""
+        get, size, last = self._pgconn.get_copy_data, 0, None
+        while size < max_bytes:
+            length, view = get(1)
+            if length <= 0:
+                if length < 0:
+                    self._ended()
+                break
+            size += length
+            data = bytes(view)  # slicing the memoryview would cost three times as much
+            if data[0] == _XLOG_DATA and length >= _HEADER_BYTES:
+                feed(data, _HEADER_BYTES)
+                last = data
+            else:
+                self._take_other(data)
+        if last is not None:
+            self.received = max(self.received, _DATA_HEADER(last)[0])
+        return size
+
+    def _take_other(self, data: bytes) -> None:
+        if data[0] != _KEEPALIVE or len(data) != 18:
+            raise DecodeError(f"unknown replication message {data[0]:#04x} of {len(data)} bytes")
+        end, _, reply = _KEEPALIVE_BODY(data)
+        self.received = max(self.received, end)
+        self.idle_end = max(self.idle_end, end)
+        self.reply_wanted |= bool(reply)
 
     def _ended(self) -> None:
         """Raise why the server ended the stream: an error, or its own shutdown."""
