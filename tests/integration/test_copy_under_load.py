@@ -126,25 +126,30 @@ def test_f48_f49_f54_what_changes_while_tables_are_copied_waits_in_the_queue(
     assert mirror.delivery_stats.missing_rows == 0
 
 
-def test_f48_f49_f50_tables_of_two_snapshots_each_get_their_own_changes(copying: Copying, source_db: Database) -> None:
-    """The first attempt dies after one table: what happens before the second is in the other's copy already."""
+@pytest.mark.parametrize("truncate", [False, True], ids=["rows", "truncate"])
+def test_f48_f49_f50_tables_of_two_snapshots_each_get_their_own_changes(
+    copying: Copying, source_db: Database, truncate: bool
+) -> None:
+    """The first attempt dies after one table: what happens before the second is in the other's copy already.
+
+    In that one, which has no key, whatever is applied although it was copied would show.
+    """
     mirror = copying.mirror
+    chunks = count()
 
     def die_after_one_table(table: TableName) -> None:
-        if table == ITEMS_NAME and next(chunks) == 0:
+        if table == LOG_NAME and next(chunks) == 0:
             wait_for(mirror.sink.copied, "the other table")
             raise FatalError("the process dies")
 
-    chunks = count()
     copying.before_chunk = die_after_one_table
     with pytest.raises(FatalError, match="the process dies"):
         copying.fill()
-    assert set(mirror.sink.copied()) == {LOG_NAME}
+    assert set(mirror.sink.copied()) == {ITEMS_NAME}
     source_db.execute(CHANGES)
-    source_db.execute("BEGIN; UPDATE items SET n = 7; UPDATE log SET n = 7; COMMIT")
-    source_db.execute("TRUNCATE items, log")
-    source_db.execute(ROWS.format("items"))
-    source_db.execute("INSERT INTO log SELECT g % 9, 'again' FROM generate_series(1, 200) g")
+    if truncate:
+        source_db.execute(f"TRUNCATE items, log; {ROWS.format('items')}; {CHANGES}")
+    source_db.execute("BEGIN; UPDATE items SET n = 7; INSERT INTO log VALUES (7, 'seven'); COMMIT")
     copying.before_chunk = lambda table: None
     copying.fill()
     assert len(set(mirror.sink.copied().values())) == 2

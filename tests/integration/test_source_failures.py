@@ -20,6 +20,7 @@ from cdc import capture
 from cdc.config import Secret
 from cdc.errors import ResyncRequired
 from cdc.position import as_lsn
+from cdc.postgres import replication
 from cdc.postgres import source as source_module
 from cdc.postgres.source import PostgresSource
 from cdc.status import snapshot
@@ -181,6 +182,22 @@ def test_f12_a_restored_backup_stops_the_source(start: Start) -> None:
 
 
 # nothing happens, or too much
+
+
+def test_f1_what_the_server_asks_is_answered_without_any_timer(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks when half of its time-out is over, and hangs up at the end; nothing is sent unasked here."""
+    monkeypatch.setattr(replication, "STATUS_SECONDS", 3600.0)
+    monkeypatch.setattr(replication, "STATUS_SECONDS_MOVING", 3600.0)
+    monkeypatch.setattr(source_module, "_sender_timeout_seconds", lambda control: 0.0)
+    pid = f"SELECT active_pid {SLOT_OF}"
+    with PostgresServer(18, settings={"wal_sender_timeout": "1s"}) as server:
+        mirror = start(server.create_database("shop"), ITEMS, source={"heartbeat_seconds": 0})
+        walsender = wait_for(lambda: mirror.source_db.value(pid), "the stream")
+        until = time.monotonic() + 2.5
+        wait_for(lambda: time.monotonic() > until, "the server's patience to end twice")
+        mirror.assert_equal("items")
+        assert mirror.source_db.value(pid) == walsender, "the server hung up"
+        mirror.stop()
 
 
 @pytest.mark.parametrize("busy", ["another database", "another table"])
