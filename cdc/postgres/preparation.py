@@ -15,7 +15,7 @@ from cdc.config import SinkConfig
 from cdc.errors import FatalError
 from cdc.postgres.bookkeeping import EntryKey, Mark, key_of
 from cdc.postgres.connection import Connection, while_doing
-from cdc.postgres.dump import TABLE, SchemaDump, SchemaEntry
+from cdc.postgres.dump import TABLE, SchemaDump, SchemaEntry, Selection
 from cdc.postgres.schema import SchemaColumn, SchemaTable, read_tables
 
 ANALYZE: Final = "ANALYZE"
@@ -87,32 +87,35 @@ class Preparation:
             )
 
     def _make(self, schema: SchemaDump, tables: Sequence[SchemaTable]) -> None:
-        """Create tables with all that they need. What an earlier run made, or the user did since, is taken as it is."""
-        selection = schema.select([table.name for table in tables])
-        entries = [entry for entry in schema.pre_data if not self._marks or entry.number in selection.needed]
-        names = {*(relation for entry in entries for relation in entry.relations), *schema.sequences}
-        pairs = renames(self._config, sorted(names))
         with while_doing("creating the tables on the target"):
             self._connection.execute("SET LOCAL check_function_bodies = off")
             self._connection.execute("SET LOCAL client_min_messages = warning")
             if self._marks:
-                rename_relations(self._connection, [(target, source) for source, target in pairs])
-            for entry in entries:
-                new = entry.kind == TABLE and entry.number in selection.about
-                self._make_entry(entry, strict=new or not self._marks)
-            rename_relations(self._connection, pairs)
+                self._add(schema, schema.select([table.name for table in tables]))
+            else:
+                self._connection.execute("\n".join(entry.sql for entry in schema.pre_data).encode())
+                rename_relations(self._connection, self._renames(schema, schema.pre_data))
             for table in tables:
                 self._loosen(table)
 
-    def _make_entry(self, entry: SchemaEntry, *, strict: bool) -> None:
-        if strict:
-            self._connection.execute(entry.sql.encode())
-            return
-        try:
-            with self._connection.transaction():
-                self._connection.execute(entry.sql.encode())
-        except _DUPLICATES:
-            pass
+    def _add(self, schema: SchemaDump, selection: Selection) -> None:
+        """Create tables, and what they need beside what an earlier run made, or the user since."""
+        entries = [entry for entry in schema.pre_data if entry.number in selection.needed]
+        pairs = self._renames(schema, entries)
+        rename_relations(self._connection, [(target, source) for source, target in pairs])
+        for entry in entries:
+            new = entry.kind == TABLE and entry.number in selection.about
+            try:
+                with self._connection.transaction():
+                    self._connection.execute(entry.sql.encode())
+            except _DUPLICATES:
+                if new:
+                    raise
+        rename_relations(self._connection, pairs)
+
+    def _renames(self, schema: SchemaDump, entries: Iterable[SchemaEntry]) -> list[Rename]:
+        names = {*(relation for entry in entries for relation in entry.relations), *schema.sequences}
+        return renames(self._config, sorted(names))
 
     def _later(self, schema: SchemaDump, made: Collection[TableName]) -> Iterator[SchemaEntry]:
         """What is to be built for tables that the sink has made; of old ones only what is new at the source."""

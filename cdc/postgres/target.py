@@ -57,10 +57,19 @@ class CopyTarget:
         return {table: mark.copied_at for table, mark in marks.items() if mark.copied_at is not None}
 
     def mirror_only(self, tables: Collection[TableName]) -> None:
-        """Leave tables that are not among these as they are from now on; one that comes back is copied again."""
-        left, back = changed_tables(self._remembered(Bookkeeping.marks) or {}, tables)
+        """Leave tables that are not among these as they are from now on; one that comes back is copied again.
+
+        Raises `FatalError` where none would stay: that is a mistake, and would cost a copy of everything.
+        """
+        marks = self._remembered(Bookkeeping.marks) or {}
+        left, back = changed_tables(marks, tables)
         if not left and not back:
             return
+        if not marks.keys() & set(tables):
+            raise FatalError(
+                f"sink {self.name}: none of the tables that it mirrors is captured any more",
+                hint="correct `tables` or the url of the source; to mirror others instead, `cdc drop` the sink first",
+            )
         with self._session() as connection, translated_errors(), connection.transaction():
             Bookkeeping(connection, self.name).forget(left)
             Bookkeeping(connection, self.name).copy_again(back)

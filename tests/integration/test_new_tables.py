@@ -48,6 +48,8 @@ CREATE VIEW sales.who AS SELECT c.name, o.amount FROM customers c JOIN sales.ord
 CREATE TABLE sales.visits (id int, day int, PRIMARY KEY (id, day)) PARTITION BY RANGE (day);
 CREATE TABLE sales.visits_1 PARTITION OF sales.visits FOR VALUES FROM (0) TO (10);
 CREATE INDEX ON sales.visits (day);
+CREATE TABLE sales.favourites (since int, PRIMARY KEY (id)) INHERITS (customers);
+INSERT INTO sales.favourites VALUES (1001, 'sad', 1, 'first', 1);
 INSERT INTO sales.orders (customer, "to", amount, mood)
 SELECT n % 50 + 1, ('main', '{red,green}'::sales.colour[])::sales.address, n, 'sad' FROM generate_series(1, 200) n;
 INSERT INTO sales.visits SELECT n, n % 10 FROM generate_series(1, 100) n;
@@ -115,8 +117,9 @@ def test_f15_tables_captured_later_are_created_copied_and_streamed(
         source_db.execute("INSERT INTO regions VALUES (3, 'east'); UPDATE customers SET region = 3 WHERE id < 9")
         source_db.execute("INSERT INTO sales.orders (customer, amount) SELECT 7, 1 FROM generate_series(1, 100)")
         source_db.execute("UPDATE sales.orders SET amount = amount + 1; DELETE FROM sales.orders WHERE id % 3 = 0")
-        source_db.execute("DELETE FROM sales.visits WHERE day = 3")
-        mirror.assert_equal("customers", "regions", "sales.orders", "sales.visits_1", "sales.who")
+        source_db.execute("DELETE FROM sales.visits WHERE day = 3; UPDATE sales.favourites SET since = 2")
+        mirror.assert_equal("ONLY customers", "regions", "sales.orders", "sales.visits_1", "sales.who")
+        mirror.assert_equal("sales.favourites", "customers")
         wait_until_built(mirror)
         mirror.assert_equal("sales.orders")
     made = "SELECT obj_description('sales.orders'::regclass)"
@@ -401,6 +404,22 @@ def test_f15_rows_of_a_removed_table_may_refer_to_what_is_gone(
         mirror.assert_equal("a")
     with life() as mirror:
         mirror.assert_equal("a", "b")
+
+
+@pytest.mark.parametrize("include", ["pubilc.*", "other.*"])
+def test_a_mistake_in_the_globs_does_not_cost_the_mirror(
+    life: Life, source_db: Database, target_db: Database, include: str
+) -> None:
+    source_db.execute(SHOP + "; CREATE SCHEMA other; CREATE TABLE other.a (id int PRIMARY KEY)")
+    with life(source={"tables": {"include": ["public.*"]}}):
+        pass
+    before = target_db.execute("SELECT * FROM cdc.tables")
+    told = r"no table matches|none of the tables that it mirrors is captured any more"
+    with pytest.raises(FatalError, match=told), life(source={"tables": {"include": [include]}}):
+        pass
+    assert target_db.execute("SELECT * FROM cdc.tables") == before
+    with life(source={"tables": {"include": ["public.*"]}}) as mirror:
+        mirror.assert_equal("customers")
 
 
 # targets and queues that are not what they were

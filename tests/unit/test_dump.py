@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from cdc.change import TableName
 from cdc.errors import FatalError
-from cdc.postgres.dump import _without_psql_commands, _without_secrets, pg_dump_version
+from cdc.postgres.dump import (
+    SchemaDump,
+    SchemaEntry,
+    _without_psql_commands,
+    _without_secrets,
+    pg_dump_version,
+)
 from cdc.postgres.preparation import type_holds
+from cdc.postgres.schema import SchemaTable
 from cdc.postgres.toc import TocEntry, parse_toc, select_entries, split_script
 
 LISTING = """;
@@ -55,6 +63,46 @@ def test_an_oid_counts_only_within_its_catalog() -> None:
 def test_dependencies_in_a_circle_end() -> None:
     toc = [TocEntry(1, 1259, 1, "a", (2,)), TocEntry(2, 1259, 2, "b", (1,)), TocEntry(3, 1259, 3, "c", ())]
     assert [entry.dump_id for entry in select_entries(toc, {(1259, 2)})] == [3]
+
+
+def entry(number: int, kind: str, table: str | None, *depends_on: int) -> SchemaEntry:
+    return SchemaEntry(number, kind, "", None if table is None else TableName("public", table), (), depends_on, "")
+
+
+def test_f15_what_a_new_table_takes_on_a_mirror_that_has_the_others() -> None:
+    """A view over both and the foreign key to the new one come; types and keys of the old one are not asked for."""
+    dump = SchemaDump(
+        origin=("", ""),
+        tables=(table("old"), table("new")),
+        sequences=(),
+        database="",
+        pre_data=(
+            entry(1, "TYPE", None),
+            entry(2, "TYPE", None),
+            entry(3, "TABLE", "old", 1),
+            entry(4, "TABLE", "new", 2),
+            entry(5, "VIEW", None, 3, 4),
+            entry(6, "VIEW", None, 3),
+            entry(7, "TABLE", "part_of_new", 4),
+        ),
+        post_data=(
+            entry(8, "PRIMARY KEY", "old", 3),
+            entry(9, "PRIMARY KEY", "new", 4),
+            entry(10, "FK CONSTRAINT", "old", 3, 9),
+            entry(11, "FK CONSTRAINT", "new", 4, 8),
+            entry(12, "INDEX", "old", 3),
+        ),
+    )
+    selection = dump.select([TableName("public", "new")])
+    assert sorted(selection.about) == [4, 5, 7, 9, 10, 11]
+    assert sorted(selection.needed) == [2, 4, 5, 7, 8, 9, 10, 11]
+    everything = dump.select([TableName("public", "old"), TableName("public", "new")])
+    assert sorted(everything.needed) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert dump.select([]) == (set(), set())
+
+
+def table(name: str) -> SchemaTable:
+    return SchemaTable(1, TableName("public", name), False, (), (), False, "d", (), False, 0, 0)
 
 
 def test_split_script_is_not_fooled_by_text_that_looks_like_another_heading() -> None:
