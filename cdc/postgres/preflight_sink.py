@@ -13,6 +13,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from cdc.change import TableName
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.errors import CdcError, FatalError
+from cdc.postgres.bookkeeping import Bookkeeping
 from cdc.postgres.connection import Connection, connect
 from cdc.postgres.preflight_server import (
     check_fsync,
@@ -186,7 +187,7 @@ def _check_tables(view: _SinkView) -> Iterator[Finding]:
             yield Finding(
                 "error", str(name), f"is a {kind} on the target", "rename it there, or map the table elsewhere"
             )
-    if missing and len(missing) < len(view.pairs):
+    if missing and len(missing) < len(view.pairs) and not _made_by_us(view):
         message = f"on the target, while other tables exist: {shortened(missing)}"
         yield Finding("error", "missing tables", message, "create them there, or drop the tables that exist")
     required: dict[int, set[str]] = {}
@@ -196,6 +197,12 @@ def _check_tables(view: _SinkView) -> Iterator[Finding]:
     for table, found in view.pairs:
         if found is not None:
             yield from _check_columns(view.sink, table, found, required.get(found.oid, set()))
+
+
+def _made_by_us(view: _SinkView) -> bool:
+    """Whether the copy made this mirror's tables: then it makes those that are new as well."""
+    bookkeeping = Bookkeeping(view.target, view.sink.name)
+    return bookkeeping.exists and any(mark.made for mark in bookkeeping.marks().values())
 
 
 def _check_columns(sink: SinkConfig, table: SchemaTable, found: SchemaTable, required: set[str]) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 from cdc.errors import CdcError
+from cdc.position import as_lsn
 from cdc.queue import Queue
 from tests.batches import STRIDE, batch, end_of, transaction
 from tests.processes import wait_until
@@ -29,8 +30,8 @@ def say(*words: object) -> None:
 
 def stream(queue: Queue) -> None:
     threading.Thread(target=follow, args=(queue,), daemon=True).start()
-    number = (queue.position - 8) // STRIDE
     reported = queue.position
+    number = (as_lsn(reported or 0) - 8) // STRIDE
     while True:
         number += 1
         size = 200 + number * 7919 % 20_000
@@ -49,7 +50,7 @@ def follow(queue: Queue) -> None:
         for stored in queue.read(seq, max_bytes=1 << 20, timeout_seconds=60):
             seq = stored.seq
             if stored.batch.complete:
-                ends.append((stored.seq, stored.batch.position))
+                ends.append((stored.seq, as_lsn(stored.batch.position)))
         if len(ends) > 50:
             queue.advance("mirror", *ends[-50])
             del ends[:-50]

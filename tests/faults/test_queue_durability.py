@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cdc.change import Batch
-from cdc.queue import Queue
+from cdc.queue import Queue, Stored
 from tests.batches import STRIDE, end_of
 from tests.faults.queue_writer import MAX_BYTES
 
@@ -63,7 +63,7 @@ def check(path: Path, acknowledged: int) -> None:
         queue.close()
 
 
-def read_all(queue: Queue) -> Iterator:
+def read_all(queue: Queue) -> Iterator[Stored]:
     seq = queue.stats().pruned_seq
     while stored := queue.read(seq, max_bytes=1 << 20, timeout_seconds=0):
         yield from stored
@@ -72,7 +72,7 @@ def read_all(queue: Queue) -> Iterator:
 
 def notes(batch: Batch) -> list[bytes]:
     changes = [change for transaction in batch.transactions for change in transaction.changes]
-    return [bytes(change.after[1]).partition(b".")[0] for change in changes if change.after]
+    return [bytes(change.after[1] or b"").partition(b".")[0] for change in changes if change.after]
 
 
 def expected_notes(first: int, last: int) -> list[list[bytes]]:

@@ -15,6 +15,7 @@ from tests.servers import Database
 
 SCHEMA = (
     "CREATE TABLE items (id int PRIMARY KEY, n int NOT NULL DEFAULT 0, document text)",
+    "ALTER TABLE items ALTER document SET STORAGE EXTERNAL",
     "CREATE TABLE log (n int, what text)",
     "ALTER TABLE log REPLICA IDENTITY FULL",
 )
@@ -31,7 +32,8 @@ class Chain:
                 place = folder / str(number)
                 place.mkdir()
                 slot = f"cdc_link_{number}"
-                mirror = Mirror(source, target, place, pg_dump, source={"slot": slot, "publication": slot})
+                everything = {"slot": slot, "publication": slot, "tables": {"include": ["*"]}}
+                mirror = Mirror(source, target, place, pg_dump, source=everything)
                 stack.callback(mirror.close)
                 mirror.prepare()
                 mirror.start()

@@ -14,6 +14,7 @@ import pytest
 from cdc.change import TableName
 from cdc.errors import FatalError
 from cdc.filling import fill
+from cdc.position import as_lsn
 from cdc.postgres.source import PostgresSource
 from cdc.postgres.target import PostgresLoader
 from cdc.sink import Mirror as MirrorSink
@@ -157,3 +158,53 @@ def test_f48_f49_f50_tables_of_two_snapshots_each_get_their_own_changes(
     copying.deliver()
     mirror.assert_equal("items", "log")
     assert mirror.delivery_stats.missing_rows == 0
+
+
+def queued_commits(mirror: Mirror, count: int) -> list[int]:
+    """Where the last `count` transactions commit, once the queue has them; the ones before are applied."""
+
+    def commits() -> list[int]:
+        stored = mirror.queue.read(mirror.delivery_stats.seq, max_bytes=10**8, timeout_seconds=0.1)
+        return [as_lsn(transaction.position) for each in stored for transaction in each.batch.transactions]
+
+    wait_for(lambda: len(commits()) == count, "all to be queued")
+    return commits()
+
+
+def test_f47_a_change_is_in_the_copy_if_and_only_if_it_commits_below_the_copys_position(
+    copying: Copying, source_db: Database, target_db: Database
+) -> None:
+    """To the byte: a transaction whose commit record starts at the position is not in the copy."""
+    mirror = copying.mirror
+    source_db.execute("TRUNCATE items, log")
+    copying.fill()
+    copying.deliver()
+    mirror.sync()
+    mirror.delivery.pause()
+    wait_for(lambda: mirror.delivery_stats.state == "paused", "the sink to pause")
+    for n in range(5):
+        source_db.execute("INSERT INTO log VALUES (%s, 'x')", [n])
+    source_db.execute("INSERT INTO items VALUES (1)")
+    _, _, _, position, *_ = queued_commits(mirror, 6)
+    target_db.execute("UPDATE cdc.tables SET position = '0/0'::pg_lsn + %s WHERE source_table = 'log'", [position])
+    mirror.delivery.resume()
+    mirror.sync()
+    assert target_db.execute("SELECT n FROM log ORDER BY n") == [(3,), (4,)]
+    assert mirror.rows("items")[1] == ["(1,0,)"]
+
+
+def test_f56_a_mirror_stands_still_exactly_below_a_commit(copying: Copying, source_db: Database) -> None:
+    """To the byte: a transaction whose commit record starts at the position is not applied yet."""
+    mirror = copying.mirror
+    source_db.execute("TRUNCATE items, log")
+    copying.fill()
+    copying.deliver()
+    mirror.sync()
+    mirror.delivery.hold(None, 60)
+    for n in range(5):
+        source_db.execute("INSERT INTO log VALUES (%s, 'x')", [n])
+    for n, commit in enumerate(queued_commits(mirror, 5)):
+        assert mirror.delivery.hold(commit, 60) == commit
+        assert len(mirror.rows("log")[1]) == n
+    mirror.delivery.release()
+    mirror.assert_equal("log")

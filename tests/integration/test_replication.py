@@ -198,7 +198,8 @@ def test_f8_a_dropped_slot_stops_the_source(mirror: Mirror) -> None:
 def test_f10_a_slot_in_use_is_waited_for(mirror: Mirror) -> None:
     mirror.sync()
     other = PostgresSource(mirror.config, mirror.config.sources["shop"], mirror.queue)
-    with pytest.raises(TransientError, match=f"in use by process {walsender(mirror)['pid']}"):  # type: ignore[index]
+    reader = wait_for(lambda: walsender(mirror), "the stream")
+    with pytest.raises(TransientError, match=f"in use by process {reader['pid']}"):
         other.open(mirror.queue.position)
     other.close()
 

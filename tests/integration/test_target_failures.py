@@ -69,6 +69,24 @@ def test_f90_no_retry_lets_an_older_change_overtake_a_newer_one(mirror: Mirror) 
 
 
 @pytest.mark.parametrize("rows", [3, 300])
+def test_f94_a_commit_that_succeeds_although_its_connection_breaks_is_not_repeated(mirror: Mirror, rows: int) -> None:
+    """The target waits for a standby that does not exist, between its commit and the answer that never comes."""
+    target = mirror.target_db
+    waiting = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'SyncRep'"
+    set_standbys = "ALTER SYSTEM SET synchronous_standby_names = '{}'; SELECT pg_reload_conf()"
+    mirror.sync()
+    target.server.psql(set_standbys.format("nobody"))
+    try:
+        run(mirror, f"INSERT INTO log SELECT g, 'once' FROM generate_series(1, {rows}) g")
+        ((pid,),) = wait_for(lambda: target.execute(waiting), "the commit")
+        target.execute(f"SET synchronous_commit = local; SELECT pg_terminate_backend({pid})")
+    finally:
+        target.server.psql(set_standbys.format(""))
+    mirror.assert_equal("log")
+    assert mirror.delivery_stats.retries == 1
+
+
+@pytest.mark.parametrize("rows", [3, 300])
 @pytest.mark.parametrize("state", ["40P01", "40001", "55P03"], ids=["deadlock", "serialization", "lock-timeout"])
 def test_f95_what_passes_by_itself_is_tried_again_as_a_whole(mirror: Mirror, state: str, rows: int) -> None:
     """A trigger refuses the end of a transaction twice; its beginning is a table where a repetition would show."""

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from cdc import queue_file
 from cdc.change import Batch
 from cdc.errors import CdcError, DirectoryInUse, FatalError, QueueCorrupt, ResyncRequired
-from cdc.position import Position
+from cdc.position import Position, SourcePosition
 from cdc.queue import Queue, Stored, lock_directory, read_status
 from tests.batches import STRIDE, batch, end_of, idle, transaction
 from tests.processes import wait_until
@@ -144,14 +144,17 @@ class TestOrder:
 
     def test_a_waiting_reader_wakes_on_commit_and_on_wake(self, queue: Queue) -> None:
         results: list[list[Stored]] = []
+
+        def waiting() -> bool:
+            return bool(vars(queue._published)["_waiters"])
+
         for act in (lambda: queue.append(batch(1)), queue.wake):
             after_seq = len(results)
             reader = threading.Thread(
-                target=lambda seq: results.append(queue.read(seq, max_bytes=100, timeout_seconds=60)),
-                args=(after_seq,),
+                target=lambda seq=after_seq: results.append(queue.read(seq, max_bytes=100, timeout_seconds=60)),
             )
             reader.start()
-            wait_until(lambda: queue._published._waiters, what="the reader to wait")
+            wait_until(waiting, what="the reader to wait")
             act()
             reader.join(10)
             assert not reader.is_alive()
@@ -192,7 +195,7 @@ class TestPosition:
             with pytest.raises(RuntimeError):
                 queue.append(batch(1))
             queue.begin(START)
-            assert (queue.position, queue.pruned_position) == (START, START)
+            assert [queue.position, queue.pruned_position] == [START, START]
             with pytest.raises(RuntimeError):
                 queue.begin(START)
         finally:
@@ -759,7 +762,7 @@ class Model:
     def __init__(self) -> None:
         self.kept: list[Stored] = []
         self.seq = self.passed = 0
-        self.position = START
+        self.position: SourcePosition = START
         self.number = 0
 
     def append(self, each: Batch) -> None:
