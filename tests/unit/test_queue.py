@@ -148,7 +148,8 @@ class TestOrder:
         def waiting() -> bool:
             return bool(vars(queue._published)["_waiters"])
 
-        for act in (lambda: queue.append(batch(1)), queue.wake):
+        acts: list[Callable[[], None]] = [lambda: queue.append(batch(1)), queue.wake]
+        for act in acts:
             after_seq = len(results)
             reader = threading.Thread(
                 target=lambda seq=after_seq: results.append(queue.read(seq, max_bytes=100, timeout_seconds=60)),
