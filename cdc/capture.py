@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter
@@ -167,6 +166,6 @@ class Capture:
 
 def count_changes(counts: dict[str, int], batch: Batch) -> None:
     """Add a batch's changes, by name of the operation."""
-    changes = chain.from_iterable(map(_CHANGES, batch.transactions))
-    for operation, number in Counter(map(_OPERATION, changes)).items():
-        counts[OPERATIONS[operation]] += number
+    operations = bytes(map(_OPERATION, chain.from_iterable(map(_CHANGES, batch.transactions))))
+    for operation, name in enumerate(OPERATIONS):
+        counts[name] += operations.count(operation)

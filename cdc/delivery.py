@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -49,6 +52,8 @@ class Delivery:
         # where the target stands, and the last batch given to it: further only inside a large transaction
         self._stored = Position("", 0, 0)
         self._given_seq = 0
+        self._ahead: tuple[int, Future[list[Stored]]] | None = None
+        self._reader: ThreadPoolExecutor | None = None
         self._upkeep_at = 0.0
 
     def pause(self) -> None:
@@ -76,18 +81,17 @@ class Delivery:
 
     def run(self, stop: threading.Event) -> None:
         """Deliver until `stop` is set. Retries for ever what is transient; raises what is not."""
-        try:
+        with ThreadPoolExecutor(1, f"read-ahead:{self._sink.name}") as reader, closing(self._sink):
             while not stop.is_set():
                 if self._running.is_set():
-                    keep_trying(lambda: self._session(stop), stop, self._waiting)
+                    keep_trying(lambda: self._session(stop, reader), stop, self._waiting)
                 else:
                     self._stats.state = State.PAUSED
                     stop.wait(READ_SECONDS)
-        finally:
-            self._sink.close()
 
-    def _session(self, stop: threading.Event) -> None:
+    def _session(self, stop: threading.Event, reader: ThreadPoolExecutor) -> None:
         """One connection to the target: until stopped, paused, or broken after it got somewhere."""
+        self._reader = reader
         self._open()
         first_seq = self._stored.seq
 
@@ -124,6 +128,7 @@ class Delivery:
         self._queue.advance(self._sink.name, after, stored.source)  # what comes after it must be kept
         self._stored = Position(self._queue.queue_id, after, stored.source)
         self._given_seq = after
+        self._ahead = None
         self._upkeep_at = 0.0
         self._stats.position, self._stats.seq = stored.source, after
         self._stats.state, self._stats.error, self._stats.hint = State.RUNNING, None, ""
@@ -135,9 +140,7 @@ class Delivery:
         if hold and until is None and not self._in_transaction:
             return True
         captured = self._queue.position  # read before the batches, so that it is not ahead of them
-        stored = self._queue.read(
-            self._given_seq, max_bytes=self._bounds.max_bytes, timeout_seconds=0.01 if hold else READ_SECONDS
-        )
+        stored = self._read(timeout_seconds=0.01 if hold else READ_SECONDS)
         pieces, cut = _select(_bounded(stored, self._bounds.max_changes), self._given_seq, self._stored.source, until)
         if pieces:
             self._apply(pieces)
@@ -147,6 +150,21 @@ class Delivery:
         if hold is None or until is None or self._in_transaction:
             return False
         return self._stands_at(hold, until, captured, cut=cut or not stored)
+
+    def _read(self, timeout_seconds: float) -> list[Stored]:
+        """What comes after the last batch given to the sink, read ahead or now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == self._given_seq and (stored := ahead[1].result()):
+            return stored
+        return self._queue.read(self._given_seq, max_bytes=self._bounds.max_bytes, timeout_seconds=timeout_seconds)
+
+    def _read_ahead(self, pieces: Sequence[Stored]) -> None:
+        """While behind, decode what comes next as long as the target is busy with `pieces`."""
+        if self._reader is None or sum(piece.batch.size for piece in pieces) < self._bounds.max_bytes // 2:
+            return
+        after = pieces[-1].seq
+        read = partial(self._queue.read, after, max_bytes=self._bounds.max_bytes, timeout_seconds=0)
+        self._ahead = after, self._reader.submit(read)
 
     @property
     def _in_transaction(self) -> bool:
@@ -168,6 +186,7 @@ class Delivery:
         last = pieces[-1]
         position = Position(self._queue.queue_id, last.seq, last.batch.position)
         if any(batch.transactions for batch in batches):
+            self._read_ahead(pieces)
             started = time.monotonic()
             applied = self._sink.apply(batches, position)
             APPLY_SECONDS.labels(self._sink.name).observe(time.monotonic() - started)
