@@ -19,6 +19,12 @@ SCHEMA = (
 )
 
 
+BREAK_SINK = """SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+                 WHERE datname = current_database() AND application_name = 'cdc sink mirror'"""
+BREAK_SOURCE = (
+    "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = 'cdc_shop' AND active"
+)
+
 MirrorOf = Callable[..., Mirror]
 
 
@@ -51,19 +57,19 @@ def test_f90_no_retry_lets_an_older_change_overtake_a_newer_one(mirror: Mirror) 
            CREATE TRIGGER only_forward BEFORE UPDATE ON items FOR EACH ROW EXECUTE FUNCTION only_forward();
            ALTER TABLE items ENABLE ALWAYS TRIGGER only_forward"""
     )
+    mirror.delivery.pause()
+    wait_for(lambda: mirror.delivery_stats.state == "paused", "the sink to pause")
     with mirror.source_db.connect() as connection:
         for n in range(400):
             connection.execute("UPDATE items SET n = n + 1 WHERE id = %s", [n % 2 + 1])
-            if n % 50 == 20:
-                mirror.target_db.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                    " WHERE datname = current_database() AND application_name = 'cdc sink mirror'"
-                )
+            if n == 100:
+                mirror.delivery.resume()  # with many transactions at once
+            if n > 100 and n % 50 == 20:
+                wait_for(lambda: mirror.target_db.value(BREAK_SINK), "the sink to be connected")
             if n % 50 == 45:
-                connection.execute(
-                    "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = 'cdc_shop'"
-                )
+                wait_for(lambda: connection.execute(BREAK_SOURCE).rowcount, "the source to be connected")
     mirror.assert_equal("items")
+    assert mirror.delivery_stats.fallbacks == 0, "it went backwards, and was put right"
     assert mirror.delivery_stats.retries > 0
     assert mirror.capture_stats.retries > 0
 
