@@ -1,7 +1,7 @@
 """The values that flow from a source through the queue to the sinks.
 
-Column values stay as the source wrote them: for PostgreSQL the text bytes of pgoutput, for MongoDB the raw
-BSON. Only a sink that needs another form decodes, and only what it needs.
+Rows and documents stay as the source wrote them: for PostgreSQL the bytes of pgoutput, for MongoDB the raw BSON. Only
+a sink that needs another form decodes, and only what it needs.
 
 All types are array-like in msgpack: a batch in the queue holds no field names.
 """
@@ -9,21 +9,14 @@ All types are array-like in msgpack: a batch in the queue holds no field names.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from cdc.position import SourcePosition
 
-UNCHANGED: Final = False
-"""A column whose value did not travel (unchanged TOAST, or no part of the key). Not NULL, which is `None`.
-
-Encoded as `false`, since msgpack has no sentinels.
-"""
-
-Value = bytes | None | Literal[False]
-Row = tuple[Value, ...]
-"""One value for each column of the `Table`, in its order."""
+Image = bytes
+"""A row or document as its source wrote it (PostgreSQL: `cdc.postgres.row`; MongoDB: BSON)."""
 
 
 class Operation(IntEnum):
@@ -34,6 +27,7 @@ class Operation(IntEnum):
     DELETE = 2
     TRUNCATE = 3
     MESSAGE = 4
+    DDL = 5
 
 
 INSERT: Final = 0
@@ -41,6 +35,7 @@ UPDATE: Final = 1
 DELETE: Final = 2
 TRUNCATE: Final = 3
 MESSAGE: Final = 4
+DDL: Final = 5
 """Plain integers beside `Operation`: comparing enum members costs more than decoding a column."""
 
 
@@ -95,24 +90,42 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=2):
     content: bytes
 
 
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """Detail of an UPDATE that MongoDB sent as what changed: its `updateDescription`, as BSON.
+
+    `Change.after` is then the document as it was looked up later, or `None`; a replacement has no delta.
+    """
+
+    description: Image
+
+
+class Ddl(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """Detail of a DDL: what happened to the table itself, in the source's words (MongoDB: `operationType`).
+
+    description: what the source tells about it (MongoDB: the whole event, as BSON).
+    """
+
+    kind: str
+    description: Image
+
+
 class Change(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One change of one row.
 
     operation: an `Operation`, as a plain integer.
     table: index into `Batch.tables`; -1 for a MESSAGE.
-    key: the row's identity before the change, full width with UNCHANGED beside the key columns; `None` where
-        `before` or `after` tell it.
+    key: what identified the row before the change; `None` where `before` or `after` tell it.
     before: the whole old row, where the source sends it (identity FULL); else `None`.
-    after: the new row of an INSERT or UPDATE; columns may be UNCHANGED in an UPDATE.
+    after: the new row of an INSERT or UPDATE; an UPDATE may leave out what it did not change.
     detail: what only some operations have.
     """
 
     operation: int
     table: int
-    key: Row | None
-    before: Row | None
-    after: Row | None
-    detail: Truncate | Message | None = None
+    key: Image | None
+    before: Image | None
+    after: Image | None
+    detail: Truncate | Message | Delta | Ddl | None = None
 
 
 class Transaction(msgspec.Struct, frozen=True, array_like=True, gc=False):

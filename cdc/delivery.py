@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 import structlog
@@ -52,8 +51,7 @@ class Delivery:
         # where the target stands, and the last batch given to it: further only inside a large transaction
         self._stored = Position("", 0, 0)
         self._given_seq = 0
-        self._ahead: tuple[int, Future[list[Stored]]] | None = None
-        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: _Ahead | None = None
         self._upkeep_at = 0.0
 
     def pause(self) -> None:
@@ -91,7 +89,6 @@ class Delivery:
 
     def _session(self, stop: threading.Event, reader: ThreadPoolExecutor) -> None:
         """One connection to the target: until stopped, paused, or broken after it got somewhere."""
-        self._reader = reader
         self._open()
         first_seq = self._stored.seq
 
@@ -101,7 +98,7 @@ class Delivery:
         try:
             while wanted():
                 request = self._hold.request
-                if self._step(request) and request is not None:
+                if self._step(request, reader) and request is not None:
                     self._stats.state = State.HELD
                     self._hold.stand(request, request.until or self._stored.source, wanted)
                     self._stats.state = State.RUNNING
@@ -112,6 +109,8 @@ class Delivery:
         except PermanentError as exc:
             raise FatalError(str(exc), hint=exc.hint) from exc
         finally:
+            if self._ahead is not None:
+                wait([self._ahead.stored])  # the sink must not be closed while it prepares
             self._sink.close()
 
     def _open(self) -> None:
@@ -134,7 +133,7 @@ class Delivery:
         self._stats.state, self._stats.error, self._stats.hint = State.RUNNING, None, ""
         self._log.info("delivering", position=format_position(stored.source))
 
-    def _step(self, hold: Request | None) -> bool:
+    def _step(self, hold: Request | None, reader: ThreadPoolExecutor) -> bool:
         """Apply what the queue holds next, within bounds. True where the hold wants the target to stand still."""
         until = hold.until if hold else None
         if hold and until is None and not self._in_transaction:
@@ -143,7 +142,7 @@ class Delivery:
         stored = self._read(timeout_seconds=0.01 if hold else READ_SECONDS)
         pieces, cut = _select(_bounded(stored, self._bounds.max_changes), self._given_seq, self._stored.source, until)
         if pieces:
-            self._apply(pieces)
+            self._apply(pieces, reader)
         elif not stored and not self._in_transaction:
             self._idle(captured)
         self._upkeep()
@@ -154,17 +153,24 @@ class Delivery:
     def _read(self, timeout_seconds: float) -> list[Stored]:
         """What comes after the last batch given to the sink, read ahead or now."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == self._given_seq and (stored := ahead[1].result()):
+        if ahead is not None and ahead.after_seq == self._given_seq and (stored := ahead.stored.result()):
             return stored
         return self._queue.read(self._given_seq, max_bytes=self._bounds.max_bytes, timeout_seconds=timeout_seconds)
 
-    def _read_ahead(self, pieces: Sequence[Stored]) -> None:
-        """While behind, decode what comes next as long as the target is busy with `pieces`."""
-        if self._reader is None or sum(piece.batch.size for piece in pieces) < self._bounds.max_bytes // 2:
+    def _read_ahead(self, pieces: Sequence[Stored], reader: ThreadPoolExecutor) -> None:
+        """While behind, read and prepare what comes next in the time that the target is busy with `pieces`."""
+        if sum(piece.batch.size for piece in pieces) < self._bounds.max_bytes // 2:
             return
-        after = pieces[-1].seq
-        read = partial(self._queue.read, after, max_bytes=self._bounds.max_bytes, timeout_seconds=0)
-        self._ahead = after, self._reader.submit(read)
+        after_seq = pieces[-1].seq
+
+        def read() -> list[Stored]:
+            found = self._queue.read(after_seq, max_bytes=self._bounds.max_bytes, timeout_seconds=0)
+            stored = _bounded(found, self._bounds.max_changes)
+            if stored:
+                self._sink.prepare([each.batch for each in stored])
+            return stored
+
+        self._ahead = _Ahead(after_seq, reader.submit(read))
 
     @property
     def _in_transaction(self) -> bool:
@@ -181,12 +187,12 @@ class Delivery:
             return False
         return cut and captured >= until
 
-    def _apply(self, pieces: Sequence[Stored]) -> None:
+    def _apply(self, pieces: Sequence[Stored], reader: ThreadPoolExecutor) -> None:
         batches = [piece.batch for piece in pieces]
         last = pieces[-1]
         position = Position(self._queue.queue_id, last.seq, last.batch.position)
         if any(batch.transactions for batch in batches):
-            self._read_ahead(pieces)
+            self._read_ahead(pieces, reader)
             started = time.monotonic()
             applied = self._sink.apply(batches, position)
             APPLY_SECONDS.labels(self._sink.name).observe(time.monotonic() - started)
@@ -228,6 +234,13 @@ class Delivery:
         self._stats.hint = getattr(error, "hint", "")
         self._stats.retries += 1
         self._log.warning("target unavailable", error=str(error), retry_in_seconds=round(seconds, 1))
+
+
+class _Ahead(NamedTuple):
+    """What is being read from behind a batch, and prepared."""
+
+    after_seq: int
+    stored: Future[list[Stored]]
 
 
 def _bounded(stored: Sequence[Stored], max_changes: int) -> list[Stored]:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from cdc.change import Batch, Row, Table, TableName
+from cdc.change import Batch, Image, Table, TableName
 from cdc.position import Position, SourcePosition
 
 
@@ -30,7 +30,7 @@ class Applied(msgspec.Struct, frozen=True):
     fallback: bool = False
 
 
-Reread = Callable[[Table, Row], Row | None]
+Reread = Callable[[Table, Image], Image | None]
 """Read one row from the source again, by its key: the row as it is now, or `None` if it is gone."""
 
 
@@ -41,6 +41,10 @@ class Sink(Protocol):
 
     def open(self) -> Position | None:
         """Connect and return the position stored in the target; `None` if it was never written to."""
+        ...
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Called from another thread while `apply` runs: what it will probably get next. May do nothing."""
         ...
 
     def apply(self, batches: Sequence[Batch], position: Position) -> Applied:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from threading import Condition
 
-from cdc.change import Batch, Change, Operation, Row, Table, TableName, Transaction
+from cdc.change import Batch, Change, Image, Operation, Table, TableName, Transaction
 from cdc.errors import FatalError, ResyncRequired, TransientError
 from cdc.position import Position, SourcePosition, as_lsn
 from cdc.sink import Applied
@@ -139,8 +139,8 @@ class MemorySink:
         self._errors: deque[Exception] = deque()
 
     @property
-    def rows(self) -> list[tuple[TableName, Operation, Row | None]]:
-        """Every visible change of a row: its table, what it does, and the row afterwards."""
+    def rows(self) -> list[tuple[TableName, Operation, Image | None]]:
+        """Every visible change of a row: its table, what it does, and the row's image afterwards."""
         return [
             (tables[change.table].qualified, Operation(change.operation), change.after)
             for tables, transaction in zip(self._tables, self.transactions, strict=True)
@@ -157,6 +157,9 @@ class MemorySink:
         self._raise_next()
         self._pending = []
         return self.position
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """There is nothing to prepare."""
 
     def apply(self, batches: Sequence[Batch], position: Position) -> Applied:
         """Keep the changes; those of an unfinished transaction stay invisible."""
@@ -192,9 +195,8 @@ class MemorySink:
 def _size(transactions: Sequence[Transaction]) -> int:
     """About what the rows weigh."""
     return sum(
-        len(value) if isinstance(value, bytes) else 1
+        len(image or b"")
         for transaction in transactions
         for change in transaction.changes
-        for row in (change.key, change.before, change.after)
-        for value in row or ()
+        for image in (change.key, change.before, change.after)
     )

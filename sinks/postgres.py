@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from operator import is_
 
 import msgspec
 import psycopg
@@ -17,10 +18,11 @@ from cdc.change import Batch, Change, Table, TableName, Transaction, Truncate
 from cdc.config import SinkConfig
 from cdc.errors import PermanentError, TransientError
 from cdc.position import Lsn, Position, SourcePosition, as_lsn, format_lsn, format_position
-from cdc.postgres.apply import Applier, Work
+from cdc.postgres.apply import Applier
 from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
 from cdc.postgres.fold import FoldError
 from cdc.postgres.schema import read_tables
+from cdc.postgres.steps import Step, Work
 from cdc.postgres.target import CopyTarget
 from cdc.sink import Applied, Reread
 
@@ -40,6 +42,19 @@ NEVER = Lsn(2**64)
 log = structlog.get_logger()
 
 
+class _Todo(msgspec.Struct, frozen=True):
+    """What `apply` has to do. few: one by one, in a pipeline; folded: else, unless only the careful way will do."""
+
+    batches: Sequence[Batch]
+    work: Work
+    few: bool
+    folded: Sequence[Step] | None
+
+    def is_about(self, batches: Sequence[Batch]) -> bool:
+        """Whether these very batches were looked at."""
+        return len(batches) == len(self.batches) and all(map(is_, batches, self.batches))
+
+
 class PostgresSink(CopyTarget):
     """A mirror. Implements `cdc.sink.Mirror`."""
 
@@ -53,6 +68,7 @@ class PostgresSink(CopyTarget):
         self._strangers: set[TableName] = set()
         self._begun = False
         self._finished = False
+        self._ahead: _Todo | None = None
 
     def open(self) -> Position | None:
         """Connect and return the position stored in the target."""
@@ -71,15 +87,22 @@ class PostgresSink(CopyTarget):
             self._applier = Applier(connection, self.config, {name: tables[name] for name in copied}, self._reread)
         return position
 
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Fold ahead what `apply` is to get next."""
+        _, applier = self._opened()
+        self._ahead = self._look_at(applier, batches)
+
     def apply(self, batches: Sequence[Batch], position: Position) -> Applied:
         """Apply in order; visible together with `position` when `batches` end with a complete transaction."""
         connection, applier = self._opened()
         missing, healed = applier.missing, applier.healed
-        work = self._work(batches)
+        todo, self._ahead = self._ahead, None
+        if todo is None or not todo.is_about(batches):
+            todo = self._look_at(applier, batches)
         with translated_errors():
-            fallback = not self._apply_fast(connection, applier, work)
+            fallback = not self._apply_fast(connection, applier, todo)
             if fallback:
-                applier.carefully(work)
+                applier.carefully(todo.work)
             if batches[-1].complete:
                 self._commit(connection, position)
                 applier.committed()
@@ -101,7 +124,7 @@ class PostgresSink(CopyTarget):
         if self._connection is not None:
             with suppress(psycopg.Error):
                 self._connection.close()
-        self._connection = self._applier = None
+        self._connection = self._applier = self._ahead = None
         self._begun = False
 
     def _opened(self) -> tuple[Connection, Applier]:
@@ -109,26 +132,30 @@ class PostgresSink(CopyTarget):
             raise TransientError(f"sink {self.name} is not connected")
         return self._connection, self._applier
 
-    def _apply_fast(self, connection: Connection, applier: Applier, work: Work) -> bool:
-        """Try the fast way that suits; False, and all of it undone, where only the careful way will do."""
+    def _look_at(self, applier: Applier, batches: Sequence[Batch]) -> _Todo:
+        work = self._work(batches)
         few = sum(len(transaction.changes) for _, transaction in work) <= FEW_CHANGES
+        return _Todo(batches, work, few, None if few else applier.fold(work))
+
+    def _apply_fast(self, connection: Connection, applier: Applier, todo: _Todo) -> bool:
+        """Try the fast way that suits; False, and all of it undone, where only the careful way will do."""
         try:
             with connection.pipeline():
                 check = self._begin(connection)
-                sent = applier.send(work) if few else ()
+                sent = applier.send(todo.work) if todo.few else ()
             check()
-            if few:
+            if todo.few:
                 applier.check(sent)
-            else:
-                applier.many(work)
+                return True
+            if todo.folded is not None:
+                applier.many(todo.folded, todo.work)
+                return True
         except psycopg.Error as exc:
             error = to_cdc_error(exc)
             if connection.closed or not isinstance(error, PermanentError):
                 raise error from exc
         except FoldError:
             pass
-        else:
-            return True
         connection.execute("ROLLBACK TO SAVEPOINT batch")
         applier.rolled_back()
         return False
@@ -170,15 +197,14 @@ class PostgresSink(CopyTarget):
     def _work(self, batches: Sequence[Batch]) -> Work:
         """Leave out what the initial copy holds already, table by table."""
         latest = max(self._copied_at.values(), default=Lsn(0))
-        return [
-            (
-                batch.tables,
-                transaction if as_lsn(transaction.position) >= after else self._uncopied(batch.tables, transaction),
-            )
-            for batch in batches
-            for after in [latest if self._knows(batch.tables) else NEVER]
-            for transaction in batch.transactions
-        ]
+        work: list[tuple[tuple[Table, ...], Transaction]] = []
+        for batch in batches:
+            tables, transactions = batch.tables, batch.transactions
+            if self._knows(tables) and transactions and as_lsn(transactions[0].position) >= latest:
+                work += [(tables, transaction) for transaction in transactions]
+            else:
+                work += [(tables, self._uncopied(tables, transaction)) for transaction in transactions]
+        return work
 
     def _knows(self, tables: tuple[Table, ...]) -> bool:
         """Whether all of them are mirrored here; says so once of each that is not.
@@ -194,8 +220,10 @@ class PostgresSink(CopyTarget):
 
     def _uncopied(self, tables: tuple[Table, ...], transaction: Transaction) -> Transaction:
         position = as_lsn(transaction.position)
-        ahead = [position < self._copied_at.get(table.qualified, NEVER) for table in tables]
-        changes = [kept for change in transaction.changes if (kept := _without_copied(change, ahead)) is not None]
+        copied = [position < self._copied_at.get(table.qualified, NEVER) for table in tables]
+        if not any(copied):
+            return transaction
+        changes = [kept for change in transaction.changes if (kept := _without_copied(change, copied)) is not None]
         return msgspec.structs.replace(transaction, changes=changes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cdc.change import Batch, Change, Column, Table, Transaction
+from cdc.postgres.row import encode_row
 
 TABLE = Table("public", "orders", (Column("id", 23, is_key=True), Column("note", 25, is_key=False)))
 STRIDE = 16
@@ -19,7 +20,7 @@ def end_of(number: int) -> int:
 def batch(number: int, *, size: int = 100, part: int = 0, complete: bool = True) -> Batch:
     """Transaction `number`, or its part `part`; its only row holds `row-<number>-<part>.` and about `size` bytes."""
     note = f"row-{number}-{part}.".encode().ljust(size, b".")
-    change = Change(0, 0, None, None, (str(number).encode(), note))
+    change = Change(0, 0, None, None, encode_row((str(number).encode(), note)))
     transaction = Transaction(number * STRIDE, end_of(number), 0, number, part, complete, [change])
     return Batch((TABLE,), [transaction], end_of(number if complete else number - 1), size)
 

@@ -19,11 +19,9 @@ from cdc.change import (
     INSERT,
     MESSAGE,
     TRUNCATE,
-    UNCHANGED,
     UPDATE,
     Change,
     Operation,
-    Row,
     Table,
     TableName,
     Transaction,
@@ -33,15 +31,12 @@ from cdc.config import SinkConfig
 from cdc.errors import PermanentError
 from cdc.position import format_position
 from cdc.postgres.connection import Connection, to_cdc_error
-from cdc.postgres.fold import Appends, Fold, FoldError, changed_columns, copy_text
+from cdc.postgres.fold import FoldError
 from cdc.postgres.plan import Statement, TablePlan, truncate
+from cdc.postgres.row import UNCHANGED, decode_row
 from cdc.postgres.schema import SchemaTable
+from cdc.postgres.steps import Effect, SetWise, Step, Tables, Work, steps
 from cdc.sink import Reread
-
-Tables = tuple[Table, ...]
-
-Work = Sequence[tuple[Tables, Transaction]]
-"""Transactions in commit order, each with the tables that its changes point to."""
 
 Sent = Sequence[tuple[Change, psycopg.Cursor[Any]]]
 
@@ -94,23 +89,22 @@ class Applier:
             if cursor.rowcount == 0 and change.operation == DELETE:
                 self.missing += 1
 
-    def many(self, work: Work) -> None:
-        """Fold the changes by key and write each table's net effect in a few statements."""
-        lanes: dict[TableName, _Lane] = {}
-        known: Tables | None = None
-        by_index: list[_Lane] = []
-        for tables, transaction in work:
-            if tables is not known:
-                known, by_index = tables, self._lanes(lanes, tables)
-            for change in transaction.changes:
-                if change.operation >= TRUNCATE:
-                    if change.operation == TRUNCATE:
-                        self._flush_all(lanes.values())
-                        self._execute(self._truncate(tables, change))
-                elif not (lane := by_index[change.table]).fold.add(change):
-                    self._flush(lane)
-                    self._alone(lane.plan, change)
-        self._flush_all(lanes.values())
+    def fold(self, work: Work) -> list[Step] | None:
+        """What `many` is to do; `None` where only `carefully` will do. Needs no connection, from whatever thread."""
+        try:
+            return steps(work, self._plan)
+        except FoldError:
+            return None
+
+    def many(self, folded: Iterable[Step], work: Work) -> None:
+        """Write each table's net effect in a few statements. Raises `FoldError` if a row was not there."""
+        for step in folded:
+            if isinstance(step, SetWise):
+                self._set_wise(step)
+            elif step.plan is None:
+                self._execute(self._truncate(step.tables, step.change))
+            else:
+                self._alone(step.plan, step.change)
         self._check_deferred(work)
 
     def carefully(self, work: Work) -> None:
@@ -176,60 +170,24 @@ class Applier:
 
     # set-wise
 
-    def _lanes(self, lanes: dict[TableName, _Lane], tables: Tables) -> list[_Lane]:
-        if len({table.qualified for table in tables}) < len(tables):
-            raise FoldError  # a table changes its shape between two changes of this batch
-        return [self._lane(lanes, table) for table in tables]
-
-    def _lane(self, lanes: dict[TableName, _Lane], table: Table) -> _Lane:
-        lane = lanes.get(table.qualified)
-        if lane is None or lane.plan.source != table:
-            if lane is not None:  # the table has a new shape: what came in the old one goes first
-                self._flush(lane)
-            lane = lanes[table.qualified] = _Lane(self._plan(table))
-        return lane
-
-    def _flush_all(self, lanes: Iterable[_Lane]) -> None:
-        for lane in lanes:
-            self._flush(lane)
-
-    def _flush(self, lane: _Lane) -> None:
-        fold, plan = lane.fold, lane.plan
-        if not fold:
+    def _set_wise(self, step: SetWise) -> None:
+        plan = step.plan
+        if step.effect is Effect.INSERT:
+            self._copy(plan.copy_in(), step.text)
             return
-        lane.reset()
-        if isinstance(fold, Fold):
-            self._delete(plan, list(fold.deletes.values()))
-            self._update(plan, fold.updates.values())
-        if rows := list(fold.inserted()):
-            self._copy(plan.copy_in(), rows if plan.takes_all else plan.pick(rows, plan.columns))
+        name = self._staging.table(plan, step.columns)
+        self._copy(
+            sql.SQL("COPY {} ({}) FROM STDIN").format(sql.Identifier("pg_temp", name), plan.names(step.columns)),
+            step.text,
+        )
+        if step.effect is Effect.DELETE:
+            self.missing += step.rows - self._connection.execute(plan.delete_staged(name)).rowcount
+        elif self._connection.execute(plan.update_staged(name, step.columns)).rowcount != step.rows:
+            raise FoldError
 
-    def _delete(self, plan: TablePlan, rows: list[Row]) -> None:
-        if rows:
-            name = self._stage(plan, plan.key, rows)
-            self.missing += len(rows) - self._connection.execute(plan.delete_staged(name)).rowcount
-
-    def _update(self, plan: TablePlan, rows: Iterable[Row]) -> None:
-        groups: dict[tuple[int, ...] | None, list[Row]] = {}
-        for row in rows:
-            groups.setdefault(changed_columns(row), []).append(row)
-        for changed, group in groups.items():
-            columns = plan.columns if changed is None else tuple(index for index in plan.columns if index in changed)
-            if len(columns) == len(plan.key):
-                continue  # nothing but the key travelled
-            name = self._stage(plan, columns, group)
-            if self._connection.execute(plan.update_staged(name, columns)).rowcount != len(group):
-                raise FoldError
-
-    def _stage(self, plan: TablePlan, columns: tuple[int, ...], rows: list[Row]) -> str:
-        name = self._staging.table(plan, columns)
-        copy = sql.SQL("COPY {} ({}) FROM STDIN").format(sql.Identifier("pg_temp", name), plan.names(columns))
-        self._copy(copy, plan.pick(rows, columns))
-        return name
-
-    def _copy(self, query: sql.Composed, rows: Sequence[Row]) -> None:
+    def _copy(self, query: sql.Composed, text: bytes) -> None:
         with self._connection.cursor() as cursor, cursor.copy(query) as copy:
-            copy.write(copy_text(rows))
+            copy.write(text)
 
     def _alone(self, plan: TablePlan, change: Change) -> None:
         statement = plan.update(change) if change.operation == UPDATE else plan.delete(change)
@@ -255,31 +213,19 @@ class Applier:
 
         Gone from the source as well, its DELETE is on its way.
         """
-        row = change.after
-        assert row is not None
+        image = change.after
+        assert image is not None
+        row = decode_row(image)
         if any(row[index] is UNCHANGED for index in plan.columns):
             if self._reread is None:
                 raise PermanentError(
                     f"a row of {plan.target.name} is missing, and its update does not carry all columns",
                     hint="something else wrote to the mirror: find the rows with `cdc verify`",
                 )
-            row = self._reread(plan.source, row)
-        if row is not None:
-            self._execute(plan.insert(row, upsert=True))
+            image = self._reread(plan.source, image)
+        if image is not None:
+            self._execute(plan.insert(image, upsert=True))
             self.healed += 1
-
-
-class _Lane:
-    """What has come for one table and is not written yet."""
-
-    __slots__ = ("fold", "plan")
-
-    def __init__(self, plan: TablePlan) -> None:
-        self.plan = plan
-        self.reset()
-
-    def reset(self) -> None:
-        self.fold: Fold | Appends = Fold(self.plan.key_of) if self.plan.key else Appends()
 
 
 class _Staging:

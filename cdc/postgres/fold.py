@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
-from cdc.change import INSERT, UNCHANGED, Change, Row, Value
+from cdc.change import INSERT, Change, Image
+from cdc.postgres.row import UNCHANGED, Row, Value, decode_key, decode_row, merge
 
 
 class FoldError(Exception):
     """The changes do not follow from each other (an insert of a row that is there): apply them one by one."""
 
 
-KeyOf = Callable[[Row], Hashable]
+KeyOf = Callable[[Image], Hashable]
 """The key columns' values of a row, in a form that can be looked up."""
 
 
 class Fold:
     """The net effect of a table's changes, by key.
 
-    Applied as deletes, then updates, then inserts. A key may be in `deletes` and in `inserts`: the row was there,
-    and another one took its place. Rows in `updates` may have UNCHANGED columns, those in `inserts` never do.
+    Applied as deletes, then updates, then inserts. A key may be deleted and inserted: the row was there, and another
+    one took its place. Of a row that changed many times only the last image is taken apart.
     """
 
-    __slots__ = ("deletes", "inserts", "key_of", "updates")
+    __slots__ = ("_deletes", "_inserts", "_key_of", "_updates")
 
     def __init__(self, key_of: KeyOf) -> None:
-        self.key_of = key_of
-        self.deletes: dict[Hashable, Row] = {}
-        self.updates: dict[Hashable, Row] = {}
-        self.inserts: dict[Hashable, Row] = {}
+        self._key_of = key_of
+        self._deletes: dict[Hashable, Row] = {}
+        self._updates: dict[Hashable, list[Image]] = {}
+        self._inserts: dict[Hashable, list[Image]] = {}
 
     def __bool__(self) -> bool:
         """Whether there is anything to apply."""
-        return bool(self.inserts or self.updates or self.deletes)
+        return bool(self._inserts or self._updates or self._deletes)
 
     def add(self, change: Change) -> bool:
         """Take a change; False if it moves a row to another key, which only keeps its meaning by itself.
@@ -44,71 +45,90 @@ class Fold:
         if after is None:
             self._delete(change)
             return True
-        key = self.key_of(after)
-        inserts, updates = self.inserts, self.updates
+        key = self._key_of(after)
         if change.operation == INSERT:
-            if key in inserts or key in updates:
+            if key in self._inserts or key in self._updates:
                 raise FoldError
-            inserts[key] = after
+            self._inserts[key] = [after]
             return True
         old = change.before or change.key
-        if old is not None and self.key_of(old) != key:
+        if old is not None and self._key_of(old) != key:
             return False
-        if key in updates:
-            updates[key] = merge(after, updates[key])
-        elif key in inserts:
-            inserts[key] = merge(after, inserts[key])
-        elif key in self.deletes:
+        images = self._updates.get(key) or self._inserts.get(key)
+        if images is not None:
+            images.append(after)
+        elif key in self._deletes:
             raise FoldError
         else:
-            updates[key] = after
+            self._updates[key] = [after]
         return True
 
-    def inserted(self) -> Iterable[Row]:
-        """Rows to insert."""
-        return self.inserts.values()
+    def deleted(self) -> Iterable[Row]:
+        """Rows to delete; only their keys need be known."""
+        return self._deletes.values()
+
+    def updated(self) -> Iterator[Row]:
+        """Rows to update; columns may be UNCHANGED."""
+        return map(_last, self._updates.values())
+
+    def inserted(self) -> Iterator[Row]:
+        """Rows to insert, whole."""
+        return map(_last, self._inserts.values())
 
     def _delete(self, change: Change) -> None:
-        old = change.before or change.key
-        assert old is not None
-        key = self.key_of(old)
-        if self.inserts.pop(key, None) is None:
-            if key in self.deletes:
+        image = change.before or change.key
+        assert image is not None
+        key = self._key_of(image)
+        if self._inserts.pop(key, None) is None:
+            if key in self._deletes:
                 raise FoldError
-            self.updates.pop(key, None)
-            self.deletes[key] = old
+            self._updates.pop(key, None)
+            self._deletes[key] = old_row(change)
 
 
 class Appends:
     """The inserts into a table whose rows have no key: everything else there means one row at a time."""
 
-    __slots__ = ("rows",)
+    __slots__ = ("_images",)
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self._images: list[Image] = []
 
     def __bool__(self) -> bool:
         """Whether there is anything to apply."""
-        return bool(self.rows)
+        return bool(self._images)
 
     def add(self, change: Change) -> bool:
         """Take an INSERT; False for anything else."""
         if change.operation != INSERT:
             return False
         assert change.after is not None
-        self.rows.append(change.after)
+        self._images.append(change.after)
         return True
 
-    def inserted(self) -> Iterable[Row]:
+    def inserted(self) -> Iterator[Row]:
         """Rows to insert."""
-        return self.rows
+        return map(decode_row, self._images)
 
 
-def merge(row: Row, earlier: Row) -> Row:
-    """The row with its UNCHANGED columns taken from an earlier state of it."""
-    if UNCHANGED not in row:
-        return row
-    return tuple(old if value is UNCHANGED else value for value, old in zip(row, earlier, strict=True))
+def old_row(change: Change) -> Row:
+    """The row as it was before, as far as the source told."""
+    if change.before is not None:
+        return decode_row(change.before)
+    if change.key is not None:
+        return decode_key(change.key)
+    assert change.after is not None
+    return decode_row(change.after)
+
+
+def _last(images: Sequence[Image]) -> Row:
+    """The last state of a row, with what it left out taken from the states before."""
+    row = decode_row(images[-1])
+    for image in images[-2::-1]:
+        if UNCHANGED not in row:
+            break
+        row = merge(row, decode_row(image))
+    return row
 
 
 def changed_columns(row: Row) -> tuple[int, ...] | None:

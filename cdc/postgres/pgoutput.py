@@ -1,6 +1,7 @@
 """Decoder of pgoutput, the logical decoding plugin of PostgreSQL: bytes in, messages out.
 
-Pure: no I/O, no state between messages. Whatever the bytes are, either a message or a `DecodeError` comes out.
+Pure: no I/O, no state between messages. Whatever the bytes are, either a message or a `DecodeError` comes out. Rows
+stay as they are (see `cdc.postgres.row`); the last one of a message is not looked into.
 Source: PostgreSQL manual, "Logical Replication Message Formats" (protocol versions 1 to 4; streamed and
 prepared transactions are refused, since the stream is never asked for them).
 """
@@ -13,8 +14,9 @@ from typing import Final
 
 import msgspec
 
-from cdc.change import UNCHANGED, Column, Row, Table, Value
+from cdc.change import Column, Image, Table
 from cdc.errors import DecodeError
+from cdc.postgres.row import decode_row_at
 
 POSTGRES_EPOCH_MICROSECONDS: Final = 946_684_800_000_000
 """2000-01-01 UTC, from which PostgreSQL counts, in microseconds since 1970."""
@@ -62,24 +64,24 @@ class Insert(msgspec.Struct, frozen=True, gc=False):
     """A new row."""
 
     relation: int
-    after: Row
+    after: Image
 
 
 class Update(msgspec.Struct, frozen=True, gc=False):
     """A changed row. key: only where it changed; before: only with identity FULL."""
 
     relation: int
-    key: Row | None
-    before: Row | None
-    after: Row
+    key: Image | None
+    before: Image | None
+    after: Image
 
 
 class Delete(msgspec.Struct, frozen=True, gc=False):
     """A removed row: its key, or with identity FULL all of it."""
 
     relation: int
-    key: Row | None
-    before: Row | None
+    key: Image | None
+    before: Image | None
 
 
 class Truncate(msgspec.Struct, frozen=True):
@@ -107,7 +109,6 @@ _INT64: Final = Struct(">Q").unpack_from
 _BEGIN: Final = Struct(">QqI").unpack_from
 _COMMIT: Final = Struct(">BQQq").unpack_from
 
-_NULL, _TEXT, _UNCHANGED, _BINARY = b"ntub"
 _KEY, _OLD, _NEW = b"KON"
 
 
@@ -126,59 +127,16 @@ def decode(data: bytes, at: int = 0) -> PgMessage:
     return message
 
 
-def decode_new_row(data: bytes, at: int) -> tuple[int, Row]:
-    """The relation and the new row of an Insert, or of an Update without an old one: nine of ten messages.
-
-    at: of the message; the bytes up to `data`'s end are it. The same as `decode`, without the detours.
-    """
-    try:
-        if data[at + 5] != _NEW:
-            raise DecodeError(f"expected 'N' at byte {at + 5}, found {data[at + 5]:#04x}")
-        row, end = _tuple(data, at + 6)
-        if end != len(data):
-            raise DecodeError(f"pgoutput message should end at byte {end}, but has {len(data)}")
-        return _INT32(data, at + 1)[0], row
-    except (IndexError, error):
-        raise DecodeError(f"pgoutput message truncated at byte {len(data)}") from None
-
-
 def _unknown(kind: int, at: int) -> str:
     if kind in b"SEcAbPKrp":
         return f"streamed or prepared transaction (message {chr(kind)!r} at byte {at}) was not asked for"
     return f"unknown pgoutput message {kind:#04x} at byte {at}"
 
 
-def _tuple(data: bytes, at: int) -> tuple[Row, int]:
-    """Decode TupleData. The hottest loop of the daemon: lengths below 64 KiB are read without a call."""
-    count = data[at] << 8 | data[at + 1]
-    at += 2
-    values: list[Value] = [None] * count
-    for index in range(count):
-        kind = data[at]
-        if kind == _TEXT:
-            start = at + 5
-            if data[at + 1] or data[at + 2]:
-                at = start + _INT32(data, at + 1)[0]
-            else:
-                at = start + (data[at + 3] << 8 | data[at + 4])
-            values[index] = data[start:at]
-        elif kind == _NULL:
-            at += 1
-        elif kind == _UNCHANGED:
-            values[index] = UNCHANGED
-            at += 1
-        else:
-            raise DecodeError(f"column kind {kind:#04x} at byte {at} (binary values were not asked for)")
-    if at > len(data):  # a slice beyond the end is silently short
-        raise IndexError
-    return tuple(values), at
-
-
 def _insert(data: bytes, at: int) -> tuple[Insert, int]:
     relation = _INT32(data, at)[0]
     _expect(data, at + 4, _NEW)
-    row, at = _tuple(data, at + 5)
-    return Insert(relation, row), at
+    return Insert(relation, data[at + 5 :]), len(data)
 
 
 def _update(data: bytes, at: int) -> tuple[Update, int]:
@@ -186,29 +144,26 @@ def _update(data: bytes, at: int) -> tuple[Update, int]:
     at += 4
     key = before = None
     if data[at] == _KEY:
-        key, at = _key_tuple(data, at + 1)
+        key, at = _old_row(data, at + 1)
     elif data[at] == _OLD:
-        before, at = _tuple(data, at + 1)
+        before, at = _old_row(data, at + 1)
     _expect(data, at, _NEW)
-    row, at = _tuple(data, at + 1)
-    return Update(relation, key, before, row), at
+    return Update(relation, key, before, data[at + 1 :]), len(data)
 
 
 def _delete(data: bytes, at: int) -> tuple[Delete, int]:
     relation = _INT32(data, at)[0]
-    at += 4
-    if data[at] == _KEY:
-        key, at = _key_tuple(data, at + 1)
-        return Delete(relation, key, None), at
-    _expect(data, at, _OLD)
-    before, at = _tuple(data, at + 1)
-    return Delete(relation, None, before), at
+    image = data[at + 5 :]
+    if data[at + 4] == _KEY:
+        return Delete(relation, image, None), len(data)
+    _expect(data, at + 4, _OLD)
+    return Delete(relation, None, image), len(data)
 
 
-def _key_tuple(data: bytes, at: int) -> tuple[Row, int]:
-    """Decode a key tuple: columns outside the key come as NULL, but are unknown; a key column is never NULL."""
-    row, at = _tuple(data, at)
-    return tuple(UNCHANGED if value is None else value for value in row), at
+def _old_row(data: bytes, at: int) -> tuple[Image, int]:
+    """The image of a row that another one follows."""
+    _, end = decode_row_at(data, at)
+    return data[at:end], end
 
 
 def _begin(data: bytes, at: int) -> tuple[Begin, int]:

@@ -9,9 +9,10 @@ from typing import Final
 
 from psycopg import sql
 
-from cdc.change import UNCHANGED, Change, Row, Table, TableName, Value
+from cdc.change import Change, Image, Table, TableName
 from cdc.errors import PermanentError
-from cdc.postgres.fold import KeyOf
+from cdc.postgres.fold import KeyOf, old_row
+from cdc.postgres.row import UNCHANGED, Row, Value, decode_row, decode_row_at, first_value
 from cdc.postgres.schema import SchemaTable
 
 Values = tuple[Value, ...]
@@ -45,6 +46,7 @@ class TablePlan:
                 hint="alter the mirror's table like the source's, or name the columns to mirror in the configuration",
             )
         self.columns = tuple(wanted)
+        self._every_column = tuple(range(len(source.columns)))
         self.key = self._find_key()
         # not unique at every moment, but an index to look in
         self._near = tuple(index for index in wanted if source.columns[index].name in target.primary_key)
@@ -65,27 +67,20 @@ class TablePlan:
 
     @cached_property
     def key_of(self) -> KeyOf:
-        """Returns a row's key values: a value, or a tuple of them."""
-        return itemgetter(*self.key)
+        """Returns the key values of a row's image: a value, or a tuple of them. Looks no further into the row."""
+        if self.key == (0,):
+            return first_value
+        pick, limit = itemgetter(*self.key), max(self.key) + 1
+        return lambda image: pick(decode_row_at(image, 0, limit)[0])
 
-    @cached_property
-    def takes_all(self) -> bool:
-        """Whether rows can be written as they are, without picking columns."""
-        return self.columns == tuple(range(len(self.source.columns)))
-
-    def pick(self, rows: Sequence[Row], columns: Sequence[int]) -> list[Values]:
+    def pick(self, rows: Sequence[Row], columns: Sequence[int]) -> Sequence[Values]:
         """The given columns of each row."""
+        if columns == self._every_column:
+            return rows
         if len(columns) == 1:
             only = columns[0]
             return [(row[only],) for row in rows]
-        getter = itemgetter(*columns)
-        return [getter(row) for row in rows]
-
-    def old_row(self, change: Change) -> Row:
-        """The row as it was before, as far as the source told."""
-        old = change.before or change.key or change.after
-        assert old is not None
-        return old
+        return list(map(itemgetter(*columns), rows))
 
     def names(self, columns: Sequence[int]) -> sql.Composed:
         """The columns' names, for a list."""
@@ -125,17 +120,18 @@ class TablePlan:
             self._same_key(),
         )
 
-    def insert(self, row: Row, *, upsert: bool = False) -> Statement:
+    def insert(self, image: Image, *, upsert: bool = False) -> Statement:
         """Insert a whole row; with `upsert` over one that has its primary key."""
         # ON CONFLICT refuses deferrable keys
         upsert = upsert and bool(self.target.primary_key) and not self.target.key_deferrable
         query = self._cached(("insert", upsert), lambda: self._insert(upsert=upsert))
+        row = decode_row(image)
         return query, tuple(row[index] for index in self.columns)
 
     def update(self, change: Change) -> Statement | None:
         """Update one row in place, its key included; `None` if no column travelled."""
-        after, old = change.after, self.old_row(change)
-        assert after is not None
+        assert change.after is not None
+        after, old = decode_row(change.after), old_row(change)
         key_moves = bool(self.key) and any(after[index] != old[index] for index in self.key)
         changed = tuple(
             index for index in self.columns if after[index] is not UNCHANGED and (key_moves or index not in self.key)
@@ -150,14 +146,7 @@ class TablePlan:
         query = self._cached(
             ("delete",), lambda: sql.SQL("DELETE FROM {} AS t WHERE {}").format(self.table, self._where())
         )
-        return query, self._identity(self.old_row(change))
-
-    def exists(self, row: Row) -> Statement:
-        """Ask whether the row is there."""
-        query = self._cached(
-            ("exists",), lambda: sql.SQL("SELECT 1 FROM {} AS t WHERE {}").format(self.table, self._where())
-        )
-        return query, self._identity(row)
+        return query, self._identity(old_row(change))
 
     def _cached(self, kind: tuple[object, ...], compose: Callable[[], sql.Composed]) -> bytes:
         """Composing costs more than executing."""

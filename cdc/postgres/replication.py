@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from struct import Struct
 from typing import Final
 
@@ -33,8 +33,10 @@ DRAIN_SECONDS: Final = 0.25
 SILENCE_SECONDS: Final = 60.0
 """Half of this without a word, and the server is asked for a keepalive."""
 
+DATA_AT: Final = 25
+"""Size of XLogData's header."""
+
 _XLOG_DATA, _KEEPALIVE = b"wk"
-_HEADER_BYTES: Final = 25
 _DATA_HEADER: Final = Struct(">xQQ").unpack_from
 _KEEPALIVE_BODY: Final = Struct(">xQqB").unpack_from
 _STATUS: Final = Struct(">cQQQqB").pack
@@ -71,19 +73,20 @@ class ReplicationStream:
         self._last_status: tuple[int, int, int] = (0, 0, 0)
         self._start(_start_statement(slot, start, publications, server_version).as_bytes(connection))
 
-    def drain(self, feed: Callable[[bytes, int], None], *, max_bytes: int, timeout_seconds: float) -> int:
-        """Pass what has come to `feed` (message, start of the plugin's data in it), and return its size in bytes.
+    def drain(self, *, max_bytes: int, timeout_seconds: float) -> list[bytes]:
+        """Return the messages that have come; what the plugin wrote starts at byte `DATA_AT` of each.
 
         Waits up to the time-out if nothing has come. Raises `TransientError` when the stream has ended.
         """
         if self._behind:
             time.sleep(NAP_SECONDS)
+        messages: list[bytes] = []
         size = 0
         wait_seconds = timeout_seconds
         deadline = time.monotonic() + timeout_seconds + DRAIN_SECONDS
         with translated_errors():
             while size < max_bytes and time.monotonic() < deadline:
-                if taken := self._take(feed, max_bytes - size):
+                if taken := self._take(messages, max_bytes - size):
                     size += taken
                 elif self._poll.poll(0 if size else wait_seconds * 1000):
                     self._pgconn.consume_input()
@@ -92,7 +95,9 @@ class ReplicationStream:
                     break
         self._behind = size >= BEHIND_BYTES and size < max_bytes
         self._check_silence(size)
-        return size
+        if messages:
+            self.received = max(self.received, _DATA_HEADER(messages[-1])[0])
+        return messages
 
     def send_status(self, *, flushed: Lsn, applied: Lsn) -> None:
         """Report three true LSNs, if the server asked, the position moved or it is time."""
@@ -126,9 +131,9 @@ class ReplicationStream:
         if result is None or result.status != pq.ExecStatus.COPY_BOTH:
             raise result_error(result) if result is not None else TransientError("START_REPLICATION: no answer")
 
-    def _take(self, feed: Callable[[bytes, int], None], max_bytes: int) -> int:
-        """Pass on what libpq holds already, up to about `max_bytes`; 0 if there is no whole message."""
-        get, size, last = self._pgconn.get_copy_data, 0, None
+    def _take(self, messages: list[bytes], max_bytes: int) -> int:
+        """Take what libpq holds already, up to about `max_bytes`; return its size, 0 if there is no whole message."""
+        get, size = self._pgconn.get_copy_data, 0
         while size < max_bytes:
             length, view = get(1)
             if length <= 0:
@@ -137,13 +142,10 @@ class ReplicationStream:
                 break
             size += length
             data = bytes(view)  # slicing the memoryview would cost three times as much
-            if data[0] == _XLOG_DATA and length >= _HEADER_BYTES:
-                feed(data, _HEADER_BYTES)
-                last = data
+            if length > DATA_AT and data[0] == _XLOG_DATA:
+                messages.append(data)
             else:
                 self._take_other(data)
-        if last is not None:
-            self.received = max(self.received, _DATA_HEADER(last)[0])
         return size
 
     def _take_other(self, data: bytes) -> None:

@@ -11,7 +11,7 @@ import msgspec
 import psycopg
 import structlog
 
-from cdc.change import Batch, Row, Table, TableName
+from cdc.change import Batch, Image, Table, TableName
 from cdc.config import Config, SourceConfig
 from cdc.errors import FatalError, TransientError
 from cdc.position import Lsn, SourcePosition, as_lsn
@@ -28,7 +28,7 @@ from cdc.postgres.publication import (
     extend_publications,
     is_insert_only,
 )
-from cdc.postgres.replication import ReplicationStream
+from cdc.postgres.replication import DATA_AT, ReplicationStream
 from cdc.postgres.reread import reread
 from cdc.postgres.schema import SchemaTable, read_tables
 from cdc.postgres.sequences import SequenceValue, read_sequences
@@ -121,7 +121,7 @@ class PostgresSource:
         """Wait for changes; a batch without transactions moves the position while nothing happens."""
         stream, assembler = self._opened()
         self._heartbeat()
-        stream.drain(assembler.feed, max_bytes=PART_BYTES, timeout_seconds=timeout_seconds)
+        assembler.feed(stream.drain(max_bytes=PART_BYTES, timeout_seconds=timeout_seconds), DATA_AT)
         batch = assembler.take(part=assembler.open_bytes >= PART_BYTES)
         if batch is not None:
             self._gave(batch.position)
@@ -178,9 +178,9 @@ class PostgresSource:
         filters = {name: where for name in tables if (where := self._config.row_filter(self.name, name)) is not None}
         return open_snapshot(self._url, tables, filters=filters)
 
-    def reread(self, table: Table, row: Row) -> Row | None:
+    def reread(self, table: Table, image: Image) -> Image | None:
         """Read one row as it is now, by its key; `None` if it is gone."""
-        return reread(self._url, table, row)
+        return reread(self._url, table, image)
 
     def nudge(self) -> None:
         """Write a message into the log, so that the stream passes what was committed before."""

@@ -35,7 +35,7 @@ ORDERS = Table("public", "orders", (Column("id", 23, is_key=True),))
 
 
 def insert(number: int) -> Change:
-    return Change(INSERT, 0, None, None, (str(number).encode(),))
+    return Change(INSERT, 0, None, None, str(number).encode())
 
 
 class World:
@@ -300,7 +300,7 @@ def test_restart_goes_on_where_it_was(world: World) -> None:
     world.sources["shop"].commit(insert(2))
     with world.running():
         wait_until(arrived(world.sinks["mirror"], 2))
-    assert [row for _, _, row in world.sinks["mirror"].rows] == [(b"1",), (b"2",)]
+    assert [row for _, _, row in world.sinks["mirror"].rows] == [b"1", b"2"]
 
 
 def test_f87_second_daemon_on_one_directory_refuses(world: World) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,10 @@ def test_f1_keepalives_are_answered_in_the_middle_of_a_transaction(impatient: Mi
     first = wait_for(lambda: walsender(impatient), "the stream")
     feed = impatient.source._assembler.feed  # type: ignore[union-attr]
 
-    def slow_feed(data: bytes, at: int) -> None:
-        time.sleep(0.001)
-        feed(data, at)
+    def slow_feed(messages: Iterable[bytes], at: int = 0) -> None:
+        for message in messages:
+            time.sleep(0.0002)
+            feed([message], at)
 
     impatient.source._assembler.feed = slow_feed  # type: ignore[union-attr, method-assign]
     impatient.source_db.execute("INSERT INTO items SELECT g, 0, repeat('x', 300) FROM generate_series(1, 5000) g")

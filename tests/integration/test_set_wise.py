@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cdc.change import UNCHANGED
+from cdc.postgres.row import UNCHANGED, decode_row
 from tests.mirror import Mirror, running_mirror
 from tests.servers import Database
 
@@ -39,10 +39,11 @@ def run(mirror: Mirror, *statements: str) -> None:
 def unchanged_values(mirror: Mirror) -> int:
     """How many values of updated rows did not travel, of all that the queue still has."""
     return sum(
-        (change.after or ()).count(UNCHANGED)
+        decode_row(change.after).count(UNCHANGED)
         for stored in mirror.queue.read(mirror.queue.stats().pruned_seq, max_bytes=10**8, timeout_seconds=0)
         for transaction in stored.batch.transactions
         for change in transaction.changes
+        if change.after is not None
     )
 
 

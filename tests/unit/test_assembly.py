@@ -6,9 +6,10 @@ from struct import pack
 
 import pytest
 
-from cdc.change import DELETE, INSERT, UNCHANGED, UPDATE, Batch, Change, Message, Truncate
+from cdc.change import DELETE, INSERT, UPDATE, Batch, Change, Message, Truncate
 from cdc.errors import DecodeError, ResyncRequired
 from cdc.postgres.assembly import Assembler
+from cdc.postgres.row import UNCHANGED, first_value
 from tests.unit.test_pgoutput import row, text
 
 RELATION = (
@@ -30,14 +31,14 @@ def insert(value: bytes) -> bytes:
 
 
 def fed(assembler: Assembler, *messages: bytes) -> Assembler:
-    for message in messages:
-        assembler.feed(message, 0)
+    assembler.feed(messages)
     return assembler
 
 
 def values(batch: Batch | None) -> list[bytes]:
     assert batch is not None
-    return [change.after[0] for transaction in batch.transactions for change in transaction.changes]  # type: ignore[index,misc]
+    images = [change.after for transaction in batch.transactions for change in transaction.changes]
+    return [value for image in images if image and (value := first_value(image))]
 
 
 def test_a_transaction_is_given_out_when_it_is_complete() -> None:
@@ -112,10 +113,11 @@ def test_another_transaction_in_place_of_one_that_was_begun_is_a_gap() -> None:
 
 
 def test_f22_unchanged_values_come_from_the_old_row_where_it_is_sent() -> None:
-    update = b"U" + pack(">I", 1) + b"O" + row(b"1", b"toast") + b"N" + row(b"1", UNCHANGED)
+    old = row(b"1", b"toast", b"x")
+    update = b"U" + pack(">I", 1) + b"O" + old + b"N" + row(b"1", UNCHANGED, None)
     batch = fed(Assembler(0), begin(100), RELATION, update, commit(100)).take()
     assert batch is not None
-    assert batch.transactions[0].changes == [Change(UPDATE, 0, None, (b"1", b"toast"), (b"1", b"toast"))]
+    assert batch.transactions[0].changes == [Change(UPDATE, 0, None, old, row(b"1", b"toast", None))]
 
 
 def test_f20_a_new_relation_message_counts_from_then_on() -> None:
@@ -138,7 +140,7 @@ def test_deletes_truncates_and_messages() -> None:
     ).take()
     assert batch is not None
     deleted, truncated, message = batch.transactions[0].changes
-    assert deleted == Change(DELETE, 0, (b"1", UNCHANGED), None, None)
+    assert deleted == Change(DELETE, 0, row(b"1", None), None, None)
     assert truncated.detail == Truncate((0,), False, True)
     assert message.detail == Message("app", b"{}")
 

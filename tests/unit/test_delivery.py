@@ -10,7 +10,7 @@ from cdc.queue import Stored
 
 
 def transaction(position: int, *, complete: bool = True, changes: int = 1) -> Transaction:
-    return Transaction(position, position + 5, 0, 1, 0, complete, [Change(INSERT, 0, None, None, (b"1",))] * changes)
+    return Transaction(position, position + 5, 0, 1, 0, complete, [Change(INSERT, 0, None, None, b"1")] * changes)
 
 
 def stored(seq: int, *positions: int, complete: bool = True) -> Stored:

@@ -1,0 +1,135 @@
+"""Many changes as the few steps that have the same effect, ready to be sent. Needs no connection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum, auto
+
+import msgspec
+
+from cdc.change import TRUNCATE, Change, Table, TableName, Transaction
+from cdc.postgres.fold import Appends, Fold, FoldError, changed_columns, copy_text
+from cdc.postgres.plan import TablePlan
+from cdc.postgres.row import Row
+
+Tables = tuple[Table, ...]
+
+Work = Sequence[tuple[Tables, Transaction]]
+"""Transactions in commit order, each with the tables that its changes point to."""
+
+PlanOf = Callable[[Table], TablePlan]
+
+
+class Effect(Enum):
+    """What the rows of a step are for."""
+
+    DELETE = auto()
+    UPDATE = auto()
+    INSERT = auto()
+
+
+class SetWise(msgspec.Struct, frozen=True):
+    """Some columns of many rows of a table, in COPY's text format."""
+
+    effect: Effect
+    plan: TablePlan
+    columns: tuple[int, ...]
+    rows: int
+    text: bytes
+
+
+class Alone(msgspec.Struct, frozen=True):
+    """A change that keeps its meaning only by itself. plan: `None` for a TRUNCATE."""
+
+    plan: TablePlan | None
+    tables: Tables
+    change: Change
+
+
+Step = SetWise | Alone
+
+
+def steps(work: Work, plan_of: PlanOf) -> list[Step]:
+    """Fold the changes by key, table by table. Raises `FoldError` where only their order would tell their effect."""
+    lanes = _Lanes(plan_of)
+    known: Tables | None = None
+    by_index: list[_Lane] = []
+    for tables, transaction in work:
+        if tables is not known:
+            known, by_index = tables, lanes.of(tables)
+        for change in transaction.changes:
+            if change.operation < TRUNCATE:
+                lane = by_index[change.table]
+                if not lane.fold.add(change):
+                    lanes.flush(lane)
+                    lanes.steps.append(Alone(lane.plan, tables, change))
+            elif change.operation == TRUNCATE:
+                lanes.flush_all()
+                lanes.steps.append(Alone(None, tables, change))
+    lanes.flush_all()
+    return lanes.steps
+
+
+class _Lane:
+    """What has come for one table and is not a step yet."""
+
+    __slots__ = ("fold", "plan")
+
+    def __init__(self, plan: TablePlan) -> None:
+        self.plan = plan
+        self.reset()
+
+    def reset(self) -> None:
+        self.fold: Fold | Appends = Fold(self.plan.key_of) if self.plan.key else Appends()
+
+
+class _Lanes:
+    """A lane for each table, and the steps that came out of them."""
+
+    def __init__(self, plan_of: PlanOf) -> None:
+        self.steps: list[Step] = []
+        self._plan_of = plan_of
+        self._lanes: dict[TableName, _Lane] = {}
+
+    def of(self, tables: Tables) -> list[_Lane]:
+        """The lanes of a batch's tables, in their order."""
+        if len({table.qualified for table in tables}) < len(tables):
+            raise FoldError  # a table changes its shape between two changes of this batch
+        return [self._lane(table) for table in tables]
+
+    def flush_all(self) -> None:
+        """Turn all that has come into steps."""
+        for lane in self._lanes.values():
+            self.flush(lane)
+
+    def flush(self, lane: _Lane) -> None:
+        """Turn what has come for this table into steps."""
+        fold = lane.fold
+        if not fold:
+            return
+        lane.reset()
+        if isinstance(fold, Fold):
+            self._add(Effect.DELETE, lane.plan, lane.plan.key, list(fold.deleted()))
+            self._updates(lane.plan, fold.updated())
+        self._add(Effect.INSERT, lane.plan, lane.plan.columns, list(fold.inserted()))
+
+    def _lane(self, table: Table) -> _Lane:
+        lane = self._lanes.get(table.qualified)
+        if lane is None or lane.plan.source != table:
+            if lane is not None:  # the table has a new shape: what came in the old one goes first
+                self.flush(lane)
+            lane = self._lanes[table.qualified] = _Lane(self._plan_of(table))
+        return lane
+
+    def _updates(self, plan: TablePlan, rows: Iterable[Row]) -> None:
+        groups: dict[tuple[int, ...] | None, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(changed_columns(row), []).append(row)
+        for changed, group in groups.items():
+            columns = plan.columns if changed is None else tuple(index for index in plan.columns if index in changed)
+            if len(columns) > len(plan.key):  # else nothing but the key travelled
+                self._add(Effect.UPDATE, plan, columns, group)
+
+    def _add(self, effect: Effect, plan: TablePlan, columns: tuple[int, ...], rows: list[Row]) -> None:
+        if rows:
+            self.steps.append(SetWise(effect, plan, columns, len(rows), copy_text(plan.pick(rows, columns))))
