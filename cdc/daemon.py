@@ -8,6 +8,7 @@ could do anything, the daemon ends with that error. HTTP and signals stay with t
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -62,8 +63,19 @@ def run(config: Config, parts: Parts) -> bool:
     Returns whether everything ended within `drain_seconds`; if not, threads are still at work, and only leaving
     the process ends them. (Nothing is lost by that: what was not confirmed comes again.)
     """
+    _collect_garbage_rarely()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_run_until_signalled(Daemon(config, parts)))
+
+
+def _collect_garbage_rarely() -> None:
+    """What flows through has no reference cycles, but its lists make the collector look at everything again and again.
+
+    Measured: a fifth of the CPU of a drain with Python's default of 700 new containers, next to nothing with this.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def queue_path(data_dir: Path, source: str) -> Path:

@@ -22,7 +22,7 @@ from cdc.postgres.apply import Applier
 from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
 from cdc.postgres.fold import FoldError
 from cdc.postgres.schema import read_tables
-from cdc.postgres.steps import Step, Work
+from cdc.postgres.steps import Step
 from cdc.postgres.target import CopyTarget
 from cdc.sink import Applied, Reread
 
@@ -43,10 +43,14 @@ log = structlog.get_logger()
 
 
 class _Todo(msgspec.Struct, frozen=True):
-    """What `apply` has to do. few: one by one, in a pipeline; folded: else, unless only the careful way will do."""
+    """What `apply` has to do.
+
+    wanted: the batches without what the initial copy holds.
+    few: send them one by one, in a pipeline. folded: else do this; `None` where only the careful way will do.
+    """
 
     batches: Sequence[Batch]
-    work: Work
+    wanted: Sequence[Batch]
     few: bool
     folded: Sequence[Step] | None
 
@@ -102,7 +106,7 @@ class PostgresSink(CopyTarget):
         with translated_errors():
             fallback = not self._apply_fast(connection, applier, todo)
             if fallback:
-                applier.carefully(todo.work)
+                applier.carefully(todo.wanted)
             if batches[-1].complete:
                 self._commit(connection, position)
                 applier.committed()
@@ -133,22 +137,22 @@ class PostgresSink(CopyTarget):
         return self._connection, self._applier
 
     def _look_at(self, applier: Applier, batches: Sequence[Batch]) -> _Todo:
-        work = self._work(batches)
-        few = sum(len(transaction.changes) for _, transaction in work) <= FEW_CHANGES
-        return _Todo(batches, work, few, None if few else applier.fold(work))
+        wanted = list(map(self._without_copied, batches))
+        few = sum(batch.change_count for batch in wanted) <= FEW_CHANGES
+        return _Todo(batches, wanted, few, None if few else applier.fold(wanted))
 
     def _apply_fast(self, connection: Connection, applier: Applier, todo: _Todo) -> bool:
         """Try the fast way that suits; False, and all of it undone, where only the careful way will do."""
         try:
             with connection.pipeline():
                 check = self._begin(connection)
-                sent = applier.send(todo.work) if todo.few else ()
+                sent = applier.send(todo.wanted) if todo.few else ()
             check()
             if todo.few:
                 applier.check(sent)
                 return True
             if todo.folded is not None:
-                applier.many(todo.folded, todo.work)
+                applier.many(todo.folded, complete=todo.wanted[-1].complete)
                 return True
         except psycopg.Error as exc:
             error = to_cdc_error(exc)
@@ -194,17 +198,15 @@ class PostgresSink(CopyTarget):
         self._begun = False
         self._position = reached
 
-    def _work(self, batches: Sequence[Batch]) -> Work:
+    def _without_copied(self, batch: Batch) -> Batch:
         """Leave out what the initial copy holds already, table by table."""
+        if not batch.transactions:
+            return batch
         latest = max(self._copied_at.values(), default=Lsn(0))
-        work: list[tuple[tuple[Table, ...], Transaction]] = []
-        for batch in batches:
-            tables, transactions = batch.tables, batch.transactions
-            if self._knows(tables) and transactions and as_lsn(transactions[0].position) >= latest:
-                work += [(tables, transaction) for transaction in transactions]
-            else:
-                work += [(tables, self._uncopied(tables, transaction)) for transaction in transactions]
-        return work
+        if self._knows(batch.tables) and as_lsn(batch.transactions[0].position) >= latest:
+            return batch
+        kept = [self._uncopied(batch.tables, transaction) for transaction in batch.transactions]
+        return msgspec.structs.replace(batch, transactions=kept)
 
     def _knows(self, tables: tuple[Table, ...]) -> bool:
         """Whether all of them are mirrored here; says so once of each that is not.

@@ -20,6 +20,7 @@ from cdc.change import (
     MESSAGE,
     TRUNCATE,
     UPDATE,
+    Batch,
     Change,
     Operation,
     Table,
@@ -35,14 +36,14 @@ from cdc.postgres.fold import FoldError
 from cdc.postgres.plan import Statement, TablePlan, truncate
 from cdc.postgres.row import UNCHANGED, decode_row
 from cdc.postgres.schema import SchemaTable
-from cdc.postgres.steps import Effect, SetWise, Step, Tables, Work, steps
+from cdc.postgres.steps import Effect, SetWise, Step, Tables, steps
 from cdc.sink import Reread
 
 Sent = Sequence[tuple[Change, psycopg.Cursor[Any]]]
 
 
 class Applier:
-    """Applies work on one connection.
+    """Applies changes on one connection.
 
     missing: updates and deletes whose row was not there; healed: rows put right. Both only grow.
     """
@@ -70,15 +71,16 @@ class Applier:
             ][0]
         )
 
-    def send(self, work: Work) -> Sent:
+    def send(self, batches: Sequence[Batch]) -> Sent:
         """Send every change as a prepared statement, inside a pipeline of the caller's; `check` afterwards."""
         sent = [
             (change, self._execute(statement))
-            for tables, transaction in work
+            for batch in batches
+            for transaction in batch.transactions
             for change in transaction.changes
-            if (statement := self._statement(tables, change)) is not None
+            if (statement := self._statement(batch.tables, change)) is not None
         ]
-        self._check_deferred(work)
+        self._check_deferred(complete=batches[-1].complete)
         return sent
 
     def check(self, sent: Sent) -> None:
@@ -89,15 +91,18 @@ class Applier:
             if cursor.rowcount == 0 and change.operation == DELETE:
                 self.missing += 1
 
-    def fold(self, work: Work) -> list[Step] | None:
+    def fold(self, batches: Sequence[Batch]) -> list[Step] | None:
         """What `many` is to do; `None` where only `carefully` will do. Needs no connection, from whatever thread."""
         try:
-            return steps(work, self._plan)
+            return steps(batches, self._plan)
         except FoldError:
             return None
 
-    def many(self, folded: Iterable[Step], work: Work) -> None:
-        """Write each table's net effect in a few statements. Raises `FoldError` if a row was not there."""
+    def many(self, folded: Iterable[Step], *, complete: bool) -> None:
+        """Write each table's net effect in a few statements. Raises `FoldError` if a row was not there.
+
+        complete: whether they end with a source transaction.
+        """
         for step in folded:
             if isinstance(step, SetWise):
                 self._set_wise(step)
@@ -105,19 +110,13 @@ class Applier:
                 self._execute(self._truncate(step.tables, step.change))
             else:
                 self._alone(step.plan, step.change)
-        self._check_deferred(work)
+        self._check_deferred(complete=complete)
 
-    def carefully(self, work: Work) -> None:
+    def carefully(self, batches: Sequence[Batch]) -> None:
         """Apply one change at a time, constraints deferred within each source transaction; heal missing rows."""
-        for tables, transaction in work:
-            if self._deferrable:
-                self._connection.execute("SET CONSTRAINTS ALL DEFERRED")
-            for index, change in enumerate(transaction.changes):
-                try:
-                    self._one(tables, change)
-                except psycopg.Error as exc:
-                    raise _refused(exc, tables, transaction, index) from exc
-            self._check_deferred([(tables, transaction)])
+        for batch in batches:
+            for transaction in batch.transactions:
+                self._transaction(batch.tables, transaction)
 
     def rolled_back(self) -> None:
         """Forget what a rollback to the savepoint has undone."""
@@ -163,9 +162,9 @@ class Applier:
         query, parameters = statement
         return self._connection.execute(query, parameters or None, prepare=bool(parameters))
 
-    def _check_deferred(self, work: Work) -> None:
+    def _check_deferred(self, *, complete: bool) -> None:
         """Check what would otherwise fail at COMMIT, outside the savepoint."""
-        if self._deferrable and work and work[-1][1].complete:
+        if self._deferrable and complete:
             self._connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
 
     # set-wise
@@ -195,6 +194,16 @@ class Applier:
             raise FoldError
 
     # one by one
+
+    def _transaction(self, tables: Tables, transaction: Transaction) -> None:
+        if self._deferrable:
+            self._connection.execute("SET CONSTRAINTS ALL DEFERRED")
+        for index, change in enumerate(transaction.changes):
+            try:
+                self._one(tables, change)
+            except psycopg.Error as exc:
+                raise _refused(exc, tables, transaction, index) from exc
+        self._check_deferred(complete=transaction.complete)
 
     def _one(self, tables: Tables, change: Change) -> None:
         if change.operation == INSERT:

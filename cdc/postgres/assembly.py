@@ -27,6 +27,7 @@ from cdc.postgres.row import UNCHANGED, decode_row, encode_row, merge
 
 _NEW_ROW: Final = {ord("I"): INSERT, ord("U"): UPDATE}
 _NEW: Final = ord("N")
+_BEGIN, _COMMIT = b"BC"
 _RELATION: Final = Struct(">I").unpack_from
 _ROW_AT: Final = 6
 """Where the new row starts in an Insert, or in an Update that has no old one."""
@@ -91,7 +92,8 @@ class Assembler:
         for data in messages:
             size = len(data) - at
             self.pending_bytes += size
-            operation = _NEW_ROW.get(data[at])
+            kind = data[at]
+            operation = _NEW_ROW.get(kind)
             if operation is not None and size > _ROW_AT and data[at + _ROW_AT - 1] == _NEW:
                 relation = _RELATION(data, at + 1)[0]
                 index = indexes.get(relation)
@@ -102,15 +104,15 @@ class Assembler:
                     self._changes.append(change)
                 else:
                     self._add(change)
+            elif kind == _BEGIN and size == pgoutput.BEGIN_BYTES:
+                self._start(pgoutput.begin_body(data, at + 1)[0])
+            elif kind == _COMMIT and size == pgoutput.COMMIT_BYTES:
+                self._commit(pgoutput.commit_body(data, at + 1)[0])
             else:
                 self._feed_other(pgoutput.decode(data, at))
 
     def _feed_other(self, message: pgoutput.PgMessage) -> None:
-        if isinstance(message, pgoutput.Begin):
-            self._start(message)
-        elif isinstance(message, pgoutput.Commit):
-            self._commit(message)
-        elif isinstance(message, pgoutput.Update):
+        if isinstance(message, pgoutput.Update):
             self._update(message)
         elif isinstance(message, pgoutput.Delete):
             self._add(Change(DELETE, self._table(message.relation), message.key, message.before, None))

@@ -109,6 +109,10 @@ _INT64: Final = Struct(">Q").unpack_from
 _BEGIN: Final = Struct(">QqI").unpack_from
 _COMMIT: Final = Struct(">BQQq").unpack_from
 
+BEGIN_BYTES: Final = 1 + 20
+COMMIT_BYTES: Final = 1 + 25
+"""Size of these messages."""
+
 _KEY, _OLD, _NEW = b"KON"
 
 
@@ -166,12 +170,14 @@ def _old_row(data: bytes, at: int) -> tuple[Image, int]:
     return data[at:end], end
 
 
-def _begin(data: bytes, at: int) -> tuple[Begin, int]:
+def begin_body(data: bytes, at: int) -> tuple[Begin, int]:
+    """Decode what follows the first byte of a Begin, and tell where it ends."""
     lsn, timestamp, xid = _BEGIN(data, at)
     return Begin(lsn, timestamp + POSTGRES_EPOCH_MICROSECONDS, xid), at + 20
 
 
-def _commit(data: bytes, at: int) -> tuple[Commit, int]:
+def commit_body(data: bytes, at: int) -> tuple[Commit, int]:
+    """Decode what follows the first byte of a Commit, and tell where it ends."""
     _flags, lsn, end_lsn, timestamp = _COMMIT(data, at)
     return Commit(lsn, end_lsn, timestamp + POSTGRES_EPOCH_MICROSECONDS), at + 25
 
@@ -242,8 +248,8 @@ def _expect(data: bytes, at: int, kind: int) -> None:
 _Decoder = Callable[[bytes, int], tuple[PgMessage, int]]
 
 _DECODERS: Final[dict[int, _Decoder]] = {
-    ord("B"): _begin,
-    ord("C"): _commit,
+    ord("B"): begin_body,
+    ord("C"): commit_body,
     ord("D"): _delete,
     ord("I"): _insert,
     ord("M"): _logical_message,

@@ -46,7 +46,8 @@ class TablePlan:
                 hint="alter the mirror's table like the source's, or name the columns to mirror in the configuration",
             )
         self.columns = tuple(wanted)
-        self._every_column = tuple(range(len(source.columns)))
+        self.width = len(source.columns)
+        self._every_column = tuple(range(self.width))
         self.key = self._find_key()
         # not unique at every moment, but an index to look in
         self._near = tuple(index for index in wanted if source.columns[index].name in target.primary_key)
@@ -72,6 +73,11 @@ class TablePlan:
             return first_value
         pick, limit = itemgetter(*self.key), max(self.key) + 1
         return lambda image: pick(decode_row_at(image, 0, limit)[0])
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether rows can be written as they are, without picking columns."""
+        return self.columns == self._every_column
 
     def pick(self, rows: Sequence[Row], columns: Sequence[int]) -> Sequence[Values]:
         """The given columns of each row."""

@@ -28,22 +28,31 @@ _NULL, _TEXT, _UNCHANGED = b"ntu"
 _SHORT_TEXT: Final = b"t\0\0\0"
 """The header of a value below 256 bytes, but for the last byte, its length."""
 
+_COUNT_BYTES: Final = 2
+
 
 def decode_row(image: bytes) -> Row:
     """Take a row apart. Raises only `DecodeError`, also where the row ends before or after the image."""
-    if image.startswith(_SHORT_TEXT, 2):
-        parts = image.split(_SHORT_TEXT)
-        del parts[0]
-        try:
-            values = [part[1:] for part in parts if part[0] == len(part) - 1]
-        except IndexError:
-            values = []
-        if len(values) == len(parts) == image[0] << 8 | image[1]:
-            return tuple(values)  # every length is right, and so is their number: it was split at the headers
+    values = short_texts(image)
+    if values is not None:
+        return tuple(values)
     row, end = decode_row_at(image, 0)
     if end != len(image):
         raise DecodeError(f"row should end at byte {end}, but has {len(image)}")
     return row
+
+
+def short_texts(image: bytes) -> list[bytes] | None:
+    """The values of a row, if all are texts below 256 bytes (nine of ten rows): faster than going from byte to byte."""
+    parts = image.split(_SHORT_TEXT)
+    if len(parts.pop(0)) != _COUNT_BYTES:
+        return None
+    try:
+        values = [part[1:] for part in parts if part[0] == len(part) - 1]
+    except IndexError:
+        return None
+    # every length is right, and so is their number: it was split at the headers, and nowhere else
+    return values if len(values) == len(parts) == image[0] << 8 | image[1] else None
 
 
 def first_value(image: bytes) -> Value:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum, auto
 
 import msgspec
 
-from cdc.change import TRUNCATE, Change, Table, TableName, Transaction
-from cdc.postgres.fold import Appends, Fold, FoldError, changed_columns, copy_text
+from cdc.change import TRUNCATE, Batch, Change, Image, Table, TableName
+from cdc.postgres.copy_text import copy_text, plain_text
+from cdc.postgres.fold import Appends, Fold, FoldError, changed_columns
 from cdc.postgres.plan import TablePlan
 from cdc.postgres.row import Row
 
 Tables = tuple[Table, ...]
-
-Work = Sequence[tuple[Tables, Transaction]]
-"""Transactions in commit order, each with the tables that its changes point to."""
 
 PlanOf = Callable[[Table], TablePlan]
 
@@ -49,23 +47,21 @@ class Alone(msgspec.Struct, frozen=True):
 Step = SetWise | Alone
 
 
-def steps(work: Work, plan_of: PlanOf) -> list[Step]:
+def steps(batches: Sequence[Batch], plan_of: PlanOf) -> list[Step]:
     """Fold the changes by key, table by table. Raises `FoldError` where only their order would tell their effect."""
     lanes = _Lanes(plan_of)
-    known: Tables | None = None
-    by_index: list[_Lane] = []
-    for tables, transaction in work:
-        if tables is not known:
-            known, by_index = tables, lanes.of(tables)
-        for change in transaction.changes:
-            if change.operation < TRUNCATE:
-                lane = by_index[change.table]
-                if not lane.fold.add(change):
-                    lanes.flush(lane)
-                    lanes.steps.append(Alone(lane.plan, tables, change))
-            elif change.operation == TRUNCATE:
-                lanes.flush_all()
-                lanes.steps.append(Alone(None, tables, change))
+    for batch in batches:
+        by_index = lanes.of(batch.tables)
+        for transaction in batch.transactions:
+            for change in transaction.changes:
+                if change.operation < TRUNCATE:
+                    lane = by_index[change.table]
+                    if not lane.fold.add(change):
+                        lanes.flush(lane)
+                        lanes.steps.append(Alone(lane.plan, batch.tables, change))
+                elif change.operation == TRUNCATE:
+                    lanes.flush_all()
+                    lanes.steps.append(Alone(None, batch.tables, change))
     lanes.flush_all()
     return lanes.steps
 
@@ -109,9 +105,9 @@ class _Lanes:
             return
         lane.reset()
         if isinstance(fold, Fold):
-            self._add(Effect.DELETE, lane.plan, lane.plan.key, list(fold.deleted()))
-            self._updates(lane.plan, fold.updated())
-        self._add(Effect.INSERT, lane.plan, lane.plan.columns, list(fold.inserted()))
+            self._delete(lane.plan, list(fold.deleted()))
+            self._write(Effect.UPDATE, lane.plan, fold.updated(), fold.row)
+        self._write(Effect.INSERT, lane.plan, fold.inserted(), fold.row)
 
     def _lane(self, table: Table) -> _Lane:
         lane = self._lanes.get(table.qualified)
@@ -121,15 +117,27 @@ class _Lanes:
             lane = self._lanes[table.qualified] = _Lane(self._plan_of(table))
         return lane
 
-    def _updates(self, plan: TablePlan, rows: Iterable[Row]) -> None:
-        groups: dict[tuple[int, ...] | None, list[Row]] = {}
-        for row in rows:
-            groups.setdefault(changed_columns(row), []).append(row)
-        for changed, group in groups.items():
-            columns = plan.columns if changed is None else tuple(index for index in plan.columns if index in changed)
-            if len(columns) > len(plan.key):  # else nothing but the key travelled
-                self._add(Effect.UPDATE, plan, columns, group)
-
-    def _add(self, effect: Effect, plan: TablePlan, columns: tuple[int, ...], rows: list[Row]) -> None:
+    def _delete(self, plan: TablePlan, rows: list[Row]) -> None:
         if rows:
-            self.steps.append(SetWise(effect, plan, columns, len(rows), copy_text(plan.pick(rows, columns))))
+            self._add(Effect.DELETE, plan, plan.key, len(rows), copy_text(plan.pick(rows, plan.key)))
+
+    def _write(
+        self, effect: Effect, plan: TablePlan, images: Collection[Image], row_of: Callable[[Image], Row]
+    ) -> None:
+        others = images
+        if plan.takes_all:
+            text, others = plain_text(images, plan.width)
+            self._add(effect, plan, plan.columns, len(images) - len(others), text)
+        groups: dict[tuple[int, ...] | None, list[Row]] = {}
+        for row in map(row_of, others):
+            groups.setdefault(changed_columns(row), []).append(row)
+        for changed, rows in groups.items():
+            columns = plan.columns if changed is None else tuple(index for index in plan.columns if index in changed)
+            if effect is Effect.INSERT and columns != plan.columns:
+                raise FoldError  # only an update may leave something out
+            if effect is Effect.INSERT or len(columns) > len(plan.key):  # else nothing but the key travelled
+                self._add(effect, plan, columns, len(rows), copy_text(plan.pick(rows, columns)))
+
+    def _add(self, effect: Effect, plan: TablePlan, columns: tuple[int, ...], rows: int, text: bytes) -> None:
+        if rows:
+            self.steps.append(SetWise(effect, plan, columns, rows, text))
