@@ -11,11 +11,21 @@ from pathlib import Path
 import pytest
 
 from tests.command import Cdc
+from tests.mongod.fixture import (
+    mongo_database,
+    mongodb,
+    mongodb_client,
+    new_stand_in,
+    stand_in,
+    stand_in_client,
+)
 from tests.servers import Database, PostgresServer, ServerUnavailable
 
 NewDatabase = Callable[[PostgresServer], Database]
 
 _names = itertools.count(1)
+
+__all__ = ["mongo_database", "mongodb", "mongodb_client", "new_stand_in", "stand_in", "stand_in_client"]  # fixtures
 
 
 def pytest_configure(config: pytest.Config) -> None:
