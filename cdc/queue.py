@@ -501,4 +501,4 @@ def _stats(path: Path, contents: Contents, max_bytes: int, min_free_bytes: int) 
 
 
 def _resync(message: str) -> NoReturn:
-    raise ResyncRequired(message, hint="copy this sink again: `cdc copy`")
+    raise ResyncRequired(message, hint="`cdc drop` this sink, then `cdc run`: it is copied again")

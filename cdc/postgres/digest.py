@@ -32,6 +32,8 @@ SAMPLED_PAGES: Final = 1000
 
 _LABEL_CHARACTERS: Final = 120
 _LOCK_TIMEOUT: Final = "60s"
+_READER_LOCK_TIMEOUT: Final = "2s"
+"""Who waits for an ALTER or TRUNCATE that itself waits for our snapshot would wait for ever."""
 _CANCEL_SECONDS: Final = 5.0
 
 _SESSION: Final[dict[str, Any]] = {
@@ -100,10 +102,9 @@ class OwnSnapshot:
     """The state of a database now, held by a connection of its own, with locks against TRUNCATE of `tables`."""
 
     def __init__(self, url: str, tables: Sequence[TableName]) -> None:
-        self._connection = _open_transaction(url)
+        self._connection = _open_transaction(url, _LOCK_TIMEOUT)
         if tables:  # before the snapshot is taken, which the first query does
-            names = SQL(", ").join(Identifier(*table) for table in tables)
-            self._execute(SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(names))
+            self._execute(_lock(tables))
         self.snapshot_id: str = self._execute(SQL("SELECT pg_export_snapshot()")).fetchall()[0][0]
 
     def close(self) -> None:
@@ -162,12 +163,15 @@ class TableDigest:
     def __init__(
         self, url: str, comparison: Comparison, tables: Mapping[TableName, ComparedTable], snapshot_id: str
     ) -> None:
+        """Take all locks at once: later they would queue behind a TRUNCATE that waits for the snapshot's own."""
         self._problems = comparison.problems
         self._portable = comparison.portable
         self._tables = tables
-        self._connection = _open_transaction(url)
+        self._connection = _open_transaction(url, _READER_LOCK_TIMEOUT)
         try:
             self._execute(SQL("SET TRANSACTION SNAPSHOT {}").format(Literal(snapshot_id)))
+            if tables:
+                self._execute(_lock([table.name for table in tables.values()]))
         except CdcError:
             self.close()
             raise
@@ -269,9 +273,14 @@ def nudge(connection: Connection) -> None:
         connection.execute("SELECT pg_logical_emit_message(true, 'cdc.heartbeat', '')")
 
 
-def _open_transaction(url: str) -> Connection:
+def _lock(tables: Iterable[TableName]) -> sql.Composed:
+    names = SQL(", ").join(Identifier(*table) for table in tables)
+    return SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(names)
+
+
+def _open_transaction(url: str, lock_timeout: str) -> Connection:
     """A transaction whose first query decides what it sees."""
-    connection = connect(url, application_name="cdc-verify", lock_timeout=_LOCK_TIMEOUT, **_SESSION)
+    connection = connect(url, application_name="cdc-verify", lock_timeout=lock_timeout, **_SESSION)
     with translated_errors():
         if connection.info.server_version >= 170000:
             connection.execute("SET transaction_timeout = 0")

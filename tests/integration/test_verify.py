@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -356,6 +359,24 @@ def test_views_do_not_see_what_comes_later_and_tables_cannot_be_emptied_meanwhil
             connection.execute("SET lock_timeout = '50ms'; TRUNCATE t")
     assert verify(*views, comparison.tables).equal
     on_both(source_db, target_db, "TRUNCATE t")
+
+
+def test_a_truncate_that_waits_does_not_stop_the_verify_it_waits_for(source_db: Database, target_db: Database) -> None:
+    on_both(source_db, target_db, "CREATE TABLE t (id int PRIMARY KEY)", "INSERT INTO t VALUES (1)")
+    comparison = plan(source_db, target_db)
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 't'::regclass"
+    for view, database in [
+        (comparison.source_view(source_db.url), source_db),
+        (comparison.target_view(target_db.url), target_db),
+    ]:
+        with closing(view), closing(view.reader()) as reader, ThreadPoolExecutor(1) as thread:
+            truncated = thread.submit(database.execute, "TRUNCATE t")
+            wait_until(partial(database.value, waiting), what="the TRUNCATE to wait")
+            (digest,) = reader.digest(comparison.tables[0], [KeyRange()])
+            assert digest.rows == 1
+            reader.close()
+            view.close()
+            truncated.result(timeout=30)
 
 
 class Failing:
