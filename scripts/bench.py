@@ -24,6 +24,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
+from cdc.postgres.copy_text import COMPILED
 from tests.benchmarks.contenders import Cdc, Contender, Native
 from tests.benchmarks.drain import Drain, drain
 from tests.benchmarks.latency import Latency, latency
@@ -174,7 +175,10 @@ def _describe_surroundings(server: PostgresServer) -> None:
     load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
     with server.connect() as connection:
         version = connection.info.parameter_status("server_version")
-    console.print(f"Python {platform.python_version()}, PostgreSQL {version}, {os.cpu_count()} CPUs, load {load}")
+    compiled = "compiled" if COMPILED else "not compiled"
+    console.print(
+        f"Python {platform.python_version()}, cdc {compiled}, PostgreSQL {version}, {os.cpu_count()} CPUs, load {load}"
+    )
 
 
 def _table(results: Results) -> Table:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Final
 
 from cdc.change import Image
 from cdc.postgres.row import UNCHANGED, Row, Value, short_texts
 
 
-def plain_text(images: Collection[Image], width: int) -> tuple[bytes, Collection[Image]]:
+def plain_text_in_python(images: Collection[Image], width: int) -> tuple[bytes, Collection[Image]]:
     """Those rows that are nothing but short texts without special characters, as text; and the others.
 
-    Nine of ten rows are like that, and this is what the daemon does most: no row is made of them.
+    Nine of ten rows are like that, and this is what the daemon does most: no row is made of them. `plain_text` is
+    the same compiled, where there was a compiler; that one also writes rows with NULLs, long and special values.
     """
     lines: list[bytes] = []
     others: list[Image] = []
@@ -67,3 +69,13 @@ def _escaped(value: Value) -> bytes:
         return b"\\N"
     assert value is not UNCHANGED
     return value.replace(b"\\", b"\\\\").replace(b"\t", b"\\t").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
+
+
+try:
+    from cdc.postgres import _copy_text
+except ImportError:
+    plain_text = plain_text_in_python
+else:
+    plain_text = _copy_text.plain_text
+
+COMPILED: Final = plain_text is not plain_text_in_python

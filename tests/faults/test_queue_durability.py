@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cdc.change import Batch
+from cdc.postgres.row import decode_row
 from cdc.queue import Queue, Stored
 from tests.batches import STRIDE, end_of
 from tests.faults.queue_writer import MAX_BYTES
@@ -72,7 +73,7 @@ def read_all(queue: Queue) -> Iterator[Stored]:
 
 def notes(batch: Batch) -> list[bytes]:
     changes = [change for transaction in batch.transactions for change in transaction.changes]
-    return [bytes(change.after[1] or b"").partition(b".")[0] for change in changes if change.after]
+    return [bytes(decode_row(change.after)[1] or b"").partition(b".")[0] for change in changes if change.after]
 
 
 def expected_notes(first: int, last: int) -> list[list[bytes]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Collection
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc.change import DELETE, INSERT, UPDATE, Change
-from cdc.postgres.copy_text import copy_text, plain_text
+from cdc.errors import DecodeError
+from cdc.postgres.copy_text import copy_text, plain_text, plain_text_in_python
 from cdc.postgres.fold import Appends, Fold, FoldError, changed_columns, old_row
 from cdc.postgres.row import UNCHANGED, Row, decode_row, encode_row, first_value, merge
 
@@ -139,14 +143,47 @@ def test_copy_text_reads_back(rows: list[Row]) -> None:
     assert read_copy_text(copy_text(rows)) == rows
 
 
-@given(special_rows)
-def test_plain_rows_are_written_from_their_images_and_the_others_left(rows: list[Row]) -> None:
-    text, others = plain_text([encode_row(row) for row in rows], len(rows[0]))
+PlainText = Callable[[Collection[bytes], int], tuple[bytes, Collection[bytes]]]
+both_ways = pytest.mark.parametrize("write", [plain_text, plain_text_in_python])
+"""The same function twice where nothing was compiled."""
+
+
+@both_ways
+@given(rows=special_rows)
+def test_plain_rows_are_written_from_their_images_and_the_others_left(write: PlainText, rows: list[Row]) -> None:
+    text, others = write([encode_row(row) for row in rows], len(rows[0]))
     written = read_copy_text(text) if text else []
     left = [decode_row(image) for image in others]
     assert sorted(written + left, key=repr) == sorted(rows, key=repr)
-    if all(value is not None and value.isalnum() for row in rows for value in row if value is not UNCHANGED):
+    if all(value and value.isalnum() for row in rows for value in row):
         assert not left
+
+
+@both_ways
+@given(images=st.lists(st.one_of(st.binary(max_size=30), special_rows.map(lambda rows: encode_row(rows[0])))))
+def test_what_is_no_row_of_that_width_is_left(write: PlainText, images: list[bytes]) -> None:
+    """Also where it ends before its end, or goes on behind it."""
+    images += [image[:-1] for image in images] + [image + b"n" for image in images]
+    text, others = write(images, 2)
+    rows = list(filter(None, map(read_pair, images)))
+    written = read_copy_text(text) if text else []
+    left = list(filter(None, map(read_pair, others)))
+    assert sorted(written + left, key=repr) == sorted(rows, key=repr)
+
+
+@both_ways
+def test_large_rows_fit(write: PlainText) -> None:
+    rows: list[Row] = [(None,) * 3000, (b"\t" * 3000, *(b"x",) * 2999), (b"y" * 300_000, *(b"",) * 2999)]
+    text, others = write([encode_row(row) for row in rows], 3000)
+    assert len(read_copy_text(text) if text else []) + len(others) == 3
+
+
+def read_pair(image: bytes) -> Row | None:
+    """The row, if it is one of two columns that could be inserted."""
+    with contextlib.suppress(DecodeError):
+        row = decode_row(image)
+        return row if len(row) == 2 and UNCHANGED not in row else None
+    return None
 
 
 def test_copy_text_of_nothing() -> None:
