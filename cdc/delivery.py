@@ -109,8 +109,7 @@ class Delivery:
         except PermanentError as exc:
             raise FatalError(str(exc), hint=exc.hint) from exc
         finally:
-            if self._ahead is not None:
-                wait([self._ahead.stored])  # the sink must not be closed while it prepares
+            self._wait_prepared()
             self._sink.close()
 
     def _open(self) -> None:
@@ -172,6 +171,11 @@ class Delivery:
 
         self._ahead = _Ahead(after_seq, reader.submit(read))
 
+    def _wait_prepared(self) -> None:
+        """While the sink prepares, nothing but `apply` may happen to it."""
+        if self._ahead is not None:
+            wait([self._ahead.stored])
+
     @property
     def _in_transaction(self) -> bool:
         """Whether the target has the beginning of a transaction, but not its end."""
@@ -225,6 +229,7 @@ class Delivery:
         now = time.monotonic()
         if now - self._upkeep_at < UPKEEP_SECONDS or self._in_transaction or self._stats.position is None:
             return
+        self._wait_prepared()
         self._sink.upkeep(self._stats.position)
         self._upkeep_at = time.monotonic()
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 
 from cdc.change import INSERT, Batch, Change, Transaction
-from cdc.delivery import _bounded, _select
-from cdc.queue import Stored
+from cdc.config import BatchBounds
+from cdc.delivery import Delivery, _bounded, _select
+from cdc.position import Position, SourcePosition
+from cdc.queue import Queue, Stored
+from cdc.status import DeliveryStats
+from cdc.testing import MemorySink
+from tests.batches import batch
+from tests.processes import wait_until
 
 
 def transaction(position: int, *, complete: bool = True, changes: int = 1) -> Transaction:
@@ -81,3 +92,49 @@ def test_a_target_transaction_is_bounded_but_never_empty() -> None:
     assert _bounded(QUEUE, 3) == QUEUE[:2]
     assert _bounded(QUEUE, 100) == QUEUE
     assert _bounded([], 1) == []
+
+
+class Watched(MemorySink):
+    """Notes what happens to it while it prepares."""
+
+    def __init__(self) -> None:
+        super().__init__("mirror")
+        self.prepared = 0
+        self.disturbed: list[str] = []
+        self._preparing = False
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        self._preparing = True
+        threading.Event().wait(0.05)  # long enough for the delivery to come to its upkeep
+        self._preparing = False
+        self.prepared += 1
+
+    def upkeep(self, position: SourcePosition) -> None:
+        if self._preparing:
+            self.disturbed.append("upkeep")
+
+    def close(self) -> None:
+        if self._preparing:
+            self.disturbed.append("close")
+        super().close()
+
+
+def test_a_sink_is_left_alone_while_it_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upkeep may connect again, with other plans."""
+    monkeypatch.setattr("cdc.delivery.UPKEEP_SECONDS", 0.0)
+    queue = Queue(tmp_path / "shop.queue", max_bytes=10**9, min_free_bytes=0)
+    queue.begin(0)
+    for number in range(1, 21):
+        queue.append(batch(number, size=1000))
+    sink = Watched()
+    sink.position = Position(queue.queue_id, 0, 0)
+    delivery = Delivery(sink, queue, DeliveryStats("mirror", "shop"), BatchBounds(max_bytes=1500))
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(delivery.run, stop)
+        wait_until(lambda: len(sink.transactions) == 20, what="all to arrive")
+        stop.set()
+        running.result(timeout=10)
+    queue.close()
+    assert sink.prepared > 5
+    assert not sink.disturbed
