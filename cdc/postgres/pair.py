@@ -16,7 +16,8 @@ from cdc.postgres.connection import connect, translated_errors
 from cdc.postgres.cutover import PostgresHandover
 from cdc.postgres.digest import Comparison, plan_comparison
 from cdc.postgres.preflight_server import reveal
-from cdc.postgres.publication import captured_tables, drop_publications, existing_publications
+from cdc.postgres.publication import captured_tables
+from cdc.postgres.publication_setup import drop_publications, existing_publications
 from cdc.postgres.schema import read_tables
 from cdc.postgres.slot import drop_slot
 from cdc.postgres.target import CopyTarget

@@ -29,16 +29,9 @@ from cdc.postgres.preflight_server import (
     value,
 )
 from cdc.postgres.preflight_sink import check_sink
-from cdc.postgres.publication import (
-    Publication,
-    captured_tables,
-    check_publications,
-    creation,
-    desired_publications,
-    missing_publications,
-    publication_problems,
-    quoted,
-)
+from cdc.postgres.publication import Publication, captured_tables, creation, desired_publications, quoted
+from cdc.postgres.publication_check import check_publications, publication_problems
+from cdc.postgres.publication_setup import missing_publications
 from cdc.postgres.schema import SchemaTable, read_tables, unsupported_relations
 from cdc.postgres.slot import Slot, check_slot, identify_system, read_slot, slot_warning
 from cdc.preflight import Finding, guard

@@ -18,16 +18,9 @@ from cdc.position import Lsn, SourcePosition, as_lsn
 from cdc.postgres.assembly import HEARTBEAT_PREFIX, PART_BYTES, Assembler
 from cdc.postgres.connection import Connection, connect, translated_errors
 from cdc.postgres.dump import SchemaDump, dump_schema
-from cdc.postgres.publication import (
-    Publication,
-    captured_tables,
-    check_publications,
-    create_publications,
-    desired_publications,
-    existing_publications,
-    extend_publications,
-    is_insert_only,
-)
+from cdc.postgres.publication import Publication, captured_tables, desired_publications, is_insert_only
+from cdc.postgres.publication_check import check_publications
+from cdc.postgres.publication_setup import create_publications, existing_publications, extend_publications
 from cdc.postgres.replication import DATA_AT, ReplicationStream
 from cdc.postgres.reread import reread
 from cdc.postgres.schema import SchemaTable, read_tables

@@ -11,18 +11,9 @@ from cdc.change import TableName
 from cdc.config import Config, SourceConfig, parse
 from cdc.errors import CdcError, FatalError
 from cdc.postgres.connection import connect
-from cdc.postgres.publication import (
-    Publication,
-    captured_tables,
-    check_publications,
-    create_publications,
-    desired_publications,
-    drop_publications,
-    existing_publications,
-    identity_fault,
-    parse_filter,
-    publication_problems,
-)
+from cdc.postgres.publication import Publication, captured_tables, desired_publications
+from cdc.postgres.publication_check import check_publications, identity_fault, parse_filter, publication_problems
+from cdc.postgres.publication_setup import create_publications, drop_publications, existing_publications
 from cdc.postgres.schema import read_tables
 from cdc.preflight import Finding
 from tests.servers import Database, PostgresServer
