@@ -39,6 +39,7 @@ _OTHERS: Final[dict[str, Handler]] = {
     "serverStatus": handshake.server_status, "replSetGetStatus": handshake.repl_set_get_status,
     "replSetGetConfig": handshake.repl_set_get_config, "getParameter": handshake.get_parameter,
     "connectionStatus": handshake.connection_status, "killCursors": reads.kill_cursors, "endSessions": sessions.end,
+    "killSessions": sessions.kill,
     "startSession": handshake.nothing, "refreshSessions": handshake.nothing, "logout": handshake.nothing,
     "fsync": handshake.nothing, "configureFailPoint": admin.configure_fail_point,
     "cdcTestTruncateOplog": admin.truncate_oplog, "cdcTestBlackout": admin.blackout,

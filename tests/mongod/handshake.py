@@ -18,6 +18,7 @@ from .oplog import to_timestamp
 from .state import Request, State
 
 _PROCESS_ID = bson.ObjectId()
+_REPLICA_SET_ID = bson.ObjectId()
 _ELECTION_ID = bson.ObjectId("7fffffff0000000000000001")
 
 
@@ -138,9 +139,13 @@ async def repl_set_get_config(state: State, request: Request) -> bytes:
     if state.standalone:
         raise CommandError(76, "not running with --replSet")
     members = [{"_id": 0, "host": state.host, "votes": 1, "priority": 1.0}]
-    return raw.fields(
-        {"config": {"_id": state.settings.set_name, "version": 1, "term": bson.Int64(1), "members": members}}
-    )
+    return raw.fields({"config": {
+        "_id": state.settings.set_name,
+        "version": 1,
+        "term": bson.Int64(1),
+        "members": members,
+        "settings": {"replicaSetId": _REPLICA_SET_ID},
+    }})  # fmt: skip
 
 
 async def get_parameter(state: State, request: Request) -> bytes:

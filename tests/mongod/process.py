@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +18,7 @@ from pymongo.errors import OperationFailure
 
 from tests.processes import free_port, kill_tree, wait_until
 
+STAND_IN = "a stand-in for MongoDB, a test tool (no mongod was found)"
 ROOT = Path(__file__).parents[2]
 
 
@@ -119,6 +123,16 @@ def _mongod() -> str:
     if found is None:
         raise RuntimeError("no mongod on PATH")
     return found
+
+
+@contextmanager
+def mongodb_url() -> Iterator[tuple[str, str]]:
+    """The URL of the best server at hand, and what it is: `CDC_TEST_MONGODB_URL`, or what `start_server` finds."""
+    if given := os.environ.get("CDC_TEST_MONGODB_URL"):
+        yield given, "the MongoDB server of CDC_TEST_MONGODB_URL"
+        return
+    with start_server() as server:
+        yield server.url, "mongod" if isinstance(server, RealServer) else STAND_IN
 
 
 def start_server() -> StandIn | RealServer:

@@ -6,10 +6,13 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import bson
+
 from . import raw
 from .cursors import FIRST_BATCH, Batch, Cursor, ListCursor, reply
 from .errors import CloseConnection, CommandError
 from .keys import Key, key_of
+from .oplog import to_timestamp
 from .projections import project
 from .queries import Query, sort_documents
 from .state import Request, State
@@ -38,6 +41,8 @@ def _query(state: State, request: Request, name: bytes) -> tuple[Query, Any]:
 async def find(state: State, request: Request) -> bytes:
     """`find`, with documents as the bytes that were written."""
     body = request.body
+    if (request.db, request.collection) == ("local", "oplog.rs"):
+        return await open_cursor(state, ListCursor("local.oplog.rs", _oplog_ends(state, body)), body.get("batchSize"))
     query, overlay = _query(state, request, b"filter")
     order: dict[str, Any] = body.get("sort") or {}
     by_id = _id_order(order)
@@ -58,6 +63,14 @@ async def find(state: State, request: Request) -> bytes:
         documents = (project(document, projection) for document in documents)
     cursor = ListCursor(f"{request.db}.{request.collection}", documents)
     return await open_cursor(state, cursor, body.get("batchSize"), single=bool(body.get("singleBatch")))
+
+
+def _oplog_ends(state: State, body: dict[str, Any]) -> Iterator[bytes]:
+    """The oplog as far as it is emulated: the times of its oldest and its newest entry."""
+    times = [state.oplog.oldest_timestamp, state.oplog.last_timestamp]
+    if (body.get("sort") or {}).get("$natural", 1) < 0:
+        times.reverse()
+    return (bson.encode({"ts": to_timestamp(time), "op": "n"}) for time in times)
 
 
 def _in_order(documents: list[bytes], order: dict[str, Any]) -> list[bytes]:

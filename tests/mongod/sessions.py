@@ -204,3 +204,12 @@ async def end(state: State, request: Request) -> bytes:
         if session and session.transaction and session.transaction.status == "open":
             session.transaction.abort(state)
     return b""
+
+
+async def kill(state: State, request: Request) -> bytes:
+    """`killSessions`: open transactions are aborted."""
+    for lsid in request.body["killSessions"]:
+        session = state.sessions.get(bytes(lsid["id"]))
+        if session and session.transaction and session.transaction.status == "open":
+            session.transaction.abort(state)
+    return b""
