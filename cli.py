@@ -7,7 +7,8 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -17,21 +18,22 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from cdc import __version__, daemon, logs, preflight, status_table, verify
+from cdc import __version__, daemon, kinds, logs, preflight, status_table, verify_report
 from cdc.api.client import Client, DaemonUnreachable
 from cdc.barrier import Barrier, HttpBarrier, NoBarrier
+from cdc.change import TableName
 from cdc.config import Config, SinkConfig, SourceConfig, load
 from cdc.copy import Copy, CopyProgress, PlannedTable, reported
 from cdc.daemon import Parts
 from cdc.errors import CdcError, DirectoryInUse, FatalError
 from cdc.filling import capturing, fill, filled_fact
+from cdc.kinds import build_source
+from cdc.mirroring import Mirroring
 from cdc.offline import offline_status
 from cdc.pipeline import paused_fact
 from cdc.position import Position, SourcePosition, parse_position
-from cdc.postgres import pair
-from cdc.postgres.preflight import check_sink, check_source
-from cdc.postgres.source import Facts, PostgresSource
 from cdc.queue import DirectoryLock, Queue, lock_directory
+from cdc.resync import Wanted
 from cdc.sink import Mirror, Sink
 from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, to_json
 from sinks import load as load_sink
@@ -126,15 +128,43 @@ class Session:
         except DirectoryInUse as exc:
             raise DirectoryInUse(str(exc), hint="stop the daemon first") from exc
 
+    @contextmanager
+    def alone_or_beside_daemon(self) -> Iterator[None]:
+        """Keep a daemon from starting meanwhile, unless one runs: then it keeps the order."""
+        try:
+            self.client().status()
+        except DaemonUnreachable:
+            with self.lock():
+                yield
+        else:
+            yield
+
     def barrier(self, sink: SinkConfig) -> Barrier:
         """Makes the sink stand still: by way of the daemon, or by itself where none runs."""
         try:
             client = self.client()
             client.status()
         except DaemonUnreachable:
-            return NoBarrier(lambda: pair.stored_position(sink))
+            return NoBarrier(lambda: kinds.pair(sink.kind).stored_position(sink))
         token = self.config.daemon.http_token
         return HttpBarrier(client.url, sink.name, token.reveal() if token else None)
+
+    def mirroring(self, sink: SinkConfig) -> Mirroring:
+        """A source and its mirror, as the commands that compare them need them."""
+        source = self.config.sources[sink.source]
+        barrier = self.barrier(sink)
+
+        def position() -> SourcePosition | None:
+            text = self.client().status().sinks[sink.name].position
+            return None if text is None else parse_position(text)
+
+        return Mirroring(
+            source=source,
+            sink=sink,
+            tables=build_source(self.config, source, NoFacts()).tables,
+            barrier=barrier,
+            position=None if isinstance(barrier, NoBarrier) else position,
+        )
 
 
 class NoFacts:
@@ -145,11 +175,6 @@ class NoFacts:
 
     def set(self, _key: str, _value: str | None) -> None:
         """Nothing is kept."""
-
-
-def build_source(config: Config, source: SourceConfig, facts: Facts) -> PostgresSource:
-    """The source of a configuration."""
-    return PostgresSource(config, source, facts)
 
 
 def build_sink(config: Config, sink: SinkConfig) -> Sink:
@@ -203,8 +228,14 @@ def check(context: typer.Context, *, as_json: AsJson = False) -> None:
     config = context.ensure_object(Session).config
     sections = [
         preflight.collect("daemon", preflight.check_data_dir(config)),
-        *(preflight.collect(f"source {name}", check_source(config, source)) for name, source in config.sources.items()),
-        *(preflight.collect(f"sink {name}", check_sink(config, sink)) for name, sink in config.sinks.items()),
+        *(
+            preflight.collect(f"source {name}", kinds.preflight(source.kind).check_source(config, source))
+            for name, source in config.sources.items()
+        ),
+        *(
+            preflight.collect(f"sink {name}", kinds.preflight(sink.kind).check_sink(config, sink))
+            for name, sink in config.sinks.items()
+        ),
     ]
     if as_json:
         _print_json(preflight.as_json(sections))
@@ -306,15 +337,14 @@ def verify_command(context: typer.Context, sink: AnySink = None, *, as_json: AsJ
     """Compare mirrors with their sources. Exit code 1 if anything differs."""
     session = context.ensure_object(Session)
     reports = {
-        sink.name: pair.verify_pair(session.config.sources[sink.source], sink, session.barrier(sink))
-        for sink in session.sinks(sink)
+        chosen.name: kinds.pair(chosen.kind).verify_pair(session.mirroring(chosen)) for chosen in session.sinks(sink)
     }
     equal = all(report.equal for report in reports.values())
     if as_json:
         _print_json(msgspec.json.encode({"equal": equal, "sinks": reports}))
     else:
         for name, report in reports.items():
-            out.print(f"[bold]{name}[/bold]", verify.render(report), sep="\n")
+            out.print(f"[bold]{name}[/bold]", verify_report.render(report), sep="\n")
     _exit_unless(equal)
 
 
@@ -328,22 +358,49 @@ def cutover(
     """Prove that a mirror has everything, and make it ready to be written to. Stop your applications first."""
     session = context.ensure_object(Session)
     (chosen,) = session.sinks(sink)
-    client = session.client()
-
-    def position() -> SourcePosition | None:
-        text = client.status().sinks[chosen.name].position
-        return None if text is None else parse_position(text)
-
-    result = pair.cut_over_pair(
-        session.config.sources[chosen.source],
-        chosen,
-        session.barrier(chosen),
-        position=position,
-        timeout_seconds=timeout,
-        progress=lambda line: print(line, file=sys.stderr),
+    session.client()  # without a daemon the mirror would never get there
+    result = kinds.pair(chosen.kind).cut_over_pair(
+        session.mirroring(chosen), timeout_seconds=timeout, progress=lambda line: print(line, file=sys.stderr)
     )
-    out.print(verify.render(result.report), *result.lines(), sep="\n", markup=False)
+    out.print(verify_report.render(result.report), *result.lines(), sep="\n", markup=False)
     _exit_unless(result.ready)
+
+
+@app.command()
+def sync(
+    context: typer.Context,
+    sink: OneSink,
+    table: Annotated[str, typer.Argument(help="schema.table, or database.collection, by its name at the source.")],
+    *,
+    ids: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--id", help="A key (of several columns: a JSON array), or an _id as Extended JSON. May be repeated."
+        ),
+    ] = None,
+    where: Annotated[
+        str | None, typer.Option(help="An SQL condition, or a filter as Extended JSON: all that it holds for.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what differs.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read given rows or documents from the source again, and put them right on the mirror."""
+    session = context.ensure_object(Session)
+    (chosen,) = session.sinks(sink)
+    schema, dot, name = table.partition(".")
+    if not dot or not (ids or where):
+        raise FatalError(
+            "it is not said what to sync", hint="cdc sync SINK SCHEMA.TABLE --id KEY, or --where CONDITION"
+        )
+    wanted = Wanted(tuple(ids or ()), where)
+    with session.alone_or_beside_daemon():
+        mirroring = session.mirroring(chosen)
+        report = kinds.pair(chosen.kind).resync_pair(mirroring, TableName(schema, name), wanted, dry_run=dry_run)
+    if as_json:
+        _print_json(msgspec.json.encode(report))
+    else:
+        out.print(*report.lines(), sep="\n", markup=False, soft_wrap=True)
+    _exit_unless(report.settled)
 
 
 @app.command()
@@ -371,7 +428,8 @@ def drop(
     session = context.ensure_object(Session)
     if name in session.config.sources:
         source = session.config.sources[name]
-        what = f"slot {source.slot}, publication {source.publication} and the queue of source {name}"
+        upstream = kinds.pair(source.kind).left_at_source(source)
+        what = f"{upstream}{' and ' if upstream else ''}the queue of source {name}"
     else:
         (sink,) = session.sinks(name)
         what = f"the position of sink {name}, in the target and in the queue of source {sink.source}"
@@ -386,14 +444,14 @@ def drop(
 
 
 def _drop_source(session: Session, source: SourceConfig) -> None:
-    pair.drop_source(source)
+    kinds.pair(source.kind).drop_source(source)
     path = daemon.queue_path(session.data_dir, source.name)
     for suffix in ("-wal", "-shm", ""):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 def _drop_sink(config: Config, sink: SinkConfig) -> None:
-    pair.drop_sink(sink)
+    kinds.pair(sink.kind).drop_sink(sink)
     if not daemon.queue_path(Path(config.daemon.data_dir), sink.source).exists():
         return
     with closing(daemon.open_queue(config, sink.source)) as queue:

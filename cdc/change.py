@@ -90,7 +90,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=2):
     content: bytes
 
 
-class Delta(msgspec.Struct, frozen=True, array_like=True, tag=3):
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
     """Detail of an UPDATE that MongoDB sent as what changed: its `updateDescription`, as BSON.
 
     `Change.after` is then the document as it was looked up later, or `None`; a replacement has no delta.

@@ -8,54 +8,24 @@ import re
 import tomllib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
 from cdc.change import TableName
 from cdc.errors import ConfigError
+from cdc.secret import Secret, Token
+from cdc.urls import KINDS, MONGODB, POSTGRES, backup_of, database_of, kind_of, redact
+
+__all__ = ["Config", "Secret", "Token", "load", "parse", "redact"]  # with what is written in terms of it
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Identifier = Annotated[str, msgspec.Meta(pattern="^[a-z][a-z0-9_]{0,39}$")]
 """Names of sources and sinks: they become parts of slot, file and metric names."""
-
-
-class Secret:
-    """A string that shows itself only when asked: a connection URL with its password."""
-
-    __slots__ = ("_text",)
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def reveal(self) -> str:
-        """Return the text itself: for a connection, never for a log."""
-        return self._text
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and other._text == self._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-    def __repr__(self) -> str:
-        return f"Secret({self})"
-
-    def __str__(self) -> str:
-        return redact(self._text)
-
-
-class Token(Secret):
-    """A secret of which no part may be shown."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        return "***"
 
 
 class Daemon(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,7 +55,10 @@ class QueueOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class TableGlobs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Globs over `schema.table`: a table is captured if an include matches and no exclude does."""
+    """Globs over `schema.table`, or `database.collection`: one is captured if an include matches and no exclude does.
+
+    include: for MongoDB the default is the database of the url, or all there are.
+    """
 
     include: tuple[str, ...] = ("public.*",)
     exclude: tuple[str, ...] = ()
@@ -110,6 +83,15 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     publication: Annotated[str, msgspec.Meta(max_length=50)] = ""
     heartbeat_seconds: Annotated[float, msgspec.Meta(ge=0)] = 10.0
     pg_dump: str = "pg_dump"
+    full_document: Literal["updateLookup", "whenAvailable", "required", "off"] = "updateLookup"
+    full_document_before_change: Literal["off", "whenAvailable", "required"] = "off"
+    show_expanded_events: bool = True
+    split_large_events: bool = True
+
+    @property
+    def kind(self) -> str:
+        """What kind of database it is, by its URL: a folder below `cdc`."""
+        return (kind_of(self.url.reveal()) if self.url is not None else None) or POSTGRES
 
     @property
     def owns_publication(self) -> bool:
@@ -142,7 +124,7 @@ class SinkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """`[sinks.NAME]`: a target that changes are delivered to."""
 
     name: str = ""
-    kind: Literal["postgres"] = "postgres"
+    kind: Literal["", "postgres", "mongodb"] = ""
     source: str
     url: Secret | None = None
     url_file: str | None = None
@@ -212,21 +194,6 @@ def parse(raw: dict[str, Any], environment: Mapping[str, str]) -> Config:
     config = msgspec.structs.replace(config, daemon=daemon, sources=sources, sinks=sinks)
     _check_filters(config)
     return config
-
-
-def redact(url: str) -> str:
-    """The URL without its password and without query values that may hold one."""
-    if "://" not in url:
-        return re.sub(r"((?:ssl)?password\s*=\s*)('(?:[^'\\]|\\.)*'|\S+)", r"\1***", url, flags=re.IGNORECASE)
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "***"
-    user, at, host = parts.netloc.rpartition("@")
-    if ":" in user:
-        user = user.partition(":")[0] + ":***"
-    query = re.sub(r"((?:^|&)[^=&]*(?:password|secret|token)[^=&]*=)[^&]*", r"\1***", parts.query, flags=re.IGNORECASE)
-    return urlunsplit(parts._replace(netloc=f"{user}{at}{host}", query=query))
 
 
 def _expand(value: Any, environment: Mapping[str, str], key: str) -> Any:
@@ -310,10 +277,39 @@ def _complete_source(name: str, source: SourceConfig) -> SourceConfig:
     url = _secret(f"sources.{name}.url", source.url, source.url_file)
     if url is None:
         raise ConfigError(f"sources.{name}.url: missing", hint="set url or url_file")
+    if kind_of(url.reveal()) is None:
+        raise ConfigError(
+            f"sources.{name}.url: no database has the scheme {url.reveal().partition('://')[0][:20]!r}",
+            hint=f"one of: {', '.join(f'{scheme}://' for scheme in KINDS)}",
+        )
+    source = msgspec.structs.replace(source, name=name, url=url)
+    _check_kind(name, source)
+    if source.kind == MONGODB:
+        if source.tables.include == TableGlobs().include:
+            database = database_of(url.reveal())
+            include = ("*",) if database is None else (f"{escape(database)}.*",)
+            source = msgspec.structs.replace(source, tables=msgspec.structs.replace(source.tables, include=include))
+        return source
     default = f"cdc_{name}"
-    return msgspec.structs.replace(
-        source, name=name, url=url, slot=source.slot or default, publication=source.publication or default
-    )
+    return msgspec.structs.replace(source, slot=source.slot or default, publication=source.publication or default)
+
+
+_ONLY_OF: Final = {
+    "insert_only": POSTGRES, "slot": POSTGRES, "publication": POSTGRES, "heartbeat_seconds": POSTGRES,
+    "pg_dump": POSTGRES, "full_document": MONGODB, "full_document_before_change": MONGODB,
+    "show_expanded_events": MONGODB, "split_large_events": MONGODB,
+}  # fmt: skip
+"""Options of a source that mean something to one kind of database only."""
+
+
+def _check_kind(name: str, source: SourceConfig) -> None:
+    """Refuse options of another kind of database: whoever wrote them expects something of them."""
+    defaults = SourceConfig()
+    for option, kind in _ONLY_OF.items():
+        if kind != source.kind and getattr(source, option) != getattr(defaults, option):
+            raise ConfigError(
+                f"sources.{name}.{option}: only for {kind}, and the url leads to {source.kind}", hint="remove it"
+            )
 
 
 def _complete_sink(name: str, sink: SinkConfig, sources: dict[str, SourceConfig]) -> SinkConfig:
@@ -332,7 +328,21 @@ def _complete_sink(name: str, sink: SinkConfig, sources: dict[str, SourceConfig]
                 hint='rename a schema ("public" = "shop") or a table ("public.a" = "shop.b")',
             )
     url = _secret(f"sinks.{name}.url", sink.url, sink.url_file)
-    return msgspec.structs.replace(sink, name=name, url=url or _backup_url(name, sources[sink.source]))
+    source = sources[sink.source]
+    sink = msgspec.structs.replace(sink, name=name, kind=sink.kind or source.kind, url=url or _backup_url(name, source))
+    if sink.kind != source.kind:
+        raise ConfigError(f"sinks.{name}.kind: {source.name!r} is {source.kind}: a mirror is of the same kind", hint="")
+    return _complete_mongodb_sink(sink, source) if sink.kind == MONGODB else sink
+
+
+def _complete_mongodb_sink(sink: SinkConfig, source: SourceConfig) -> SinkConfig:
+    """Where both URLs name a database, one is mirrored to the other."""
+    if sink.tables:
+        raise ConfigError(f"sinks.{sink.name}.tables: only for {POSTGRES}", hint="a collection is mirrored as a whole")
+    ours, theirs = (database_of(each.url.reveal()) if each.url else None for each in (source, sink))
+    if ours is None or theirs is None or ours == theirs:
+        return sink
+    return msgspec.structs.replace(sink, rename={ours: theirs, **sink.rename})
 
 
 def _secret(key: str, text: Secret | None, file: str | None) -> Secret | None:
@@ -351,16 +361,15 @@ def _backup_url(name: str, source: SourceConfig) -> Secret:
     """The source's URL with `_backup` behind the database name: a mirror on the same server."""
     assert source.url is not None
     try:
-        parts = urlsplit(source.url.reveal())
+        backup = backup_of(source.url.reveal())
     except ValueError as exc:
         raise ConfigError(f"sources.{source.name}.url: {exc}", hint="special characters are written as %XX") from exc
-    database = parts.path.lstrip("/")
-    if not parts.scheme or not database:
+    if backup is None:
         raise ConfigError(
             f"sinks.{name}.url: missing, and the url of source {source.name!r} names no database to derive it from",
-            hint="set url for the sink, or write the source's as postgresql://user@host/database",
+            hint=f"set url for the sink, or write the source's as {source.kind}://user@host/database",
         )
-    return Secret(urlunsplit(parts._replace(path=f"/{database}_backup")))
+    return Secret(backup)
 
 
 def _check_filters(config: Config) -> None:

@@ -1,7 +1,7 @@
 """The initial copy: what is already there, from a source into a mirror, before or beside the stream of changes.
 
 One run reads one snapshot. A table that is complete when a run ends, however it ends, stays; the others start again in
-the next run, from a snapshot of its own.
+the next run, from a snapshot of its own (or go on, where a mirror can keep what there is of them).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -244,7 +245,8 @@ class Copy:
     def _copy_tables(self, snapshot: Snapshot, tables: Iterable[TableName], stop: threading.Event) -> None:
         run = _Run(snapshot, self._mirror, self.progress, stop)
         for table in tables:
-            run.add(table, snapshot.chunks(table, self._chunk_bytes))
+            split = partial(snapshot.chunks, table, self._chunk_bytes)
+            run.add(table, self._mirror.pending(table, snapshot.position, split))
         log.info("copy started", tables=len(run.left), snapshot=format_position(snapshot.position))
         run.copy(self._workers)
 
@@ -317,6 +319,7 @@ class _Run:
                     self._snapshot.check()
 
     def _chunk_done(self, chunk: Chunk, rows: int) -> None:
+        self._mirror.chunk_copied(chunk, rows)
         self._progress.chunk_done(chunk, rows)
         self._rows[chunk.table] += rows
         self.left[chunk.table] -= 1
@@ -325,7 +328,7 @@ class _Run:
 
     def _table_done(self, table: TableName) -> None:
         self._snapshot.check()  # its locks held until now, or ranges may have been read twice or never
-        self._mirror.table_copied(table, self._snapshot.position, self._rows[table])
+        self._mirror.table_copied(table, self._snapshot.end(table), self._rows[table])
         self._progress.table_done(table)
         log.info("table copied", table=str(table), rows=self._rows[table])
 

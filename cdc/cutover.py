@@ -14,8 +14,7 @@ from typing import Final, Protocol
 import msgspec
 
 from cdc.errors import TransientError
-from cdc.position import SourcePosition, format_position
-from cdc.verify import VerifyReport
+from cdc.verify_report import VerifyReport
 
 POLL_SECONDS: Final = 0.1
 NUDGE_SECONDS: Final = 1.0
@@ -76,8 +75,9 @@ class CutoverResult(msgspec.Struct, frozen=True):
                 f"NOT READY: the mirror is not proven equal to the source at {self.report.position or self.position}.",
                 "Nothing was changed. See what differs, put it right, then cut over again.",
             ]
+        position = self.report.position or self.position
         return [
-            f"READY: the mirror equals the source at {self.report.position}, and nobody has written since.",
+            f"READY: the mirror equals the source at {position}, and nobody has written since.",
             f"Switch your applications from {self.source} to {self.target}.",
             "Do not let anybody write to the source again: the mirror would take it over its own changes.",
             "Then end the replication: cdc drop.",
@@ -90,8 +90,8 @@ class Handover(Protocol):
     source: str
     target: str
 
-    def watch(self) -> SourcePosition:
-        """Begin to notice writes, and return from which position on.
+    def watch(self) -> str:
+        """Begin to notice writes, and return from which position on, for people.
 
         Waits for transactions that have begun and not ended; raises `TransientError` where that takes too long.
         """
@@ -101,8 +101,8 @@ class Handover(Protocol):
         """Write something harmless at the source, so that its stream moves on."""
         ...
 
-    def behind_bytes(self) -> int:
-        """How far the mirror is behind the watched position; 0 when it is there or past it."""
+    def behind(self) -> str:
+        """How far the mirror is behind the watched position, for people; empty when it is there or past it."""
         ...
 
     def writes(self) -> tuple[str, ...]:
@@ -145,7 +145,7 @@ def cutover(
         writes = handover.writes()
     return CutoverResult(
         verdict=_verdict(report, writes),
-        position=format_position(position) or "",
+        position=position,
         waited_seconds=round(waited, 3),
         report=report,
         writes=writes,
@@ -164,15 +164,15 @@ def _verdict(report: VerifyReport, writes: tuple[str, ...]) -> Verdict:
 def _wait(handover: Handover, timeout_seconds: float, progress: Callable[[str], None]) -> None:
     deadline = time.monotonic() + timeout_seconds
     nudged = -NUDGE_SECONDS
-    while behind := handover.behind_bytes():
+    while behind := handover.behind():
         now = time.monotonic()
         if now >= deadline:
             raise TransientError(
-                f"the mirror is still {behind:,} bytes behind after {timeout_seconds:.0f} seconds",
+                f"the mirror is still {behind} behind after {timeout_seconds:.0f} seconds",
                 hint="see `cdc status`: is the sink running, or paused? A longer time-out may do",
             )
         if now - nudged >= NUDGE_SECONDS:
             handover.nudge()
             nudged = now
-            progress(f"the mirror is {behind:,} bytes behind")
+            progress(f"the mirror is {behind} behind")
         time.sleep(POLL_SECONDS)

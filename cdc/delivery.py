@@ -101,7 +101,7 @@ class Delivery:
                 if self._step(request, reader) and request is not None:
                     self._stats.state = State.HELD
                     self._hold.stand(request, request.until or self._stored.source, wanted)
-                    self._stats.state = State.RUNNING
+                    self._running_state()
         except TransientError as exc:
             if self._stored.seq == first_seq:
                 raise
@@ -129,7 +129,8 @@ class Delivery:
         self._ahead = None
         self._upkeep_at = 0.0
         self._stats.position, self._stats.seq = stored.source, after
-        self._stats.state, self._stats.error, self._stats.hint = State.RUNNING, None, ""
+        self._running_state()
+        self._stats.error, self._stats.hint = None, ""
         self._log.info("delivering", position=format_position(stored.source))
 
     def _step(self, hold: Request | None, reader: ThreadPoolExecutor) -> bool:
@@ -231,7 +232,11 @@ class Delivery:
             return
         self._wait_prepared()
         self._sink.upkeep(self._stats.position)
+        self._running_state()
         self._upkeep_at = time.monotonic()
+
+    def _running_state(self) -> None:
+        self._stats.state = State.RUNNING if self._sink.consistent else State.CATCHING_UP
 
     def _waiting(self, error: BaseException, seconds: float) -> None:
         self._stats.state = State.WAITING

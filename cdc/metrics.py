@@ -110,6 +110,9 @@ def _sources(sources: Mapping[str, SourceStatus]) -> Iterator[Metric]:
     yield _counter("cdc_captured_changes", "Changes captured.", ("source", "operation"), _changes(sources))
     yield _counter("cdc_captured_transactions", "Transactions captured.", label, each(lambda s: s.transactions))
     yield _counter("cdc_captured_bytes", "Bytes captured, as on the wire.", label, each(lambda s: s.bytes))
+    for field, text in (("window", "How far the oplog reaches."), ("remaining", "How long a stop it would bear.")):
+        samples = each(lambda s, f=f"{field}_seconds": getattr(s.oplog, f, None))  # type: ignore[misc]
+        yield _gauge(f"cdc_source_oplog_{field}_seconds", text, label, samples)
     yield _counter("cdc_source_retries", "Attempts after a transient error.", label, each(lambda s: s.retries))
 
 

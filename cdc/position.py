@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime
 from typing import NewType
 
 import msgspec
@@ -63,6 +65,17 @@ def format_position(position: SourcePosition | None) -> str | None:
     if position is None:
         return None
     return format_lsn(position) if isinstance(position, int) else position.hex()
+
+
+def describe_position(text: str) -> str:
+    """What `format_position` wrote, for a narrow column: of a resume token only when its event happened."""
+    try:
+        found = re.search(rb"_data\0....82([0-9A-F]{8})", bytes.fromhex(text), re.DOTALL)
+    except ValueError:
+        return text
+    if found is None:
+        return text if len(text) <= 20 else f"{text[:20]}…"
+    return datetime.fromtimestamp(int(found[1], 16), UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def parse_position(text: str) -> SourcePosition:

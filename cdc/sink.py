@@ -13,6 +13,7 @@ import msgspec
 
 from cdc.change import Batch, Image, Table, TableName
 from cdc.position import Position, SourcePosition
+from cdc.source import Chunk
 
 
 class Applied(msgspec.Struct, frozen=True):
@@ -38,6 +39,11 @@ class Sink(Protocol):
     """A target that changes are delivered to."""
 
     name: str
+
+    @property
+    def consistent(self) -> bool:
+        """Whether the target shows one moment of the source; after a copy without snapshot `upkeep` makes it so."""
+        ...
 
     def open(self) -> Position | None:
         """Connect and return the position stored in the target; `None` if it was never written to."""
@@ -72,7 +78,7 @@ class Loader(Protocol):
     """One worker's connection for the initial copy."""
 
     def load(self, table: TableName, blocks: Iterable[bytes], *, binary: bool) -> int:
-        """Write one chunk and return its number of rows; all of it or nothing."""
+        """Write one chunk and return its number of rows. Where it fails, it may be written again."""
         ...
 
     def close(self) -> None:
@@ -92,7 +98,7 @@ class Mirror(Sink, Protocol):
         ...
 
     def copied(self) -> Mapping[TableName, SourcePosition]:
-        """Tables whose copy is complete, and the snapshot position of each."""
+        """Tables whose copy is complete, and the position at which each is right (its snapshot's `end`)."""
         ...
 
     def prepare_copy(self, tables: Sequence[TableName], start: Position, schema: object) -> None:
@@ -106,12 +112,26 @@ class Mirror(Sink, Protocol):
         """Column name -> type name on the target, of the columns that the copy writes, in the order it writes them."""
         ...
 
+    def pending(self, table: TableName, position: SourcePosition, chunks: Callable[[], Sequence[Chunk]]) -> list[Chunk]:
+        """What is left to copy of a table that is not complete: all `chunks`, or what a killed run has not finished.
+
+        position: that of the snapshot which `chunks` splits the table by.
+        """
+        ...
+
     def loader(self) -> Loader:
         """Open a connection for a copy worker."""
         ...
 
+    def chunk_copied(self, chunk: Chunk, rows: int) -> None:
+        """Record, where parts of tables can be kept, that `load` wrote one."""
+        ...
+
     def table_copied(self, table: TableName, position: SourcePosition, rows: int) -> None:
-        """Record durably that a table is complete as of `position`."""
+        """Record durably that a table is complete; it is right when the mirror is at `position` (a snapshot's `end`).
+
+        rows: written by this run.
+        """
         ...
 
     def build_keys(self) -> None:

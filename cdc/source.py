@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from cdc.change import Batch, TableName
+from cdc.change import Batch, Image, Table, TableName
 from cdc.position import SourcePosition
 from cdc.status import CaptureStats
 
@@ -53,11 +53,24 @@ class SnapshotReader(Protocol):
 
 
 class Snapshot(Protocol):
-    """All tables of a source as they were at one position."""
+    """All tables of a source as they were at one position, where the source has such a thing.
+
+    Where it has not, every row is read as it is when its turn comes: `position` is from before the first read, and each
+    table has an `end` of its own. The stream must then reach back to `position` at least, and every change after it is
+    applied on top, whether the copy holds it already or not; the mirror is right from the moment on at which the stream
+    has passed the last `end`. Until then it may show rows of different moments.
+    """
 
     @property
     def position(self) -> SourcePosition:
-        """A transaction is visible if and only if it commits before it."""
+        """A transaction is visible if it commits before it; otherwise it is not, or (see above) may be."""
+        ...
+
+    def end(self, table: TableName) -> SourcePosition:
+        """`position`, or where the reading of this table ended: to be asked for when all of it has been read.
+
+        Raises `TransientError` where what was read of the table cannot be used.
+        """
         ...
 
     def chunks(self, table: TableName, chunk_bytes: int) -> Sequence[Chunk]:
@@ -78,6 +91,18 @@ class Snapshot(Protocol):
 
     def close(self) -> None:
         """Let the source forget the snapshot. Safe to call twice."""
+        ...
+
+
+class Facts(Protocol):
+    """Small facts that survive a restart, kept beside the queue."""
+
+    def get(self, key: str) -> str | None:
+        """The fact, if it is known."""
+        ...
+
+    def set(self, key: str, value: str | None) -> None:
+        """Durable on return."""
         ...
 
 
@@ -131,6 +156,10 @@ class Source(Protocol):
 
     def snapshot(self) -> Snapshot:
         """Open a consistent view for copying or verifying, while the stream goes on."""
+        ...
+
+    def reread(self, table: Table, image: Image) -> Image | None:
+        """Read one row as it is now, by the key in `image`; `None` if it is gone. From any thread."""
         ...
 
     def close(self) -> None:

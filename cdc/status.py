@@ -31,6 +31,8 @@ class State(StrEnum):
     """Backing off: its server is away, or asked for patience."""
     PAUSED = "paused"
     COPYING = "copying"
+    CATCHING_UP = "catching up"
+    """Copied without a snapshot: rows of different moments are together until the stream has passed the copy."""
     HELD = "held"
     """Stands still at one position, so that source and target can be compared there."""
     FAILED = "failed"
@@ -53,6 +55,23 @@ class SlotStats:
     safe_bytes: int | None = None
     restart_lsn: int | None = None
     confirmed_flush_lsn: int | None = None
+
+
+class OplogStatus(msgspec.Struct, frozen=True):
+    """How far a MongoDB server's oplog reaches back.
+
+    window_seconds: from its oldest entry to its newest.
+    remaining_seconds: how much of that lies before the captured position: while the window stays as it is, a stop of so
+        long is survived. `None` while nothing is forgotten, as there is room for more.
+    """
+
+    window_seconds: float
+    remaining_seconds: float | None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the captured position is about to be forgotten."""
+        return self.remaining_seconds is not None and self.remaining_seconds < self.window_seconds / 10
 
 
 @dataclass(slots=True)
@@ -82,6 +101,7 @@ class CaptureStats:
     bytes: int = 0
     retries: int = 0
     slot: SlotStats | None = None
+    oplog: OplogStatus | None = None
     insert_only: tuple[str, ...] = ()
 
 
@@ -162,6 +182,7 @@ class SourceStatus(msgspec.Struct, frozen=True):
     slot: SlotStatus | None
     insert_only: tuple[str, ...]
     queue: QueueStats | None
+    oplog: OplogStatus | None = None
 
 
 class SinkStatus(msgspec.Struct, frozen=True):
@@ -275,6 +296,7 @@ def _source(stats: CaptureStats, queue: QueueStats | None, now: float) -> Source
         slot=_slot(stats.slot),
         insert_only=stats.insert_only,
         queue=queue,
+        oplog=stats.oplog,
     )
 
 
@@ -347,6 +369,9 @@ def _source_problems(sources: Mapping[str, SourceStatus]) -> list[str]:
     for name, source in sources.items():
         if source.slot is not None and source.slot.wal_status in {"unreserved", "lost"}:
             problems.append(f"{name}: slot {source.slot.name} is {source.slot.wal_status}: the server gives up its WAL")
+        if source.oplog is not None and source.oplog.is_short:
+            left = source.oplog.remaining_seconds or 0.0
+            problems.append(f"{name}: the oplog will soon have forgotten the captured position ({left:.0f} s left)")
     return [problem for problem in problems if problem]
 
 

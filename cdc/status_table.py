@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cdc.position import describe_position
 from cdc.status import DaemonStatus, SinkStatus, SourceStatus, State
 
 _COLORS = {
@@ -39,7 +40,7 @@ def _sources(status: DaemonStatus) -> Table:
             Text(name),
             _state(source.state),
             _lag(source),
-            source.confirmed or "",
+            describe_position(source.confirmed or ""),
             f"{sum(source.changes.values()):,}",
             f"{_size(source.queue.bytes)} of {_size(source.queue.max_bytes)}" if source.queue else "",
             _size(source.slot.retained_bytes) if source.slot else "",
@@ -54,7 +55,7 @@ def _sinks(status: DaemonStatus) -> Table:
             Text(name),
             _state(sink.state),
             _lag(sink),
-            sink.position or "",
+            describe_position(sink.position or ""),
             f"{sum(sink.changes.values()):,}",
             Text(sink.source),
             _copy(sink),

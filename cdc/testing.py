@@ -113,6 +113,10 @@ class MemorySource:
         """Not kept: begin with the first transaction instead."""
         raise FatalError(f"{self.name}: a source in memory has no snapshots")
 
+    def reread(self, table: Table, image: Image) -> Image | None:  # noqa: ARG002 - protocol
+        """Not kept by key."""
+        raise FatalError(f"{self.name}: a source in memory has no rows to read again")
+
     def close(self) -> None:
         """Disconnect; `open` connects again."""
         with self._news:
@@ -132,6 +136,7 @@ class MemorySink:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.consistent = True
         self.transactions: list[Transaction] = []
         self.position: Position | None = None
         self._tables: list[tuple[Table, ...]] = []

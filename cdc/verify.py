@@ -16,14 +16,12 @@ from itertools import accumulate, pairwise
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 import msgspec
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from cdc.barrier import Barrier
 from cdc.change import TableName
 from cdc.errors import PermanentError, TransientError
 from cdc.position import SourcePosition, format_position
+from cdc.verify_report import Keys, TableReport, VerifyReport
 
 LISTED_ROWS: Final = 100_000
 """Ranges that differ are split until they have no more rows than this together; then they are compared row by row."""
@@ -33,9 +31,6 @@ NARROWED_RANGES: Final = 16
 
 _PIECES: Final = 128
 """A step's new ranges: a server looks through half of the bounds for each row."""
-
-_SHOWN_TABLES: Final = 60
-_SHOWN_KEY_CHARACTERS: Final = 160
 
 T = TypeVar("T")
 
@@ -124,50 +119,6 @@ class SourceView(View, Protocol):
         ...
 
 
-class Keys(msgspec.Struct, frozen=True):
-    """Rows that differ in one way: how many, and the keys of the first of them."""
-
-    count: int = 0
-    keys: tuple[str, ...] = ()
-
-
-class TableReport(msgspec.Struct, frozen=True):
-    """What was found out about a table.
-
-    missing: rows that only the source has; extra: only the mirror; different: both, with other values.
-    counted: False where there are more of them than the counts say.
-    problem: why it could not be compared; empty otherwise.
-    """
-
-    table: str
-    source_rows: int
-    target_rows: int
-    equal: bool
-    ranges: int
-    differing_ranges: int
-    missing: Keys
-    extra: Keys
-    different: Keys
-    counted: bool
-    seconds: float
-    problem: str = ""
-
-
-class VerifyReport(msgspec.Struct, frozen=True):
-    """What was found out about all tables.
-
-    exact: both sides were seen at the same `position`, so a difference is one. Otherwise it may be a change that is
-    not applied yet; the mirror was then `lag_bytes` behind, where that is known.
-    """
-
-    equal: bool
-    exact: bool
-    tables: tuple[TableReport, ...]
-    seconds: float
-    position: str | None = None
-    lag_bytes: int | None = None
-
-
 Progress = Callable[[TableName, TableReport | None], None]
 """Called when a table is begun (`None`) and when it is done, from several threads."""
 
@@ -232,25 +183,6 @@ def verify_at_barrier(
         report = verify(source, target, tables, workers=workers, parts=parts, max_keys=max_keys, progress=progress)
     position = format_position(source.position)
     return msgspec.structs.replace(report, exact=held.exact, lag_bytes=held.lag_bytes, position=position)
-
-
-def render(report: VerifyReport) -> RenderableType:
-    """A table for a terminal: what differs first, bounded in lines and width."""
-    shown = sorted(report.tables, key=lambda table: (table.equal, table.table))
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    grid.add_column("table", overflow="fold")
-    grid.add_column("source rows", justify="right")
-    grid.add_column("mirror rows", justify="right")
-    grid.add_column("result")
-    for table in shown[:_SHOWN_TABLES]:
-        rows = ("", "") if table.problem else (f"{table.source_rows:,}", f"{table.target_rows:,}")
-        grid.add_row(Text(table.table), *rows, _result(table))
-    if len(shown) > _SHOWN_TABLES:
-        hidden = shown[_SHOWN_TABLES:]
-        equal = sum(table.equal for table in hidden)
-        grid.add_row(f"and {len(hidden)} more", "", "", f"{equal} equal, {len(hidden) - equal} different")
-    keys = [line for table in shown[:_SHOWN_TABLES] if not table.equal for line in _key_lines(table)]
-    return Group(grid, *keys, _summary(report))
 
 
 def _compare_all(
@@ -441,39 +373,3 @@ def _narrow(pair: _Pair, differing: list[_RangePair], differences: _Differences)
 def _fitting(pairs: Sequence[_RangePair]) -> int:
     """How many of the first ranges have no more than `LISTED_ROWS` rows together."""
     return bisect_right(list(accumulate(one.rows for one in pairs)), LISTED_ROWS)
-
-
-def _result(table: TableReport) -> Text:
-    if table.equal:
-        return Text("equal", style="green")
-    if table.problem:
-        return Text(table.problem, style="red")
-    found = [f"{kind.count:,} {name}" for name, kind in _kinds(table) if kind.count]
-    return Text(("" if table.counted else "at least ") + (", ".join(found) or "some rows differ"), style="red")
-
-
-def _kinds(table: TableReport) -> list[tuple[str, Keys]]:
-    return [("missing", table.missing), ("extra", table.extra), ("different", table.different)]
-
-
-def _key_lines(table: TableReport) -> Iterator[Text]:
-    for name, kind in _kinds(table):
-        for key in kind.keys:
-            cut = key if len(key) <= _SHOWN_KEY_CHARACTERS else f"{key[:_SHOWN_KEY_CHARACTERS]}..."
-            yield Text(f"  {table.table} {name}: {_printable(cut)}")
-        if kind.count > len(kind.keys):
-            yield Text(f"  {table.table} {name}: and {kind.count - len(kind.keys):,} more")
-
-
-def _printable(key: str) -> str:
-    """A key is data: escape what could move a terminal's cursor."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in key)
-
-
-def _summary(report: VerifyReport) -> Text:
-    text = "all tables are equal" if report.equal else "the mirror differs"
-    if report.exact:
-        return Text(f"{text} at {report.position}")
-    lag = "" if report.lag_bytes is None else f", which is {report.lag_bytes:,} bytes behind the source"
-    note = "" if report.equal else "; differences may be changes that are not applied yet"
-    return Text(f"{text}; not exact: compared with the mirror as it stands{lag}{note}")

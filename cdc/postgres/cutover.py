@@ -12,7 +12,7 @@ from cdc.change import TableName
 from cdc.config import SinkConfig, redact
 from cdc.cutover import Finished
 from cdc.errors import TransientError
-from cdc.position import Lsn, SourcePosition, parse_lsn
+from cdc.position import Lsn, SourcePosition, format_lsn, parse_lsn
 from cdc.postgres.connection import Connection, connect, translated_errors
 from cdc.postgres.digest import nudge
 from cdc.postgres.pgoutput import Delete, Insert, PgMessage, Relation, Truncate, Update, decode
@@ -54,7 +54,7 @@ class PostgresHandover:
         timeout = f"{max(1, int(patience_seconds * 1000))}ms"
         self._connection = connect(source_url, application_name="cdc-cutover", lock_timeout=timeout)
 
-    def watch(self) -> SourcePosition:
+    def watch(self) -> str:
         """Create the slot, which waits for every open transaction that has written."""
         query = SQL("SELECT lsn::text FROM pg_create_logical_replication_slot({}, 'pgoutput', temporary => true)")
         try:
@@ -66,16 +66,17 @@ class PostgresHandover:
                 hint="stop the applications, end open transactions (pg_stat_activity) and prepared ones",
             ) from exc
         self._watched = parse_lsn(lsn)
-        return self._watched
+        return format_lsn(self._watched)
 
     def nudge(self) -> None:
         """Commit a logical message, which moves the stream and is no write."""
         nudge(self._connection)
 
-    def behind_bytes(self) -> int:
-        """How far the mirror is behind the watched position; 0 when it is there or past it."""
+    def behind(self) -> str:
+        """How far the mirror is behind the watched position; empty when it is there or past it."""
         position = self._position()
-        return max(self._watched - position, 0) if isinstance(position, int) else self._watched
+        missing = max(self._watched - position, 0) if isinstance(position, int) else self._watched
+        return f"{missing:,} bytes" if missing else ""
 
     def writes(self) -> tuple[str, ...]:
         """Tables with writes that committed since `watch`: what the slot would send, without taking it."""

@@ -7,10 +7,11 @@ from contextlib import closing
 from functools import partial
 from typing import Final
 
-from cdc.barrier import Barrier
+from cdc.change import TableName
 from cdc.config import SinkConfig, SourceConfig
 from cdc.cutover import CutoverResult, cutover
 from cdc.errors import FatalError
+from cdc.mirroring import Mirroring
 from cdc.position import SourcePosition
 from cdc.postgres.connection import connect, translated_errors
 from cdc.postgres.cutover import PostgresHandover
@@ -18,52 +19,62 @@ from cdc.postgres.digest import Comparison, plan_comparison
 from cdc.postgres.preflight_server import reveal
 from cdc.postgres.publication import captured_tables
 from cdc.postgres.publication_setup import drop_publications, existing_publications
+from cdc.postgres.resync import resync
 from cdc.postgres.schema import read_tables
 from cdc.postgres.slot import drop_slot
 from cdc.postgres.target import CopyTarget
-from cdc.verify import VerifyReport, verify_at_barrier
+from cdc.resync import ResyncReport, Wanted
+from cdc.verify import verify_at_barrier
+from cdc.verify_report import VerifyReport
 
 
-def verify_pair(source: SourceConfig, sink: SinkConfig, barrier: Barrier) -> VerifyReport:
+def verify_pair(mirroring: Mirroring) -> VerifyReport:
     """Compare all captured tables; exact where the barrier is."""
+    source, sink = mirroring.source, mirroring.sink
     comparison = _comparison(source, sink)
     return verify_at_barrier(
         partial(comparison.source_view, reveal(source.url)),
         partial(comparison.target_view, reveal(sink.url)),
-        barrier,
+        mirroring.barrier,
         comparison.tables,
         workers=sink.copy.workers,
     )
 
 
-def cut_over_pair(
-    source: SourceConfig,
-    sink: SinkConfig,
-    barrier: Barrier,
-    *,
-    position: Callable[[], SourcePosition | None],
-    timeout_seconds: float,
-    progress: Callable[[str], None],
-) -> CutoverResult:
-    """Make the mirror the database to write to. position: reads where it stands."""
+def cut_over_pair(mirroring: Mirroring, *, timeout_seconds: float, progress: Callable[[str], None]) -> CutoverResult:
+    """Make the mirror the database to write to."""
+    source, sink = mirroring.source, mirroring.sink
+    assert mirroring.position is not None, "a daemon runs"
     handover = PostgresHandover(
         reveal(source.url),
         reveal(sink.url),
         publications=_publications(source),
         sink=sink,
         tables=_comparison(source, sink).tables,
-        position=position,
+        position=mirroring.position,
     )
     with closing(handover):
-        return cutover(
-            handover, partial(verify_pair, source, sink, barrier), timeout_seconds=timeout_seconds, progress=progress
-        )
+        return cutover(handover, partial(verify_pair, mirroring), timeout_seconds=timeout_seconds, progress=progress)
+
+
+def resync_pair(mirroring: Mirroring, table: TableName, wanted: Wanted, *, dry_run: bool) -> ResyncReport:
+    """Put single rows right, in order with the stream."""
+    with connect(reveal(mirroring.source.url)) as left, connect(reveal(mirroring.sink.url)) as right:
+        comparison = plan_comparison(left, right, mirroring.sink, [table])
+    if table in comparison.problems:
+        raise FatalError(comparison.problems[table])
+    return resync(mirroring, comparison, table, wanted, dry_run=dry_run)
 
 
 def stored_position(sink: SinkConfig) -> SourcePosition | None:
     """Where the mirror itself says that it stands; `None` if it was never filled."""
     position = CopyTarget(sink).stored_position()
     return None if position is None else position.source
+
+
+def left_at_source(source: SourceConfig) -> str:
+    """What `drop_source` removes."""
+    return f"slot {source.slot}, publication {source.publication}"
 
 
 def drop_source(source: SourceConfig) -> None:

@@ -82,6 +82,10 @@ class PostgresSnapshot:
         """Column name -> type name, of the columns that COPY's binary format carries exactly."""
         return {c.name: c.base_type_name for c in self._tables[table].replicated_columns if c.binary_exact}
 
+    def end(self, table: TableName) -> Lsn:  # noqa: ARG002 - the protocol's
+        """The position: all tables are read as they were there."""
+        return self.position
+
     def reader(self) -> PostgresReader:
         """Open a connection into the snapshot; from any thread."""
         return PostgresReader(self.connect(), self._filters)

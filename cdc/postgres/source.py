@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 import psycopg
@@ -37,7 +37,7 @@ from cdc.postgres.slot import (
 )
 from cdc.postgres.snapshot import PostgresSnapshot, open_snapshot
 from cdc.preflight import require
-from cdc.source import Estimate
+from cdc.source import Estimate, Facts
 from cdc.status import CaptureStats, SlotStats
 
 log = structlog.get_logger()
@@ -47,18 +47,6 @@ IDLE_SECONDS: Final = 1.0
 
 OBSERVE_SECONDS: Final = 5.0
 """How often the server is asked for the end of its log and the state of the slot."""
-
-
-class Facts(Protocol):
-    """Small facts that survive a restart, kept beside the queue."""
-
-    def get(self, key: str) -> str | None:
-        """The fact, if it is known."""
-        ...
-
-    def set(self, key: str, value: str | None) -> None:
-        """Durable on return."""
-        ...
 
 
 class PostgresSource:

@@ -25,6 +25,7 @@ from cdc.postgres.dump import KEY_KINDS, SchemaDump
 from cdc.postgres.preparation import ANALYZE, Preparation, mirrored_columns, rename_relations, renames
 from cdc.postgres.schema import SchemaTable, database_identity, read_tables
 from cdc.postgres.sequences import SequenceValue, set_sequences
+from cdc.source import Chunk
 
 log = structlog.get_logger()
 
@@ -33,7 +34,12 @@ T = TypeVar("T")
 
 
 class CopyTarget:
-    """What a PostgreSQL mirror does for the copy: a part of `cdc.sink.Mirror`. Every method has its own connection."""
+    """What a PostgreSQL mirror does for the copy: a part of `cdc.sink.Mirror`. Every method has its own connection.
+
+    consistent: each table is, from the first change on, as it was when the transaction at hand committed.
+    """
+
+    consistent = True
 
     def __init__(self, config: SinkConfig) -> None:
         assert config.url is not None, "cdc.config derives one"
@@ -115,6 +121,13 @@ class CopyTarget:
         connection = connect(self.url, application_name="cdc-copy")
         self.silence_triggers(connection)
         return PostgresLoader(connection, self.config, self._columns)
+
+    def pending(self, table: TableName, position: SourcePosition, chunks: Callable[[], Sequence[Chunk]]) -> list[Chunk]:  # noqa: ARG002
+        """All of it: parts of different snapshots would not be one table."""
+        return list(chunks())
+
+    def chunk_copied(self, chunk: Chunk, rows: int) -> None:
+        """Parts are not kept: see `pending`."""
 
     def table_copied(self, table: TableName, position: SourcePosition, rows: int) -> None:
         """Record durably that a table is complete as of `position`."""

@@ -21,7 +21,8 @@ from cdc.postgres.cutover import PostgresHandover
 from cdc.postgres.digest import plan_comparison
 from cdc.postgres.schema import read_tables
 from cdc.postgres.sequences import read_sequences, set_sequences
-from cdc.verify import VerifyReport, verify_at_barrier
+from cdc.verify import verify_at_barrier
+from cdc.verify_report import VerifyReport
 from tests.servers import Database
 
 SINK = SinkConfig(name="mirror", source="shop")

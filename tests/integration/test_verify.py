@@ -16,7 +16,8 @@ from cdc.errors import TransientError
 from cdc.postgres.connection import connect
 from cdc.postgres.digest import Comparison, plan_comparison
 from cdc.postgres.schema import read_tables
-from cdc.verify import Comparable, KeyRange, RangeDigest, TableReport, VerifyReport, verify
+from cdc.verify import Comparable, KeyRange, RangeDigest, verify
+from cdc.verify_report import TableReport, VerifyReport
 from tests import types
 from tests.conftest import NewDatabase
 from tests.processes import wait_until

@@ -20,7 +20,8 @@ from cdc.position import SourcePosition, parse_lsn
 from cdc.postgres.connection import connect
 from cdc.postgres.digest import Comparison, plan_comparison
 from cdc.postgres.schema import read_tables
-from cdc.verify import VerifyReport, verify_at_barrier
+from cdc.verify import verify_at_barrier
+from cdc.verify_report import VerifyReport
 from tests.processes import wait_until
 from tests.servers import Database
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import pytest
@@ -53,6 +53,9 @@ class FakeSource:
     def binary_columns(self, table: TableName) -> dict[str, str]:
         return self.exact
 
+    def end(self, table: TableName) -> int:
+        return self.position
+
     def check(self) -> None:
         if self.lost:
             raise TransientError("the snapshot is lost")
@@ -77,6 +80,7 @@ class FakeMirror:
         self.calls: list[object] = []
         self.binary: set[bool] = set()
         self.fail_on: bytes | None = None
+        self.kept: list[Chunk] = []
 
     def copied(self) -> Mapping[TableName, int]:
         return dict(self.done)
@@ -87,8 +91,14 @@ class FakeMirror:
     def column_types(self, table: TableName) -> dict[str, str]:
         return {"id": "integer"}
 
+    def pending(self, table: TableName, position: int, chunks: Callable[[], Sequence[Chunk]]) -> list[Chunk]:
+        return [chunk for chunk in chunks() if chunk not in self.kept]
+
     def loader(self) -> FakeMirror:
         return self
+
+    def chunk_copied(self, chunk: Chunk, rows: int) -> None:
+        self.kept.append(chunk)
 
     def load(self, table: TableName, blocks: Iterable[bytes], *, binary: bool) -> int:
         self.binary.add(binary)

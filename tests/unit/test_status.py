@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from cdc.position import describe_position
 from cdc.queue import QueueStats
 from cdc.status import (
     CaptureStats,
@@ -155,3 +156,11 @@ def test_f108_snapshot_is_cheap_and_does_not_grow() -> None:
         sizes.add(len(to_json(take(capture, sink))) - len(str(capture.changes["insert"])))
     assert len(sizes) == 1
     assert time.monotonic() - began < 1
+
+
+def test_resume_tokens_are_shown_as_times() -> None:
+    token = b"1\x00\x00\x00\x02_data\x00!\x00\x00\x00826553F100000000022B0429296E1404\x00\x00"
+    assert describe_position(token.hex()) == "2023-11-14 22:13:20"
+    assert describe_position("16/B374D848") == "16/B374D848"
+    assert describe_position("") == ""
+    assert describe_position("ab" * 30) == "ab" * 10 + "…"

@@ -21,7 +21,8 @@ from cdc import verify as subject
 from cdc.barrier import HttpBarrier, NoBarrier
 from cdc.change import TableName
 from cdc.errors import FatalError, TransientError
-from cdc.verify import Comparable, KeyRange, Keys, RangeDigest, RowDigest, TableReport, VerifyReport, render, verify
+from cdc.verify import Comparable, KeyRange, RangeDigest, RowDigest, verify
+from cdc.verify_report import Keys, TableReport, VerifyReport, render
 
 TABLE = TableName("public", "t")
 

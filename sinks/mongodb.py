@@ -1,0 +1,315 @@
+"""A mirror in another MongoDB database, or on another server: final states a batch, with the position behind them.
+
+The position is in `cdc_positions` in the target (see `cdc.mongodb.positions`). Where a batch comes down to whole
+documents it is stored after them: applied again, they are what they are. Where deltas are needed, data and position are
+one transaction, if the target has such. How changes become writes is in `cdc.mongodb.apply`; the initial copy's side in
+`cdc.mongodb.target`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from operator import is_
+from typing import Final
+
+import msgspec
+import structlog
+from pymongo.client_session import ClientSession
+from pymongo.errors import OperationFailure, PyMongoError
+
+from cdc.change import DDL, INSERT, Batch, Change, Ddl, TableName, Transaction
+from cdc.config import SinkConfig
+from cdc.errors import ResyncRequired, TransientError
+from cdc.mongodb.apply import Applier, Misfit
+from cdc.mongodb.client import Client, connect, to_cdc_error, translated_errors
+from cdc.mongodb.ddl import DdlApplier
+from cdc.mongodb.fold import Folded, Segment, fold, segments
+from cdc.mongodb.moment import moment
+from cdc.mongodb.positions import DURABLE, CollectionState, Positions, Standing
+from cdc.mongodb.target import MongoCopyTarget
+from cdc.position import Position, SourcePosition
+from cdc.sink import Applied, Reread
+
+Work = Mapping[TableName, Folded | list[Change]]
+
+MAX_IN_TRANSACTION: Final = 10_000
+"""Changes in source order that may be one transaction: servers end one after a minute."""
+
+log = structlog.get_logger()
+
+
+class _Todo(msgspec.Struct, frozen=True):
+    """What `apply` has to do: folded segments, and for which batches and which collections in order they are."""
+
+    batches: Sequence[Batch]
+    in_order: frozenset[TableName]
+    steps: Sequence[tuple[Segment, Work]]
+
+    def is_about(self, batches: Sequence[Batch], in_order: set[TableName]) -> bool:
+        """Whether these very batches were looked at, under the same conditions."""
+        return len(batches) == len(self.batches) and all(map(is_, batches, self.batches)) and in_order == self.in_order
+
+
+class _Connection(msgspec.Struct):
+    """All that lives from `open` to `close`.
+
+    latest: the newest moment that a copy holds: changes up to it may have to be left out.
+    """
+
+    client: Client
+    session: ClientSession
+    positions: Positions
+    applier: Applier
+    ddl: DdlApplier
+    standing: Standing
+    transactions: bool
+    latest: int
+
+
+class MongodbSink(MongoCopyTarget):
+    """A mirror. Implements `cdc.sink.Mirror`."""
+
+    def __init__(self, config: SinkConfig, *, reread: Reread | None = None) -> None:
+        super().__init__(config)
+        self._reread = reread
+        self._connection: _Connection | None = None
+        self._through: bytes | None = None
+        self._ahead: _Todo | None = None
+
+    def open(self) -> Position | None:
+        """Connect, become the only writer, and return the position stored in the target."""
+        self.close()
+        client = connect(self.url, application_name=f"cdc sink {self.name}")
+        try:
+            with translated_errors():
+                self._connection = self._connect(client)
+        finally:
+            if self._connection is None:
+                client.close()
+        if self._connection is None:
+            return None
+        self._through = self._connection.standing.through
+        return self._connection.standing.position
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Fold ahead what `apply` is to get next."""
+        connection = self._opened()
+        if self._through is None and not connection.latest:
+            self._ahead = _look_at(batches, batches, None, frozenset(connection.ddl.in_order))
+
+    def apply(self, batches: Sequence[Batch], position: Position) -> Applied:
+        """Apply in order; then store `position`, if `batches` end with a complete transaction."""
+        connection = self._opened()
+        applier = connection.applier
+        missing, healed = applier.missing, applier.healed
+        complete = batches[-1].complete
+        with translated_errors():
+            connection.positions.check()
+            todo = self._todo(connection, batches, position)
+            fallback = stored = False
+            for segment, work in todo.steps if todo else ():
+                final = position if complete and segment.ddl is None else None
+                fell_back, stored = self._apply(connection, segment, work, final)
+                fallback |= fell_back
+                if segment.ddl is not None:
+                    _apply_ddl(connection, segment, position.seq)
+            if complete and not stored:
+                connection.positions.move(position)
+        return Applied(
+            changes=sum(batch.change_count for batch in batches),
+            missing_rows=applier.missing - missing,
+            healed_rows=applier.healed - healed,
+            fallback=fallback,
+        )
+
+    def upkeep(self, position: SourcePosition) -> None:
+        """Build what has waited for all collections to be of one moment: indexes."""
+        connection = self._opened()
+        waiting = not self.consistent or any(state.pending for state in connection.ddl.collections.values())
+        if waiting and self.finish_copy(position):
+            connection.ddl.collections = connection.positions.collections()
+
+    def close(self) -> None:
+        """Disconnect; a transaction that was open is aborted."""
+        if self._connection is not None:
+            with suppress(PyMongoError):
+                self._connection.session.end_session()
+            with suppress(PyMongoError):
+                self._connection.client.close()
+        self._connection = self._ahead = None
+
+    def _connect(self, client: Client) -> _Connection | None:
+        hello = client.admin.command("hello")
+        session = client.start_session(causal_consistency=False)
+        positions = Positions(client, self.database, self.name)
+        standing = positions.take_over(session.session_id["id"].as_uuid())
+        if standing is None:
+            return None
+        ddl = DdlApplier(client, positions, self.config.target_name)
+        present = self._present(client, ddl.collections)
+        for table in ddl.collections:
+            found = present.get(self.config.target_name(table))
+            if found is not None and (found.capped or found.has_collation):
+                ddl.in_order.add(table)
+        copies = (state.copied_from for state in ddl.collections.values())
+        return _Connection(
+            client=client,
+            session=session,
+            positions=positions,
+            applier=Applier(client, session, self.config.target_name, self._reread),
+            ddl=ddl,
+            standing=standing,
+            transactions="setName" in hello or hello.get("msg") == "isdbgrid",
+            latest=max((moment(copy) for copy in copies if copy is not None), default=0),
+        )
+
+    def _opened(self) -> _Connection:
+        if self._connection is None:
+            raise TransientError(f"sink {self.name} is not connected")
+        return self._connection
+
+    def _todo(self, connection: _Connection, batches: Sequence[Batch], position: Position) -> _Todo | None:
+        """What there is to do; `None` where all of it was done before the sink was opened."""
+        todo, self._ahead = self._ahead, None
+        through = self._through
+        if through is not None:
+            if not any(each.position == through for batch in batches for each in batch.transactions):
+                if position.seq >= connection.standing.through_seq:
+                    name = self.name
+                    raise ResyncRequired(
+                        f"sink {name}: its target is ahead of its position, by changes that do not come again",
+                        hint=f"`cdc drop {name}`, then `cdc run`: it is copied again",
+                    )
+                return None
+            self._through = None
+        if todo is None or not todo.is_about(batches, connection.ddl.in_order):
+            todo = _look_at(batches, _uncopied(connection, batches), through, frozenset(connection.ddl.in_order))
+        return todo
+
+    def _apply(
+        self, connection: _Connection, segment: Segment, work: Work, final: Position | None
+    ) -> tuple[bool, bool]:
+        """Apply a segment; True where the folded way failed, and where `final` is stored with it."""
+        _adopt(connection, segment, work)
+        applier = connection.applier
+        ordered = {table: effect for table, effect in work.items() if isinstance(effect, list)}
+        folded = {table: effect for table, effect in work.items() if isinstance(effect, Folded)}
+        applier.folded(ordered)
+        together = final if connection.transactions else None
+        deltas = any(effect.deltas for effect in folded.values())
+        misfit = again = False
+        if not deltas:
+            try:
+                with _counting(applier):
+                    applier.folded(folded)
+            except Misfit:
+                misfit = again = True
+            else:
+                return False, False
+        elif together is not None:
+            with suppress(Misfit), _transaction(connection, together):
+                applier.folded(folded)
+                return False, True
+            misfit = True
+        changes = [(table, change) for table, change in segment.changes() if table not in ordered]
+        if together is not None and len(changes) <= MAX_IN_TRANSACTION:
+            with suppress(Misfit), _transaction(connection, together):
+                applier.in_order(changes, again=again)
+                return misfit, True
+        applier.in_order(changes, again=again)
+        return misfit, False
+
+
+@contextmanager
+def _counting(applier: Applier) -> Iterator[None]:
+    """What did not work counts nothing."""
+    missing, healed = applier.missing, applier.healed
+    try:
+        yield
+    except BaseException:
+        applier.missing, applier.healed = missing, healed
+        raise
+
+
+@contextmanager
+def _transaction(connection: _Connection, position: Position) -> Iterator[None]:
+    """One transaction, that also stores a position. Raises `Misfit` where what failed may do without it."""
+    session = connection.session
+    session.start_transaction(write_concern=DURABLE)
+    try:
+        with _counting(connection.applier):
+            connection.positions.move(position, session)  # first: an older writer ends here
+            yield
+            session.commit_transaction()
+    except OperationFailure as exc:
+        if isinstance(error := to_cdc_error(exc), TransientError):
+            raise error from exc
+        log.debug("transaction refused", code=exc.code)
+        raise Misfit from exc
+    finally:
+        if session.in_transaction:
+            with suppress(PyMongoError):
+                session.abort_transaction()
+
+
+def _apply_ddl(connection: _Connection, segment: Segment, seq: int) -> None:
+    """Store before it and after it where we are: done again after what follows, it could destroy that."""
+    detail = segment.ddl.detail if segment.ddl is not None else None
+    assert isinstance(detail, Ddl)
+    if segment.whole and segment.through is not None:
+        connection.positions.move_through(segment.through, seq)
+    connection.ddl.apply(detail.kind, detail.description, segment.position, segment.table)
+    if segment.whole:
+        connection.positions.move_through(segment.position, seq)
+
+
+def _look_at(
+    batches: Sequence[Batch], uncopied: Sequence[Batch], through: bytes | None, in_order: frozenset[TableName]
+) -> _Todo:
+    return _Todo(batches, in_order, [(segment, fold(segment, in_order)) for segment in segments(uncopied, through)])
+
+
+def _adopt(connection: _Connection, segment: Segment, work: Work) -> None:
+    """Collections that appear in the stream are mirrored: what begins with an insert is new, and wholly in it."""
+    strangers = work.keys() - connection.ddl.collections.keys()
+    if not strangers:
+        return
+    for tables, transaction in segment.work:
+        for change in transaction.changes:
+            table = tables[change.table].qualified
+            if table in strangers:
+                strangers.remove(table)
+                position = transaction.position
+                assert isinstance(position, bytes)
+                if change.operation == INSERT:
+                    connection.ddl.adopt(table, position)
+                else:
+                    log.warning("not copied yet: at the next start, if it is captured", collection=str(table))
+                    connection.ddl.collections[table] = CollectionState(table=table)
+
+
+def _uncopied(connection: _Connection, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """Without what the copies hold for certain; DDL is looked at when its turn comes."""
+    if not connection.latest:
+        return batches
+    kept = [
+        msgspec.structs.replace(
+            batch, transactions=[_without_copied(connection, batch, each) for each in batch.transactions]
+        )
+        for batch in batches
+    ]
+    last = next((batch.transactions[-1] for batch in reversed(batches) if batch.transactions), None)
+    if last is not None and isinstance(last.position, bytes) and moment(last.position) > connection.latest:
+        connection.latest = 0
+    return kept
+
+
+def _without_copied(connection: _Connection, batch: Batch, transaction: Transaction) -> Transaction:
+    position = transaction.position
+    assert isinstance(position, bytes)
+    held = [connection.ddl.is_copied_later(table.qualified, position) for table in batch.tables]
+    if not any(held):
+        return transaction
+    kept = [change for change in transaction.changes if change.operation == DDL or not held[change.table]]
+    return msgspec.structs.replace(transaction, changes=kept)
