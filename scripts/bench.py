@@ -1,7 +1,8 @@
 """This daemon and PostgreSQL's own subscription do the same work in turn, between the same two servers.
 
 drain: both drain one backlog, then both follow small transactions; every run ends with proof that target and source are
-equal. limit: a bare reader takes the same backlog out of its socket, which is as fast as any reader can be.
+equal. limit: a bare reader takes the same backlog out of its socket, which is as fast as any reader can be. mongodb:
+the daemon drains a backlog of a MongoDB server: `CDC_TEST_MONGODB_URL`, a `mongod` from PATH, or a stand-in for tests.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from cdc.postgres.copy_text import COMPILED
 from tests.benchmarks.contenders import Cdc, Contender, Native
 from tests.benchmarks.drain import Drain, drain
 from tests.benchmarks.latency import Latency, latency
+from tests.benchmarks.mongodb import drain_mongodb
 from tests.benchmarks.reader import read
 from tests.benchmarks.table import Backlog, BenchFailed, create_source
+from tests.mongod.process import mongodb_url
 from tests.servers import Database, PostgresServer, ServerUnavailable
 
 SETTINGS: Final = {"shared_buffers": "128MB", "track_commit_timestamp": "on"}
@@ -147,6 +150,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything below is ended
     folder = Path(tempfile.mkdtemp(prefix="cdc-bench-"))
     try:
+        if options.command == "mongodb":
+            return _mongodb(options, folder)
         with (
             PostgresServer(fsync=True, settings=SETTINGS) as source,
             PostgresServer(fsync=True, settings=SETTINGS) as target,
@@ -158,6 +163,23 @@ def main() -> int:
         return 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def _mongodb(options: argparse.Namespace, folder: Path) -> int:
+    inserts, updates = (2_000, 1_000) if options.small else (200_000, 100_000)
+    with mongodb_url() as (url, what):
+        console.print(
+            f"Python {platform.python_version()}, {what}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
+        )
+        with console.status("filling, copying, draining"):
+            found = drain_mongodb(url, folder, inserts=inserts, updates=updates).as_json()
+    console.print(
+        f"{found['rows']:,} changes in {found['seconds']:.2f} s, equal to its source; the daemon took"
+        f" {found['cpu_us_per_change']:.1f} us of CPU a change, {found['peak_rss_mb']:.0f} MiB at most"
+    )
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 
@@ -208,6 +230,8 @@ def _parser() -> argparse.ArgumentParser:
     comparing = commands.add_parser("drain", parents=[small], help="compare with PostgreSQL's own subscription")
     comparing.add_argument("--runs", type=int, default=3, help="drains of each (%(default)s)")
     comparing.add_argument("--json", type=Path, metavar="FILE", help="write the medians there")
+    mongodb = commands.add_parser("mongodb", parents=[small], help="drain a backlog of a MongoDB server")
+    mongodb.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
     commands.add_parser("limit", parents=[small], help="only read, with a bare reader")
     return parser
 

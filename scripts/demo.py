@@ -1,7 +1,8 @@
-"""A shop is copied to a mirror and kept equal while customers buy, although the daemon is killed in the middle.
+"""Two shops are copied to mirrors and kept equal while customers buy, although the daemon is killed in the middle.
 
-Everything is real: two PostgreSQL servers, the `cdc` command as a user would type it, `kill -9`. Exit code 0 only if
-`cdc verify` says at the end that both databases are equal.
+One shop is in PostgreSQL, the other in MongoDB; one daemon mirrors both. Everything is real: two PostgreSQL servers, a
+`mongod` (where there is none on PATH, a stand-in, which the demo then says), the `cdc` command as a user would type it,
+`kill -9`. Exit code 0 only if `cdc verify` says at the end that all databases are equal.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +26,9 @@ from typing import Final
 
 from rich.console import Console
 
-from tests import shop
+from tests import orders, shop
+from tests.mongo import at
+from tests.mongod.process import mongodb_url
 from tests.processes import free_port, wait_until
 from tests.servers import PostgresServer
 
@@ -42,9 +46,14 @@ url = {source}
 pg_dump = {pg_dump}
 
 [sinks.mirror]
-kind = "postgres"
 from = "shop"
 url = {target}
+
+[sources.orders]
+url = {mongodb}
+
+[sinks.orders_backup]
+from = "orders"
 """
 
 console = Console(highlight=False)
@@ -62,12 +71,15 @@ class Sizes:
     products: int
     orders: int
     audits: int
+    documents: int
     seconds: float
     rate: float
 
 
-FULL: Final = Sizes(customers=50_000, products=3_000, orders=200_000, audits=100_000, seconds=10, rate=300)
-SMALL: Final = Sizes(customers=500, products=50, orders=1_000, audits=500, seconds=1.5, rate=100)
+FULL: Final = Sizes(
+    customers=50_000, products=3_000, orders=200_000, audits=100_000, documents=50_000, seconds=10, rate=300
+)
+SMALL: Final = Sizes(customers=500, products=50, orders=1_000, audits=500, documents=1_000, seconds=1.5, rate=100)
 
 
 class Daemon:
@@ -125,6 +137,7 @@ class Demo:
         self.config = folder / "cdc.toml"
         self.source = PostgresServer(folder=folder / "source" if keep else None)
         self.target = PostgresServer(folder=folder / "target" if keep else None)
+        self._mongodb_url = ""
         self._http = f"127.0.0.1:{free_port()}"
         self.daemon = Daemon(folder / "daemon.log", self._http)
 
@@ -134,6 +147,13 @@ class Demo:
             server.start()
         self.source.create_database("shop")
         console.print(f"  source  {self.source.url('shop')}\n  target  {self.target.url('shop')}")
+
+    def use_mongodb(self, url: str, what: str) -> None:
+        say(f"And a MongoDB replica set, for ordersDB and its mirror ordersDB_backup: {what}.")
+        self._mongodb_url = at(url, orders.DATABASE)
+        console.print(
+            f"  source  {self._mongodb_url}\n  target  {at(url, orders.DATABASE + '_backup')}", soft_wrap=True
+        )
 
     def fill_shop(self) -> None:
         size = self.sizes
@@ -146,6 +166,9 @@ class Demo:
             shop.fill(
                 connection, customers=size.customers, products=size.products, orders=size.orders, audits=size.audits
             )
+        say(f"ordersDB gets {size.documents:,} orders, each a document, with a unique orderNo.")
+        with console.status("filling ordersDB"):
+            orders.fill(self._mongodb_url, size.documents)
 
     def write_config(self) -> None:
         say("This is the whole configuration:")
@@ -154,6 +177,7 @@ class Demo:
             "http": self._http,
             "source": self.source.url("shop"),
             "target": self.target.url("shop"),
+            "mongodb": self._mongodb_url,
             "pg_dump": str(self.source.bin_dir / "pg_dump"),
         }
         self.config.write_text(CONFIG.format_map({key: json.dumps(value) for key, value in values.items()}))
@@ -169,7 +193,10 @@ class Demo:
 
     def mirror_under_load(self) -> None:
         say(f"Customers come: about {self.sizes.rate:.0f} transactions a second, and the daemon mirrors them.")
-        with shop.Workload(self.source.url("shop"), rate=self.sizes.rate) as customers:
+        with (
+            shop.Workload(self.source.url("shop"), rate=self.sizes.rate) as customers,
+            orders.Workload(self._mongodb_url, rate=self.sizes.rate / 2) as documents,
+        ):
             pid = self.daemon.start()
             self._watch(customers)
             run("status")
@@ -182,11 +209,26 @@ class Demo:
             self._watch(customers)
             run("status")
         done = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in customers.counts.most_common(5))
-        say(f"The customers leave after {customers.transactions:,} transactions ({done} ...).")
+        say(f"The customers leave after {customers.transactions:,} transactions ({done} ...),")
+        console.print(f"and after {documents.writes:,} writes to ordersDB.", style="bold")
 
     def verify(self) -> None:
-        say("Are both databases equal? Each server hashes its own rows; the hashes are compared.")
+        wait_until(self._caught_up, timeout_seconds=60, what="the copy of ordersDB to be caught up with")
+        say("Are the databases equal? PostgreSQL's servers hash their own rows, MongoDB's documents are hashed here.")
         run("verify")
+
+    def sync(self) -> None:
+        say("Somebody spoils an order on the mirror. Verify finds it, and that one order is synced by hand.")
+        orders.spoil(self._mongodb_url)
+        show("verify orders_backup")
+        if not subprocess.run([CDC, "verify", "orders_backup"], stdin=subprocess.DEVNULL, check=False).returncode:
+            raise DemoFailed("cdc verify did not notice it")
+        run("sync", "orders_backup", f"{orders.DATABASE}.orders", "--where", '{"orderNo": "ORDER7"}')
+        run("verify")
+
+    def _caught_up(self) -> bool:
+        status = json.loads(subprocess.run([CDC, "status", "--json"], capture_output=True, check=False).stdout)
+        return bool(status["sinks"]["orders_backup"]["state"] == "running")
 
     def _watch(self, customers: shop.Workload) -> None:
         """Let customers move money about, and count it in the mirror all the while."""
@@ -223,18 +265,21 @@ def main() -> int:
             ending.callback(demo.source.stop)
             ending.callback(demo.target.stop)
         ending.callback(demo.daemon.stop)
-        return _perform(demo, keep=options.keep)
+        mongodb = ending.enter_context(mongodb_url())
+        return _perform(demo, mongodb, keep=options.keep)
 
 
-def _perform(demo: Demo, *, keep: bool) -> int:
+def _perform(demo: Demo, mongodb: tuple[str, str], *, keep: bool) -> int:
     started = time.monotonic()
     try:
         demo.start_servers()
+        demo.use_mongodb(*mongodb)
         demo.fill_shop()
         demo.write_config()
         demo.copy()
         demo.mirror_under_load()
         demo.verify()
+        demo.sync()
     except (DemoFailed, TimeoutError) as exc:
         console.print(f"\nThe demo failed: {exc}", style="bold red", markup=False)
         return 1
@@ -257,7 +302,7 @@ def _say_what_stays(demo: Demo) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument("--small", action="store_true", help="few rows, a few seconds")
-    parser.add_argument("--keep", action="store_true", help="leave the servers running and say where they are")
+    parser.add_argument("--keep", action="store_true", help="leave the PostgreSQL servers running, say where they are")
     return parser
 
 
@@ -266,10 +311,10 @@ def show(name: str, suffix: str = "") -> None:
     console.print(f"[bold cyan]$ cdc {name}{suffix}")
 
 
-def run(name: str) -> None:
+def run(name: str, *arguments: str) -> None:
     """Run a `cdc` command in sight; `DemoFailed` if it says that something is wrong."""
-    show(name)
-    done = subprocess.run([CDC, name], stdin=subprocess.DEVNULL, check=False)
+    show(shlex.join([name, *arguments]))
+    done = subprocess.run([CDC, name, *arguments], stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise DemoFailed(f"cdc {name} ended with exit code {done.returncode}")
 

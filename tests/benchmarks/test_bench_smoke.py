@@ -68,3 +68,13 @@ def test_what_is_lost_or_changed_is_noticed(source_db: Database, target_db: Data
     target_db.execute(damage)
     with pytest.raises(BenchFailed, match="differs"):
         require_equal(source_db, target_db)
+
+
+def test_mongodb_drains_a_backlog_and_writes_what_it_cost(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    output = bench("mongodb", "--small", "--json", file)
+    assert "3,000 changes" in output
+    found = json.loads(file.read_text())
+    assert sorted(found) == ["cpu_us_per_change", "peak_rss_mb", "rows", "seconds"]
+    assert found["rows"] == 3_000
+    assert all(value > 0 for value in found.values())

@@ -1,0 +1,170 @@
+"""`cdc` drains a backlog of a MongoDB server: what it costs the daemon, the server's own work left out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import pymongo
+from bson.raw_bson import RawBSONDocument
+from pymongo import InsertOne, UpdateOne
+
+from cdc.mongodb.client import RAW
+from tests.benchmarks.contenders import Usage
+from tests.benchmarks.table import BenchFailed
+from tests.mongo import at
+from tests.processes import kill_tree, wait_until
+
+TIMEOUT_SECONDS: Final = 600
+
+_CONFIG: Final = """\
+[daemon]
+data_dir = {data_dir}
+http = "127.0.0.1:0"
+
+[queue]
+min_free_bytes = 100_000_000
+
+[sources.bench]
+url = {source}
+
+[sinks.mirror]
+from = "bench"
+url = {target}
+"""
+
+
+@dataclass(frozen=True)
+class MongoResult:
+    """One drain, proven to have made an equal mirror."""
+
+    rows: int
+    seconds: float
+    usage: Usage
+
+    def as_json(self) -> dict[str, Any]:
+        """With the keys that others look for."""
+        return {
+            "cpu_us_per_change": round(self.usage.cpu_seconds / self.rows * 1e6, 2),
+            "seconds": round(self.seconds, 3),
+            "rows": self.rows,
+            "peak_rss_mb": round(self.usage.peak_rss_mb, 1),
+        }
+
+
+def drain_mongodb(url: str, folder: Path, *, inserts: int, updates: int) -> MongoResult:
+    """Fill an empty mirror, write the backlog while the daemon is away, and let it drain that.
+
+    The clock runs from the daemon's start, before it has read anything, until the mirror has the last change.
+    """
+    with pymongo.MongoClient[dict[str, Any]](url) as client:
+        for name in ("bench", "bench_backup"):
+            client.drop_database(name)
+        client.bench.create_collection("items")
+        config = folder / "mongodb.toml"
+        values = {
+            "data_dir": str(folder / "data"),
+            "source": at(url, "bench"),
+            "target": at(url, "bench_backup"),
+        }
+        config.write_text(_CONFIG.format_map({key: json.dumps(value) for key, value in values.items()}))
+        _cdc(config, "copy")
+        _write(client, inserts, updates)
+        seconds, usage = _drain(client, config, folder / "mongodb.log")
+        _require_equal(client)
+        for name in ("bench", "bench_backup"):
+            client.drop_database(name)
+    return MongoResult(inserts + updates, seconds, usage)
+
+
+def _write(client: pymongo.MongoClient[dict[str, Any]], inserts: int, updates: int) -> None:
+    items = client.bench.items
+    for numbers in _batches(inserts):
+        items.bulk_write([InsertOne(_item(number)) for number in numbers], ordered=False)
+    for numbers in _batches(updates):
+        items.bulk_write(
+            [UpdateOne({"_id": number * 7919 % inserts}, {"$set": {"price": number}}) for number in numbers]
+        )
+    items.insert_one({"_id": "last"})
+
+
+def _batches(count: int, size: int = 5_000) -> Iterator[range]:
+    for first in range(0, count, size):
+        yield range(first, min(first + size, count))
+
+
+def _item(number: int) -> dict[str, Any]:
+    return {
+        "_id": number,
+        "name": f"item {number}",
+        "price": number / 100,
+        "tags": ["a", "b"],
+        "stock": {"here": number % 100, "there": 7},
+        "note": "x" * 60,
+        "active": number % 2 == 0,
+    }
+
+
+def _drain(client: pymongo.MongoClient[dict[str, Any]], config: Path, log: Path) -> tuple[float, Usage]:
+    mirror = client.bench_backup.items
+    with log.open("ab") as output:
+        process = subprocess.Popen(_command(config, "run"), stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+    try:
+        wait_until(
+            lambda: process.poll() is not None or b'"started"' in log.read_bytes(),
+            timeout_seconds=60,
+            what=lambda: f"the daemon to start; it says: {log.read_text()[-2000:]}",
+        )
+        if process.poll() is not None:
+            raise BenchFailed(f"the daemon ended: {log.read_text()[-2000:]}")
+        started, before = time.monotonic(), _cpu_seconds(process.pid)
+        wait_until(
+            lambda: mirror.find_one({"_id": "last"}) is not None,
+            timeout_seconds=TIMEOUT_SECONDS,
+            what=lambda: f"the backlog to be drained; it says: {log.read_text()[-2000:]}",
+        )
+        usage = Usage(_cpu_seconds(process.pid) - before, _peak_rss_mb(process.pid))
+        return time.monotonic() - started, usage
+    finally:
+        kill_tree(process.pid)
+        process.wait()
+
+
+def _require_equal(client: pymongo.MongoClient[dict[str, Any]]) -> None:
+    source, mirror = (
+        client[name].get_collection("items", codec_options=RAW).find(hint=[("_id", 1)]).sort("_id", 1)
+        for name in ("bench", "bench_backup")
+    )
+    for number, (one, other) in enumerate(zip(source, mirror, strict=True)):
+        assert isinstance(one, RawBSONDocument)
+        assert isinstance(other, RawBSONDocument)
+        if one.raw != other.raw:
+            raise BenchFailed(f"document {number} differs")
+
+
+def _cdc(config: Path, name: str) -> None:
+    done = subprocess.run(_command(config, name), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchFailed(f"cdc {name}: {done.stderr}")
+
+
+def _command(config: Path, name: str) -> list[str]:
+    return [sys.executable, str(Path(__file__).parents[2] / "cli.py"), "--config", str(config), name]
+
+
+def _cpu_seconds(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def _peak_rss_mb(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
