@@ -79,10 +79,10 @@ def raw_documents(database: MongoDatabase, name: str) -> list[bytes]:
     return [bytes(document.raw) for document in found]
 
 
-def at(url: str, database: str) -> str:
-    """The URL with a database in its path."""
+def at(url: str, database: str, *more: str) -> str:
+    """The URL with a database in its path, and more options."""
     before, _, options = url.partition("?")
-    return f"{before.rstrip('/')}/{database}?{options}"
+    return f"{before.rstrip('/')}/{database}?{'&'.join(filter(None, (options, *more)))}"
 
 
 def sink_config(url: str, source: MongoDatabase, target: MongoDatabase, **options: Any) -> SinkConfig:

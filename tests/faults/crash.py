@@ -22,9 +22,12 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
+from tests.command import Cdc
+from tests.faults import crash_mongodb
 from tests.faults.crash_load import SCHEMA, TABLES, Load
 from tests.faults.crash_watch import Watcher
 from tests.faults.daemon import Daemon
+from tests.mongod.process import STAND_IN, StandIn, start_server
 from tests.processes import wait_until
 from tests.servers import Database, PostgresServer
 
@@ -251,13 +254,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is ended
     folder = Path(tempfile.mkdtemp(prefix="cdc-crash-"))
     try:
+        if options.mongodb:
+            return _crash_mongodb(folder, options)
         result = CrashTest(folder, kills=options.kills, seed=options.seed, progress=_say).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if options.json is not None:
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+    _write(options.json, result)
     _print(result)
     return 1 if result.problems else 0
+
+
+def _crash_mongodb(folder: Path, options: argparse.Namespace) -> int:
+    """Half of the kills with looked-up documents, half with deltas alone."""
+    results = []
+    with start_server() as server:
+        _say(f"server               {STAND_IN if isinstance(server, StandIn) else 'mongod'}")
+        for full_document in ("updateLookup", "off"):
+            place = folder / full_document
+            place.mkdir()
+            test = crash_mongodb.CrashTest(
+                Cdc(place), server.url, f"crash_{full_document}",
+                kills=options.kills // 2, seed=options.seed, full_document=full_document, faults=True,
+            )  # fmt: skip
+            results.append(result := test.run(_say))
+            _say(f"full_document        {full_document}")
+            _say(f"kills of the daemon  {result.kills}, seed {result.seed}, failing commands in {result.faults} lives")
+            _say(f"writes               {result.writes:,} rounds")
+            for problem in result.problems:
+                _say(f"PROBLEM: {problem}")
+            if not result.problems:
+                _say(f"Equal: {result.documents:,} documents, byte for byte. Nothing lost, nothing doubled.")
+    _write(options.json, results)
+    return 1 if any(result.problems for result in results) else 0
+
+
+def _write(file: Path | None, result: object) -> None:
+    if file is not None:
+        file.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
 
 
 def _print(result: Result) -> None:
@@ -282,6 +315,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/crash", description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="how often the daemon is killed (200)")
     parser.add_argument("--seed", type=int, default=1, help="chooses load and moments (1)")
+    parser.add_argument("--mongodb", action="store_true", help="of MongoDB mirrors, while the server fails too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     return parser
 
