@@ -10,7 +10,8 @@ import msgspec
 from cdc.change import DDL, INSERT, Batch, Change, Ddl, Table, TableName, Transaction
 from cdc.errors import DecodeError
 from cdc.mongodb import walk
-from cdc.mongodb.event import Event, decode, fragment, join, namespace, quick, renamed_to
+from cdc.mongodb.event import Event, decode, fragment, join, namespace, renamed_to
+from cdc.mongodb.plain_events import take_plain
 from cdc.mongodb.scope import Scope
 
 PART_BYTES: Final = 1024 * 1024
@@ -51,27 +52,20 @@ class Assembler:
 
     def feed(self, events: Sequence[bytes], at: int) -> int:
         """Take events from index `at` on, until they are a batch's worth; returns the index to go on from."""
-        transactions, table_of = self._transactions, self._table_of
-        size = self._size
-        for at in range(at, len(events)):  # noqa: B020, PLR1704 - the loop goes on from it
-            raw = events[at]
-            event = quick(raw)
-            if event is None or self._open or self._fragments:
-                self._size = size
-                self._thoroughly(raw)
-                size = self._size
-            else:
-                self.token = token = event.token
-                table = table_of.get(event.namespace)
-                if table is None:
-                    table = self._add_table(event.namespace)
-                if table >= 0:
-                    size += len(raw)
-                    transactions.append(Transaction(token, token, event.commit_time, 0, 0, True, [event.change(table)]))
-            if size >= PART_BYTES or self.moved_in:
+        while at < len(events):
+            before = at
+            if not self._open and not self._fragments:
+                room = max(PART_BYTES - self._size, 1)
+                at, size, token = take_plain(events, at, room, self._table_of, self._transactions)
+                self._size += size
+                if token is not None:
+                    self.token, self.invalidated = token, False
+            if at == before:
+                self._thoroughly(events[at])
+                at += 1
+            if self._size >= PART_BYTES or self.moved_in:
                 break
-        self._size = size
-        return at + 1
+        return at
 
     def exhausted(self, post_batch_token: bytes | None, *, empty: bool) -> None:
         """A reply was used up. empty: it held no event, so the server had nothing more for now.

@@ -154,7 +154,7 @@ def get_document(data: bytes, name: bytes) -> bytes | None:
     return data[element.start : document_end(data, element.start)]
 
 
-def array_items(data: bytes, at: int = 0) -> list[bytes]:
+def array_items_in_python(data: bytes, at: int = 0) -> list[bytes]:
     """The documents in an array of nothing else, such as a cursor's batch. Where `at` is the array's start."""
     last = document_end(data, at) - 1
     at += 4
@@ -245,3 +245,11 @@ def _unpacked(unpack: object, data: bytes, start: int) -> int:
     except error:
         raise DecodeError(f"BSON value truncated at byte {start}") from None
     return int(number)
+
+
+try:
+    from cdc.mongodb import _events
+except ImportError:
+    array_items = array_items_in_python
+else:
+    array_items = _events.array_items

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_elements_make_up_the_document(data: bytes) -> None:
 @given(documents.flatmap(lambda data: st.tuples(st.just(data), st.integers(0, len(data) - 1))))
 def test_truncated_documents_are_refused(cut: tuple[bytes, int]) -> None:
     data, length = cut
-    for read in (walk.fields, lambda data: list(walk.elements(data)), walk.array_items):
+    for read in (walk.fields, lambda data: list(walk.elements(data)), walk.array_items, walk.array_items_in_python):
         with pytest.raises(DecodeError):
             read(data[:length])
 
@@ -80,14 +81,22 @@ def test_nothing_but_decode_errors(data: bytes) -> None:
     for read in (walk.fields, lambda data: list(walk.elements(data)), walk.array_items, lambda d: walk.find(d, b"a")):
         with suppress(DecodeError):
             read(data)
+    assert items_or_none(walk.array_items, data) == items_or_none(walk.array_items_in_python, data)
+
+
+def items_or_none(read: Callable[[bytes], list[bytes]], data: bytes) -> list[bytes] | None:
+    with suppress(DecodeError):
+        return read(data)
+    return None
 
 
 def test_array_items_are_the_documents_themselves() -> None:
     inner = [bson.encode({"n": number, "x": "y" * number}) for number in range(12)]
     data = bson.encode({"batch": [RawBSONDocument(document) for document in inner]})
-    assert walk.array_items(data, walk.fields(data)[b"batch"][1]) == inner
-    with pytest.raises(DecodeError, match="no document"):
-        walk.array_items(bson.encode({"0": 1}))
+    for read in (walk.array_items, walk.array_items_in_python):
+        assert read(data, walk.fields(data)[b"batch"][1]) == inner
+        with pytest.raises(DecodeError, match="no document"):
+            read(bson.encode({"0": 1}))
 
 
 def test_values() -> None:

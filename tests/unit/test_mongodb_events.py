@@ -11,12 +11,13 @@ from bson import Int64, Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc.change import DDL, DELETE, INSERT, UPDATE, Batch, Ddl, Delta
+from cdc.change import DDL, DELETE, INSERT, UPDATE, Batch, Ddl, Delta, Transaction
 from cdc.config import TableGlobs
 from cdc.errors import DecodeError
 from cdc.mongodb import walk
 from cdc.mongodb.assembly import PART_BYTES, Assembler, key_of
 from cdc.mongodb.event import decode, fragment, join, quick
+from cdc.mongodb.plain_events import take_plain, take_plain_in_python
 from cdc.mongodb.scope import Scope
 
 WALL: Final = dt.datetime(2024, 5, 1, 12, 30, tzinfo=dt.UTC)
@@ -140,6 +141,43 @@ def test_malformed_events_are_refused(raw: bytes, message: str) -> None:
 
 
 anything = st.sampled_from([*EVENTS, *OTHERS])
+
+
+def plain(take: Any, events: list[bytes], room: int, tables: dict[bytes, int]) -> tuple[Any, list[Transaction]]:
+    """What is taken, and how far it went."""
+    transactions: list[Transaction] = []
+    return take(events, 0, room, tables, transactions), transactions
+
+
+@pytest.mark.parametrize("take", [take_plain, take_plain_in_python])
+def test_plain_events_are_taken_up_to_the_first_that_is_not(take: Any) -> None:
+    """The same function twice where nothing was compiled."""
+    orders, left_out = (bson.encode({"db": "shop", "coll": coll}) for coll in ("orders", "tmp"))
+    tables = {orders: 3, left_out: -2}
+    (at, size, token), found = plain(
+        take, [event(1), event(2, coll="tmp"), event(3, "delete"), event(4, "drop")], 10**6, tables
+    )
+    assert [(each.position, each.changes[0].table) for each in found] == [
+        (bson.encode({"_data": number}), 3) for number in ("0001", "0003")
+    ]
+    assert (at, size, token) == (3, len(event(1)) + len(event(3, "delete")), bson.encode({"_data": "0003"}))
+    (at, _, token), found = plain(take, [event(1, coll="new")], 10**6, tables)
+    assert (at, token, found) == (0, None, []), "its table is not known yet"
+    (at, _, _), found = plain(take, [event(number) for number in range(9)], len(event(1)) * 3, tables)
+    assert at == len(found) == 3
+
+
+@given(
+    st.lists(
+        st.tuples(anything, st.integers(0, 400), st.binary(max_size=3)) | st.binary().map(lambda b: (b, 0, b"")),
+        max_size=3,
+    ),
+    st.integers(1, 1000),
+)
+def test_compiled_or_not_the_same_is_taken(parts: list[tuple[bytes, int, bytes]], room: int) -> None:
+    damaged = [raw[:at] + other + raw[at + len(other) :] for raw, at, other in parts]
+    tables = {bson.encode({"db": "shop", "coll": "orders"}): 0}
+    assert plain(take_plain, damaged, room, tables) == plain(take_plain_in_python, damaged, room, tables)
 
 
 @given(anything.flatmap(lambda raw: st.tuples(st.just(raw), st.integers(0, len(raw) - 1))))

@@ -1,0 +1,182 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""`array_items` of `cdc.mongodb.walk` and `take_plain` of `cdc.mongodb.plain_events`, compiled.
+
+Built where a C compiler is there when the package is installed; without it everything works the same, but slower.
+"""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memchr, memcmp
+
+from cdc.change import Change, Delta, Transaction
+from cdc.errors import DecodeError
+
+cdef enum:
+    REPLACE = -1
+    INSERT = 0
+    UPDATE = 1
+    DELETE = 2
+    SMALLEST = 5  # bytes of an empty document
+
+
+cdef struct Part:
+    Py_ssize_t start
+    Py_ssize_t end
+
+
+cdef struct Plain:
+    int operation
+    int64_t milliseconds  # of the commit, since 1970
+    Part token, after, namespace, key, description  # start is 0 where there is none
+
+
+def array_items(bytes data, Py_ssize_t at=0):
+    """See `cdc.mongodb.walk.array_items`."""
+    cdef const unsigned char *d = data
+    cdef Py_ssize_t length = len(data), last, start
+    cdef const void *found
+    cdef uint32_t size
+    cdef list items = []
+    if at < 0 or length - at < SMALLEST or at + <Py_ssize_t> u32(d + at) > length or u32(d + at) < SMALLEST:
+        raise DecodeError(f"BSON array truncated at byte {at}")
+    last = at + <Py_ssize_t> u32(d + at) - 1
+    if d[last] != 0:
+        raise DecodeError(f"BSON array at byte {at} is not ended by a zero")
+    at += 4
+    while at < last:
+        if d[at] != 3:
+            raise DecodeError(f"array item at byte {at} is no document but of type 0x{d[at]:02x}")
+        found = memchr(d + at + 1, 0, last - at - 1)
+        if found is NULL:
+            raise DecodeError(f"BSON array truncated at byte {at}")
+        start = <const unsigned char *> found - d + 1
+        if last - start < SMALLEST:
+            raise DecodeError(f"BSON array truncated at byte {at}")
+        size = u32(d + start)
+        at = start + <Py_ssize_t> size
+        if size < SMALLEST or at > last:
+            raise DecodeError(f"BSON document at byte {start}: its length is said to be {size}")
+        items.append(data[start:at])
+    return items
+
+
+def take_plain(events, Py_ssize_t at, Py_ssize_t room, dict table_of, list transactions):
+    """See `cdc.mongodb.plain_events.take_plain_in_python`."""
+    cdef Py_ssize_t count = len(events), size = 0, namespace_size = -1
+    cdef const unsigned char *d
+    cdef const unsigned char *known = NULL
+    cdef Plain plain
+    cdef bytes raw, namespace = b"", token = None
+    cdef object table = None, after, detail, commit_time
+    while at < count and size < room:
+        raw = events[at]
+        d = raw
+        if not read(d, len(raw), &plain):
+            break
+        if plain.namespace.end - plain.namespace.start != namespace_size or memcmp(
+            d + plain.namespace.start, known, namespace_size
+        ):
+            namespace = raw[plain.namespace.start:plain.namespace.end]
+            known, namespace_size = namespace, len(namespace)
+            table = table_of.get(namespace)
+        if table is None:
+            break
+        token = raw[plain.token.start:plain.token.end]
+        at += 1
+        if table < 0:
+            continue
+        size += len(raw)
+        after = raw[plain.after.start:plain.after.end] if plain.after.start else None
+        detail = Delta(raw[plain.description.start:plain.description.end]) if plain.operation == UPDATE else None
+        change = Change(
+            UPDATE if plain.operation == REPLACE else plain.operation,
+            table,
+            raw[plain.key.start:plain.key.end],
+            None,
+            after,
+            detail,
+        )
+        commit_time = plain.milliseconds  # a Python number before it grows: a hostile one must not wrap around
+        transactions.append(Transaction(token, token, commit_time * 1000, 0, 0, True, [change]))
+    return at, size, token
+
+
+cdef bint read(const unsigned char *d, Py_ssize_t length, Plain *plain) noexcept nogil:
+    """Read an event whose fields come in the order in which servers write them; false if it is any other."""
+    cdef Py_ssize_t at = 4, seconds_at
+    plain.after.start = plain.description.start = 0
+    if not document(d, length, &at, b"\x03_id\x00", 5, &plain.token):
+        return False
+    if not has(d, length, at, b"\x02operationType\x00", 15) or length - at < 15 + 4 + 8 + 13 + 8:
+        return False
+    at += 15
+    if u32(d + at) == 7:
+        if not memcmp(d + at + 4, b"insert\x00", 7):
+            plain.operation = INSERT
+        elif not memcmp(d + at + 4, b"update\x00", 7):
+            plain.operation = UPDATE
+        elif not memcmp(d + at + 4, b"delete\x00", 7):
+            plain.operation = DELETE
+        else:
+            return False
+        at += 11
+    elif u32(d + at) == 8 and not memcmp(d + at + 4, b"replace\x00", 8):
+        plain.operation = REPLACE
+        at += 12
+    else:
+        return False
+    if memcmp(d + at, b"\x11clusterTime\x00", 13):
+        return False
+    seconds_at = at + 13 + 4
+    at += 13 + 8
+    if has(d, length, at, b"\x05collectionUUID\x00", 16):  # with showExpandedEvents
+        if length - at < 21:
+            return False
+        at += 21 + <Py_ssize_t> u32(d + at + 16)
+    if has(d, length, at, b"\x09wallTime\x00", 10) and length - at >= 18:
+        plain.milliseconds = <int64_t> (<uint64_t> u32(d + at + 14) << 32 | u32(d + at + 10))
+        at += 18
+    else:
+        plain.milliseconds = <int64_t> u32(d + seconds_at) * 1000
+    if has(d, length, at, b"\x0afullDocument\x00", 14):
+        at += 14
+    elif has(d, length, at, b"\x03fullDocument\x00", 14) and not document(
+        d, length, &at, b"\x03fullDocument\x00", 14, &plain.after
+    ):
+        return False
+    if not document(d, length, &at, b"\x03ns\x00", 4, &plain.namespace):
+        return False
+    if not document(d, length, &at, b"\x03documentKey\x00", 13, &plain.key):
+        return False
+    if plain.operation == UPDATE:
+        if not document(d, length, &at, b"\x03updateDescription\x00", 19, &plain.description):
+            return False
+    elif plain.operation != DELETE and not plain.after.start:
+        return False
+    return at == length - 1
+
+
+cdef inline bint document(
+    const unsigned char *d, Py_ssize_t length, Py_ssize_t *at, const char *name, Py_ssize_t name_size, Part *part
+) noexcept nogil:
+    """Step over a document of this name (with its type), and note where it is; false if there is none."""
+    cdef Py_ssize_t start = at[0] + name_size
+    cdef uint32_t size
+    if not has(d, length, at[0], name, name_size) or length - start < SMALLEST:
+        return False
+    size = u32(d + start)
+    if size < SMALLEST or <Py_ssize_t> size > length - start:
+        return False
+    part.start = start
+    part.end = at[0] = start + <Py_ssize_t> size
+    return True
+
+
+cdef inline bint has(
+    const unsigned char *d, Py_ssize_t length, Py_ssize_t at, const char *name, Py_ssize_t name_size
+) noexcept nogil:
+    """Whether these bytes are there."""
+    return at <= length - name_size and not memcmp(d + at, name, name_size)
+
+
+cdef inline uint32_t u32(const unsigned char *d) noexcept nogil:
+    return <uint32_t> d[0] | <uint32_t> d[1] << 8 | <uint32_t> d[2] << 16 | <uint32_t> d[3] << 24
