@@ -24,7 +24,7 @@ from cdc.errors import ResyncRequired, TransientError
 from cdc.mongodb.apply import Applier, Misfit
 from cdc.mongodb.client import Client, connect, to_cdc_error, translated_errors
 from cdc.mongodb.ddl import DdlApplier
-from cdc.mongodb.fold import Folded, Segment, fold, segments
+from cdc.mongodb.fold import Folded, Segment, fold, is_through, segments
 from cdc.mongodb.moment import moment
 from cdc.mongodb.positions import DURABLE, CollectionState, Positions, Standing
 from cdc.mongodb.target import MongoCopyTarget
@@ -174,7 +174,7 @@ class MongodbSink(MongoCopyTarget):
         todo, self._ahead = self._ahead, None
         through = self._through
         if through is not None:
-            if not any(each.position == through for batch in batches for each in batch.transactions):
+            if not any(is_through(each, through) for batch in batches for each in batch.transactions):
                 if position.seq >= connection.standing.through_seq:
                     name = self.name
                     raise ResyncRequired(

@@ -128,7 +128,7 @@ def segments(batches: Sequence[Batch], after: bytes | None = None) -> list[Segme
     """
     work = [(batch.tables, transaction) for batch in batches for transaction in batch.transactions]
     if after is not None:
-        work = work[next((n for n, (_, each) in enumerate(work, 1) if each.position == after), 0) :]
+        work = work[max((n for n, (_, each) in enumerate(work, 1) if is_through(each, after)), default=0) :]
     found: list[Segment] = []
     begin = 0
     through: bytes | None = None
@@ -151,6 +151,11 @@ def segments(batches: Sequence[Batch], after: bytes | None = None) -> list[Segme
         through = position
     found.append(Segment(work[begin:]))
     return found
+
+
+def is_through(transaction: Transaction, position: bytes) -> bool:
+    """Whether a position is a transaction's. Parts of it are not it, though they may have the same one."""
+    return transaction.complete and transaction.position == position
 
 
 def _table(tables: tuple[Table, ...], ddl: Change) -> TableName | None:

@@ -241,3 +241,12 @@ def test_collections_in_order_are_not_folded() -> None:
     effects = fold(segment, {TableName("shop", "items")})
     assert effects[ITEMS.qualified] == [changes[1], changes[3]]
     assert isinstance(effects[ORDERS.qualified], Folded)
+
+
+def test_f75_a_mark_is_behind_all_parts_of_a_transaction() -> None:
+    """F75: parts may have one position. One that is applied already is so with all of its parts."""
+    changes = [Change(INSERT, 0, key(number), None, key(number)) for number in range(3)]
+    parts = [Tx(b"1", b"1", 0, 0, number, number == 2, [change]) for number, change in enumerate(changes)]
+    batches = [Batch((ORDERS,), [part], b"1", 0) for part in parts]
+    (rest,) = segments(batches, after=b"1")
+    assert list(rest.changes()) == []
