@@ -115,7 +115,7 @@ class MongodbSink(MongoCopyTarget):
                 if segment.ddl is not None:
                     _apply_ddl(connection, segment, position.seq)
             if complete and not stored:
-                connection.positions.move(position)
+                connection.positions.move(position, passes=self._through is None)
         return Applied(
             changes=sum(batch.change_count for batch in batches),
             missing_rows=applier.missing - missing,

@@ -129,9 +129,13 @@ class Positions:
             if self._collection.find_one(self._mine, {"_id": 1}) is None:
                 raise self._lost()
 
-    def move(self, position: Position, session: ClientSession | None = None) -> None:
-        """Store a position, in the transaction of `session` if it has one. Raises `TransientError` as `check` does."""
-        self._change({"$set": _fields(position)}, session)
+    def move(self, position: Position, session: ClientSession | None = None, *, passes: bool = True) -> None:
+        """Store a position, in the transaction of `session` if it has one. Raises `TransientError` as `check` does.
+
+        passes: it is at or behind what `move_through` was told last (whose batch may be an earlier one than was said).
+        """
+        through = {"$min": {"through_seq": Int64(position.seq)}} if passes else {}
+        self._change({"$set": _fields(position), **through}, session)
 
     def move_through(self, through: bytes, seq: int) -> None:
         """Store that everything up to a transaction is applied, that one included; the position stays.

@@ -11,6 +11,7 @@ from bson import ObjectId
 from pymongo.errors import PyMongoError
 from pymongo.monitoring import CommandListener
 
+from cdc.change import TableName
 from cdc.errors import PermanentError, ResyncRequired, TransientError
 from cdc.mongodb import client as clients
 from cdc.mongodb.positions import POSITIONS
@@ -214,3 +215,29 @@ def test_f94_data_and_position_are_one_transaction_where_deltas_are_needed(
         assert any("commitTransaction" in command for command in commands.seen)
     finally:
         pair.close()
+
+
+def test_f94_a_mark_of_how_far_collections_are_counts_until_it_is_passed(
+    pair: MongoPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F94: what comes after a drop fails; then the batches come in other groups, and there is another failure."""
+    batches = []
+    for number in range(3):
+        pair.source.items.insert_one({"_id": number})
+        if number == 1:
+            pair.source.orders.insert_one({"_id": 1})
+            pair.source.orders.drop()
+        batches.append(pair.batch())
+
+    def fails(*_: object, **__: object) -> None:
+        raise TransientError("away")
+
+    assert pair.sink.open() is not None
+    monkeypatch.setattr(pair.sink._opened().positions, "move", fails)
+    with pytest.raises(TransientError):
+        pair.deliver(*batches)
+    pair.seq = 0
+    for group in (batches[:2], batches[2:]):
+        pair.sink.close()
+        pair.deliver(*group)
+    pair.check_equal()
