@@ -127,7 +127,8 @@ class MongodbSink(MongoCopyTarget):
         """Build what has waited for all collections to be of one moment: indexes."""
         connection = self._opened()
         waiting = not self.consistent or any(state.pending for state in connection.ddl.collections.values())
-        if waiting and self.finish_copy(position):
+        if waiting:
+            self.finish_copy(position)
             connection.ddl.collections = connection.positions.collections()
 
     def close(self) -> None:

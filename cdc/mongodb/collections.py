@@ -27,6 +27,7 @@ SYSTEM_DATABASES: Final = frozenset({"admin", "config", "local"})
 
 NAMESPACE_NOT_FOUND: Final = 26
 NAMESPACE_EXISTS: Final = 48
+_DUPLICATE_KEY: Final = 11000
 
 _COPIED_OPTIONS: Final = frozenset(
     (b"capped", b"size", b"max", b"validator", b"validationLevel", b"validationAction", b"collation",
@@ -193,16 +194,25 @@ def portable_index(spec: bytes) -> bytes:
     return walk.joined(parts)
 
 
-def create_indexes(client: Client, name: TableName, indexes: Sequence[Index]) -> None:
-    """Build indexes as a mirror has them. What is there already is left alone, so that it may be repeated."""
+def create_indexes(client: Client, name: TableName, indexes: Sequence[Index]) -> bool:
+    """Build indexes as a mirror has them. What is there already is left alone, so that it may be repeated.
+
+    False, and none of them is built, where documents do not fit a unique one.
+    """
     if not indexes:
-        return
+        return True
     command = {
         "createIndexes": name.name,
         "indexes": [RawBSONDocument(portable_index(index.spec)) for index in indexes],
     }
     with translated_errors():
-        client[name.schema].command(command)
+        try:
+            client[name.schema].command(command)
+        except OperationFailure as exc:
+            if exc.code != _DUPLICATE_KEY:
+                raise
+            return False
+    return True
 
 
 def drop_index(client: Client, name: TableName, index: str) -> None:

@@ -21,6 +21,7 @@ from cdc.mongodb.client import Client, connect, database_name, translated_errors
 from cdc.mongodb.collections import (
     Catalog,
     CollectionInfo,
+    Index,
     as_index,
     create_collection,
     create_indexes,
@@ -179,9 +180,10 @@ class MongoCopyTarget:
         """There are none."""
 
     def finish_copy(self, position: SourcePosition) -> bool:
-        """Build all indexes, once the stream has passed every collection's copy; `False` until then.
+        """Build all indexes, once the stream has passed every collection's copy; `False` until all are built.
 
-        Unique ones could not be kept earlier: before that moment documents of different ones may be together.
+        Unique ones could not be kept earlier: before that moment documents of different ones may be together. So they
+        may later, where images were looked up: then they are tried again.
         """
         with self._session() as client:
             positions = Positions(client, self.database, self.name)
@@ -191,18 +193,27 @@ class MongoCopyTarget:
                 return False
             self.consistent = True
             present = self._present(client, states)
+            complete = True
             for state in states.values():
                 if state.pending:
-                    if self.config.target_name(state.table) in present:  # or a mirrored drop has taken it
-                        self._build(client, state)
-                    positions.put([msgspec.structs.replace(state, pending=())])
-        return True
+                    exists = self.config.target_name(state.table) in present  # or a mirrored drop has taken it
+                    left = self._build(client, state) if exists else []
+                    positions.put([msgspec.structs.replace(state, pending=tuple(index.spec for index in left))])
+                    complete &= not left
+        return complete
 
-    def _build(self, client: Client, state: CollectionState) -> None:
+    def _build(self, client: Client, state: CollectionState) -> list[Index]:
+        """Build what is pending; return what could not be."""
         indexes = [as_index(spec) for spec in state.pending]
         name = self.config.target_name(state.table)
         log.info("building indexes", sink=self.name, collection=str(name), indexes=[index.name for index in indexes])
-        create_indexes(client, name, indexes)
+        plain = [index for index in indexes if not index.unique]
+        groups = [plain, *([index] for index in indexes if index.unique)]
+        left = [index for group in groups if not create_indexes(client, name, group) for index in group]
+        if left:
+            names = [index.name for index in left]
+            log.warning("documents do not fit unique indexes yet", collection=str(name), indexes=names)
+        return left
 
     def _present(self, client: Client, tables: Collection[TableName]) -> dict[TableName, CollectionInfo]:
         names = {self.config.target_name(table) for table in tables}

@@ -348,3 +348,17 @@ def test_f116_what_a_killed_writer_left_open_holds_up_nobody(copying: Copying) -
         assert copying.copy(target=target).complete
         with pytest.raises(OperationFailure):
             session.commit_transaction()
+
+
+def test_f82_documents_of_several_moments_do_not_keep_a_unique_index_from_being_built(copying: Copying) -> None:
+    """F82: the stream has images of its own that were looked up later; the index waits until they fit."""
+    copying.db.orders.create_index("n", unique=True)
+    copying.db.orders.insert_many([{"_id": 1, "n": 1}, {"_id": 2, "n": 2}])
+    copying.copy()
+    copying.mirror_db.orders.update_one({"_id": 2}, {"$set": {"n": 1}})
+    target = copying.target()
+    assert not target.finish_copy(LATER)
+    assert target.pending_indexes() == [copying.name("orders")]
+    copying.mirror_db.orders.update_one({"_id": 1}, {"$set": {"n": 2}})
+    assert target.finish_copy(LATER)
+    assert copying.mirror_db.orders.index_information()["n_1"]["unique"]
