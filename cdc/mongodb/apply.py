@@ -113,7 +113,10 @@ class Applier:
             self._fits(self._writer.update(target, parts, ordered=False).failures)
 
     def _deltas(self, target: TableName, changes: Sequence[Change]) -> None:
-        parts = [statement for change in changes for statement in _statements(change)]
+        try:
+            parts = [statement for change in changes for statement in _statements(change)]
+        except DeltaError as exc:
+            raise Misfit from exc
         done = self._writer.update(target, parts, ordered=True)
         self._fits(done.failures)
         if done.n != len(parts):
@@ -135,22 +138,22 @@ class Applier:
 
     def _run(self, table: TableName, changes: Sequence[Change]) -> None:
         """Changes of one collection that are all deletes, or none of them: as one command, if all goes well."""
-        target = self._target_name(table)
         deletes = changes[0].operation == DELETE
-        parts: list[bytes] = []
-        owners: list[int] = []
-        for index, change in enumerate(changes):
-            try:
-                own = [deletion(_id(change))] if deletes else _statements(change)
-            except DeltaError:
-                if parts:
-                    self._run(table, changes[:index])
-                self._one(table, change)
-                if index + 1 < len(changes):
-                    self._run(table, changes[index + 1 :])
-                return
-            parts += own
-            owners += [index] * len(own)
+        own = [[deletion(_id(change))] if deletes else _understood(change) for change in changes]
+        at = 0
+        while at < len(changes):
+            end = next((n for n in range(at, len(changes)) if own[n] is None), len(changes))
+            if at < end:
+                at += self._together(table, changes[at:end], [parts or [] for parts in own[at:end]])
+            else:
+                self._one(table, changes[at])
+                at += 1
+
+    def _together(self, table: TableName, changes: Sequence[Change], own: Sequence[Sequence[bytes]]) -> int:
+        """Execute each change's own statements, up to the first that fails, which is resolved; return how many."""
+        target, deletes = self._target_name(table), changes[0].operation == DELETE
+        parts = [part for each in own for part in each]
+        owners = [index for index, each in enumerate(own) for _ in each]
         write = self._writer.delete if deletes else self._writer.update
         done = write(target, parts, ordered=True)
         if self._session.in_transaction:
@@ -161,14 +164,13 @@ class Applier:
             self._count(changes, done, deletes=deletes)
         executed = done.failures[0].index if done.failures else len(parts)
         if not deletes and done.n < executed:  # a delta has found nothing: which?
-            upto = owners[executed] if done.failures else len(changes)
+        upto = owners[executed] if done.failures else len(changes)
             for change in changes[:upto]:
                 self._one(table, change)
-        if done.failures:
-            failed = owners[executed]
-            self._one(table, changes[failed])
-            if failed + 1 < len(changes):
-                self._run(table, changes[failed + 1 :])
+        if not done.failures:
+            return upto
+        self._one(table, changes[upto])
+        return upto + 1
 
     def _count(self, changes: Sequence[Change], done: Outcome, *, deletes: bool) -> None:
         if deletes:
@@ -322,6 +324,14 @@ def _statements(change: Change) -> list[bytes]:
 
 def _runs(changes: Iterable[tuple[TableName, Change]]) -> Iterator[tuple[TableName, list[Change]]]:
     """Neighbours of one collection that one command can carry: deletes, or others."""
+def _understood(change: Change) -> list[bytes] | None:
+    """The same; `None` where its delta cannot be written as statements."""
+    try:
+        return _statements(change)
+    except DeltaError:
+        return None
+
+
     current: tuple[TableName, bool] | None = None
     run: list[Change] = []
     for table, change in changes:

@@ -485,3 +485,18 @@ def test_f78_views_and_time_series_are_not_made(pair: MongoPair) -> None:
         events.append(bson.encode({**created, "ns": ns, "operationDescription": options}))
     pair.deliver(pair.batch([*events]))
     assert pair.target.list_collection_names() == [POSITIONS]
+
+
+def test_f71_many_changes_that_must_be_read_again(pair: MongoPair) -> None:
+    """F71, F72: a thousand in a row, each of which no statement can say."""
+    document = {"_id": 1, "n": {"a.b": list(range(1200))}}
+    pair.source.orders.insert_one(document)
+    pair.deliver()
+    events = []
+    pair.source.orders.update_one({"_id": 1}, {"$set": {"x": 1}})
+    (event,) = [bson.decode(each) for each in pair.events()]
+    for number in range(1100):
+        description = {"updatedFields": {"x": 1}, "removedFields": [], "truncatedArrays": [], "odd": number}
+        events.append(bson.encode({**event, "fullDocument": None, "updateDescription": description}))
+    pair.deliver(pair.batch(events))
+    pair.check_equal()
