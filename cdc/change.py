@@ -61,7 +61,8 @@ class Column(msgspec.Struct, frozen=True, array_like=True):
 class Table(msgspec.Struct, frozen=True, array_like=True):
     """A table (or collection) in one version of its shape. Two versions of a table are unequal.
 
-    identity: PostgreSQL's replica identity: `d`efault, `i`ndex, `f`ull, `n`othing.
+    identity: PostgreSQL's replica identity: `d`efault, `i`ndex, `f`ull, `n`othing. Where a document of MongoDB is to be
+        read again: its collection's UUID in hexadecimal, if that is known.
     """
 
     schema: str

@@ -158,7 +158,7 @@ class MongodbSink(MongoCopyTarget):
             client=client,
             session=session,
             positions=positions,
-            applier=Applier(client, session, self.config.target_name, self._reread),
+            applier=Applier(client, session, self.config.target_name, ddl.uuid, self._reread),
             ddl=ddl,
             standing=standing,
             transactions="setName" in hello or hello.get("msg") == "isdbgrid",

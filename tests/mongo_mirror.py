@@ -15,6 +15,7 @@ from cdc.config import SinkConfig, TableGlobs
 from cdc.mongodb import walk
 from cdc.mongodb.assembly import Assembler
 from cdc.mongodb.positions import POSITIONS, Positions
+from cdc.mongodb.reread import read_again
 from cdc.mongodb.scope import Scope
 from cdc.position import Position
 from cdc.secret import Secret
@@ -116,13 +117,7 @@ class MongoPair:
     def _reread(self, table: Table, key: Image) -> Image | None:
         assert table.qualified == TableName(self.source.name, table.name)
         self.rereads.append(key)
-        collection = self.source.get_collection(table.name, codec_options=RAW)
-        found = walk.find(key, b"_id")
-        assert found is not None
-        condition = walk.document(walk.element(found.kind, b"$eq", key[found.start : found.end]))
-        wanted = RawBSONDocument(walk.document(walk.element(walk.DOCUMENT, b"_id", condition)))
-        document = collection.find_one(wanted)
-        return None if document is None else bytes(document.raw)
+        return read_again(self._raw, table, key)
 
 
 def _id(document: bytes) -> bytes:

@@ -41,7 +41,7 @@ class Misfit(Exception):
 class Applier:
     """Writes changes to the collections of one target.
 
-    target_name: where a collection of the source is mirrored to.
+    target_name: where a collection of the source is mirrored to. uuid: what the source knows it by, or nothing.
     missing, healed: documents that were not there, and that were put right, since the beginning.
     """
 
@@ -50,6 +50,7 @@ class Applier:
         client: Client,
         session: ClientSession,
         target_name: Callable[[TableName], TableName],
+        uuid: Callable[[TableName], bytes],
         reread: Reread | None,
     ) -> None:
         self.missing = 0
@@ -59,6 +60,7 @@ class Applier:
         self._session = session
         self._writer = Writer(client, session)
         self._target_name = target_name
+        self._uuid = uuid
         self._reread = reread
 
     def folded(self, work: Mapping[TableName, Folded | list[Change]]) -> None:
@@ -163,8 +165,8 @@ class Applier:
         if not self._again:
             self._count(changes, done, deletes=deletes)
         executed = done.failures[0].index if done.failures else len(parts)
-        if not deletes and done.n < executed:  # a delta has found nothing: which?
         upto = owners[executed] if done.failures else len(changes)
+        if not deletes and done.n < executed:  # a delta has found nothing: which?
             for change in changes[:upto]:
                 self._one(table, change)
         if not done.failures:
@@ -227,7 +229,7 @@ class Applier:
         """Make documents what they are at the source now, and those that are in their way too."""
         if self._reread is None:
             raise failure.error if failure else PermanentError(f"{table}: a document is missing")
-        source = Table(table.schema, table.name, (), "")
+        source = Table(table.schema, table.name, (), self._uuid(table).hex())
         before: dict[Image, Image | None] = {}
         for _ in range(ROUNDS):
             images = {key: self._reread(source, key) for key in keys.values()}
@@ -322,8 +324,6 @@ def _statements(change: Change) -> list[bytes]:
     return replacement(_id(change), change.after)
 
 
-def _runs(changes: Iterable[tuple[TableName, Change]]) -> Iterator[tuple[TableName, list[Change]]]:
-    """Neighbours of one collection that one command can carry: deletes, or others."""
 def _understood(change: Change) -> list[bytes] | None:
     """The same; `None` where its delta cannot be written as statements."""
     try:
@@ -332,6 +332,8 @@ def _understood(change: Change) -> list[bytes] | None:
         return None
 
 
+def _runs(changes: Iterable[tuple[TableName, Change]]) -> Iterator[tuple[TableName, list[Change]]]:
+    """Neighbours of one collection that one command can carry: deletes, or others."""
     current: tuple[TableName, bool] | None = None
     run: list[Change] = []
     for table, change in changes:

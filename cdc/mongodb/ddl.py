@@ -20,7 +20,14 @@ from pymongo.errors import OperationFailure
 from cdc.change import TableName
 from cdc.mongodb import walk
 from cdc.mongodb.client import Client, translated_errors
-from cdc.mongodb.collections import NAMESPACE_EXISTS, NAMESPACE_NOT_FOUND, create_command, portable_index
+from cdc.mongodb.collections import (
+    NAMESPACE_EXISTS,
+    NAMESPACE_NOT_FOUND,
+    create_command,
+    portable_index,
+    read_collections,
+)
+from cdc.mongodb.event import uuid_of
 from cdc.mongodb.moment import encode_moment, moment
 from cdc.mongodb.positions import DURABLE, CollectionState, Positions
 from cdc.mongodb.writes import DUPLICATE_KEY
@@ -85,6 +92,11 @@ class DdlApplier:
         """Whether a collection's copy holds what happened at a position, for certain."""
         return self._holds(table, moment(position))
 
+    def uuid(self, table: TableName) -> bytes:
+        """What the source knows a collection by; empty if that is not known."""
+        state = self.collections.get(table)
+        return b"" if state is None else state.uuid
+
     def adopt(self, table: TableName, position: bytes) -> None:
         """Remember that a collection is new, and that all of it comes by the stream."""
         if table not in self.collections:
@@ -102,8 +114,14 @@ class DdlApplier:
         """From here on the stream has all of it: nothing must be copied."""
         from_here = encode_moment(when - 1)
         self._put(
-            CollectionState(table=table, copied_at=from_here, copied_from=from_here, uuid=_uuid(event), made=True)
+            CollectionState(table=table, copied_at=from_here, copied_from=from_here, uuid=uuid_of(event), made=True)
         )
+
+    def _gone(self, table: TableName) -> None:
+        """What has this name from now on is another collection."""
+        state = self.collections.get(table)
+        if state is not None and (state.pending or state.expiring or state.uuid):
+            self._put(msgspec.structs.replace(state, pending=(), expiring=(), uuid=b""))
 
     def _create(self, table: TableName, event: bytes, when: int) -> None:
         options = walk.get_document(event, b"operationDescription") or walk.EMPTY
@@ -122,8 +140,7 @@ class DdlApplier:
         target = self._target_name(table)
         self._run(target.schema, {"drop": target.name}, harmless=NAMESPACE_NOT_FOUND)
         self.in_order.discard(table)
-        if (state := self.collections.get(table)) is not None and (state.pending or state.expiring):
-            self._put(msgspec.structs.replace(state, pending=(), expiring=()))
+        self._gone(table)
 
     def _drop_database(self, table: TableName, event: bytes, when: int) -> None:
         """One by one, and only what is mirrored: our own collection is there too."""
@@ -141,7 +158,10 @@ class DdlApplier:
             return
         if state is None or self._holds(table, when):
             log.warning("renamed from what is not mirrored: copied at the next start", collection=str(to))
-            self._put(CollectionState(table=to, uuid=_uuid(event), made=True))
+            self._put(CollectionState(table=to, uuid=uuid_of(event), made=True))
+            return
+        if not self._is_present(old):
+            self._gone(table)  # done before, and what is known of it must not be lost
             return
         if table in self.in_order:
             self.in_order.add(to)
@@ -150,8 +170,11 @@ class DdlApplier:
         self._put(msgspec.structs.replace(state, table=to))
         command = {"renameCollection": f"{old.schema}.{old.name}", "to": f"{new.schema}.{new.name}", "dropTarget": True}
         self._run("admin", command, harmless=NAMESPACE_NOT_FOUND)
-        self._put(msgspec.structs.replace(state, pending=(), expiring=()))
+        self._gone(table)
         self.in_order.discard(table)
+
+    def _is_present(self, name: TableName) -> bool:
+        return bool(read_collections(self._client, databases=[name.schema], wanted=name.__eq__))
 
     def _modify(self, table: TableName, event: bytes, when: int) -> None:  # noqa: ARG002 - one signature for all
         options = dict(_description(event).items())
@@ -250,8 +273,3 @@ def _namespace(event: bytes, name: bytes) -> TableName:
 def _description(event: bytes) -> RawBSONDocument:
     """`operationDescription`; empty where the stream was opened without `showExpandedEvents`."""
     return RawBSONDocument(walk.get_document(event, b"operationDescription") or walk.EMPTY)
-
-
-def _uuid(event: bytes) -> bytes:
-    found = walk.find(event, b"collectionUUID") if event != walk.EMPTY else None
-    return b"" if found is None or found.kind != walk.BINARY else event[found.start + 5 : found.end]

@@ -203,6 +203,12 @@ def renamed_to(raw: bytes) -> TableName | None:
     return None if target is None else namespace(target)
 
 
+def uuid_of(raw: bytes) -> bytes:
+    """What the server knows the event's collection by; empty where it does not tell (without `showExpandedEvents`)."""
+    found = walk.find(raw, b"collectionUUID")
+    return b"" if found is None or found.kind != walk.BINARY else raw[found.start + 5 : found.end]
+
+
 def _document(raw: bytes, found: Fields, name: bytes) -> bytes | None:
     place = found.get(name)
     if place is None:

@@ -10,15 +10,13 @@ from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 import structlog
-from bson.raw_bson import RawBSONDocument
 from pymongo.errors import PyMongoError
 
 from cdc.change import Batch, Image, Table, TableName
 from cdc.config import Config, SourceConfig
-from cdc.errors import DecodeError, FatalError, TransientError
-from cdc.mongodb import walk
+from cdc.errors import DecodeError, TransientError
 from cdc.mongodb.assembly import PART_BYTES, Assembler
-from cdc.mongodb.client import RAW, AsyncClient, Client, connect, connect_async, translated_errors
+from cdc.mongodb.client import AsyncClient, Client, connect, connect_async, translated_errors
 from cdc.mongodb.collections import Catalog, mirrored, read_catalog, read_collections
 from cdc.mongodb.deployment import (
     STALLED_SECONDS,
@@ -28,8 +26,10 @@ from cdc.mongodb.deployment import (
     one_router,
     read_oplog,
 )
+from cdc.mongodb.event import uuid_of
 from cdc.mongodb.fingerprint import FACT, check, encode, fingerprint
 from cdc.mongodb.moment import moment
+from cdc.mongodb.reread import read_again, read_all
 from cdc.mongodb.scope import scope_of
 from cdc.mongodb.snapshot import MongoSnapshot, estimate_size
 from cdc.mongodb.stream import ChangeStream, Reply, Start, start_at, stream_options, stream_pipeline
@@ -175,16 +175,8 @@ class MongoSource:
         return MongoSnapshot(self._url, self.tables())
 
     def reread(self, table: Table, image: Image) -> Image | None:
-        """Read one document as it is now, by the `_id` in `image`; `None` if it is gone."""
-        found = walk.find(image, b"_id")
-        if found is None:
-            raise FatalError("a document cannot be read again without its _id")
-        equal = walk.document(walk.element(found.kind, b"$eq", image[found.start : found.end]))
-        by_id = walk.document(walk.element(walk.DOCUMENT, b"_id", equal))
-        collection = self._asking()[table.schema].get_collection(table.name, codec_options=RAW)
-        with translated_errors():
-            document = collection.find_one(RawBSONDocument(by_id))
-        return None if document is None else bytes(document.raw)
+        """Read one document as it is now, by the `_id` in `image`: see `cdc.mongodb.reread`."""
+        return read_again(self._asking(), table, image)
 
     def nudge(self) -> None:
         """Advance the cluster's time, so that an idle stream passes what happened before. Takes a privilege."""
@@ -274,20 +266,17 @@ class MongoSource:
     def _moved_batches(self, assembler: Assembler) -> Iterator[Batch]:
         """All documents, as they are now: what happens to them after the rename comes by the stream once more."""
         assert assembler.moved_in is not None
-        name, _ = assembler.moved_in
+        name, event = assembler.moved_in
         log.info("reading a collection that was renamed to a captured name", source=self.name, collection=str(name))
+        uuid = uuid_of(event.detail.description) if event.detail is not None else b""
         documents: list[bytes] = []
         size = 0
-        with (
-            translated_errors(),
-            self._asking()[name.schema].get_collection(name.name, codec_options=RAW).find() as all_,
-        ):
-            for document in all_:
-                documents.append(bytes(document.raw))
-                size += len(documents[-1])
-                if size >= PART_BYTES:
-                    yield assembler.moved_batch(documents, complete=False)
-                    documents, size = [], 0
+        for document in read_all(self._asking(), name, uuid):
+            documents.append(document)
+            size += len(document)
+            if size >= PART_BYTES:
+                yield assembler.moved_batch(documents, complete=False)
+                documents, size = [], 0
         yield assembler.moved_batch(documents, complete=True)
 
     async def _observe_server(self) -> None:

@@ -500,3 +500,20 @@ def test_f71_many_changes_that_must_be_read_again(pair: MongoPair) -> None:
         events.append(bson.encode({**event, "fullDocument": None, "updateDescription": description}))
     pair.deliver(pair.batch(events))
     pair.check_equal()
+
+
+def test_f66_f72_what_must_be_read_again_was_renamed_meanwhile(pair: MongoPair) -> None:
+    """F66, F72: the document is to be found under its collection's new name, and not where another one has the old."""
+    orders = pair.source.orders
+    orders.insert_many([{"_id": 1, "a": {"b": 1}}, {"_id": 2, "a": {"b": 1}}])
+    pair.deliver()
+    for number in (1, 2):
+        orders.update_one({"_id": number}, {"$set": {"a.b": 2}})
+        orders.update_one({"_id": number}, {"$set": {"a": 5}})
+    later = [bson.encode({**bson.decode(event), "fullDocument": None}) for event in pair.events()]
+    pair.target.orders.update_many({}, {"$set": {"a": 5}})  # an image that was looked up later
+    orders.rename("archive")
+    orders.insert_one({"_id": 2, "other": 1})
+    pair.deliver(pair.batch(later))
+    pair.deliver()
+    pair.check_equal()

@@ -241,3 +241,28 @@ def test_f94_a_mark_of_how_far_collections_are_counts_until_it_is_passed(
         pair.sink.close()
         pair.deliver(*group)
     pair.check_equal()
+
+
+def test_f66_f79_a_rename_that_is_repeated_loses_nothing(pair: MongoPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F66, F79: it is done, and that it is was not stored. What the indexes are at the source is still known."""
+    pair.source.orders.create_index("at", expireAfterSeconds=5)
+    pair.deliver()
+    pair.source.orders.rename("archive")
+    batch = pair.batch()
+
+    def fails(*_: object) -> None:
+        raise TransientError("away")
+
+    for attempt in range(2):
+        assert pair.sink.open() is not None
+        if not attempt:
+            monkeypatch.setattr(pair.sink._opened().positions, "move_through", fails)
+            with pytest.raises(TransientError):
+                pair.deliver(batch)
+    pair.deliver(batch)
+    states = pair.sink._opened().positions.collections()
+    archive = states[TableName(pair.source.name, "archive")]
+    assert archive.expiring
+    assert archive.uuid
+    assert not states[TableName(pair.source.name, "orders")].expiring
+    pair.check_equal()

@@ -272,6 +272,24 @@ def test_f66_renamed_into_the_scope_is_read(mongodb: str, mongo_database: MongoD
         assert reader.kinds()[drop + 1 :].count(f"insert {name}.orders") in {3001, 3002}  # the new one may come twice
 
 
+def test_f66_renamed_into_the_scope_and_on(mongodb: str, mongo_database: MongoDatabase) -> None:
+    """F66: what is read is the collection that was renamed, wherever it is by then, and not what has its name."""
+    name = mongo_database.name
+    config = configure(mongodb, f"{name}.orders*")
+    mongo_database.tmp.insert_many([{"_id": number} for number in range(10)])
+    mongo_database.other.insert_one({"_id": "other"})
+    with streaming(config) as reader:
+        mongo_database.tmp.rename("orders")
+        mongo_database.orders.rename("orders_2")
+        mongo_database.other.rename("orders")
+        mongo_database.orders_2.insert_one({"_id": "last"})
+        reader.until(lambda: f"insert {name}.orders_2" in reader.kinds())
+        kinds = reader.kinds()
+        renamed = kinds.index(f"rename {name}.orders")
+        assert kinds[: renamed + 1].count(f"insert {name}.orders") in {10, 11}, kinds
+        assert kinds[renamed + 1 :].count(f"insert {name}.orders") == 1, kinds
+
+
 def test_f117_sinks_on_the_same_server_are_left_out(stand_in: Any, stand_in_client: Client) -> None:
     sinks = {"backup": {"from": "shop", "url": stand_in.url, "rename": {"shop": "shop_backup"}}}
     config = configure(stand_in.url, "*", sinks=sinks, show_expanded_events=False)
