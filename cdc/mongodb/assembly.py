@@ -104,13 +104,14 @@ class Assembler:
         """The stream starts again after `token`: fragments come again from the first one."""
         self._fragments.clear()
 
-    def moved_batch(self, documents: Sequence[bytes], *, complete: bool) -> Batch:
-        """A part of what was in the collection that was `moved_in`; complete: the last one."""
+    def moved_batch(self, made: Sequence[Ddl], documents: Sequence[bytes], *, complete: bool) -> Batch:
+        """A part of what was in the collection that was `moved_in`; complete: the last one. made: how it is made."""
         assert self.moved_in is not None
         name, event = self.moved_in
         changes: list[Change] = []
         if not self._ordinal:
-            changes.append(Change(DDL, 0, None, None, None, Ddl("drop", _description(event))))
+            ddl = [Ddl("drop", _description(event)), *made]
+            changes += [Change(DDL, 0, None, None, None, each) for each in ddl]
         changes += [Change(INSERT, 0, key_of(document), None, document) for document in documents]
         transaction = Transaction(event.token, event.token, event.commit_time, 0, self._ordinal, complete, changes)
         self._ordinal += len(changes)

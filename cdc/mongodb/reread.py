@@ -7,11 +7,11 @@ from typing import Final
 
 from bson.raw_bson import RawBSONDocument
 
-from cdc.change import Image, Table, TableName
+from cdc.change import Ddl, Image, Table, TableName
 from cdc.errors import FatalError, TransientError
 from cdc.mongodb import walk
 from cdc.mongodb.client import RAW, Client, translated_errors
-from cdc.mongodb.collections import read_collections
+from cdc.mongodb.collections import read_collections, read_indexes
 
 _ATTEMPTS: Final = 10
 
@@ -45,6 +45,27 @@ def read_again(client: Client, table: Table, image: Image) -> Image | None:
         if not uuid or located(client, table.qualified, uuid) == name:
             return None if document is None else bytes(document.raw)
     raise TransientError(f"{table.qualified} changes its name as fast as it is looked for")
+
+
+def made_as(client: Client, name: TableName, uuid: bytes) -> list[Ddl]:
+    """What made a collection as it is, options and indexes, as its events would tell; nothing if it is gone."""
+    place = located(client, name, uuid)
+    made = []
+    for found in read_collections(client, databases=[name.schema], wanted=lambda other: other == place):
+        made.append(Ddl("create", _event(found.uuid, found.options)))
+        if specs := [index.spec for index in read_indexes(client, found.name)]:
+            items = (walk.element(walk.DOCUMENT, b"%d" % number, spec) for number, spec in enumerate(specs))
+            indexes = walk.element(walk.ARRAY, b"indexes", walk.joined(items))
+            made.append(Ddl("createIndexes", _event(found.uuid, walk.document(indexes))))
+    return made
+
+
+def _event(uuid: bytes, description: bytes) -> bytes:
+    binary = walk.int32(len(uuid)) + b"\x04" + uuid
+    return walk.document(
+        walk.element(walk.BINARY, b"collectionUUID", binary),
+        walk.element(walk.DOCUMENT, b"operationDescription", description),
+    )
 
 
 def read_all(client: Client, name: TableName, uuid: bytes) -> Iterator[bytes]:

@@ -29,7 +29,7 @@ from cdc.mongodb.deployment import (
 from cdc.mongodb.event import uuid_of
 from cdc.mongodb.fingerprint import FACT, check, encode, fingerprint
 from cdc.mongodb.moment import moment
-from cdc.mongodb.reread import read_again, read_all
+from cdc.mongodb.reread import made_as, read_again, read_all
 from cdc.mongodb.scope import scope_of
 from cdc.mongodb.snapshot import MongoSnapshot, estimate_size
 from cdc.mongodb.stream import ChangeStream, Reply, Start, start_at, stream_options, stream_pipeline
@@ -269,15 +269,16 @@ class MongoSource:
         name, event = assembler.moved_in
         log.info("reading a collection that was renamed to a captured name", source=self.name, collection=str(name))
         uuid = uuid_of(event.detail.description) if event.detail is not None else b""
+        made = made_as(self._asking(), name, uuid)
         documents: list[bytes] = []
         size = 0
         for document in read_all(self._asking(), name, uuid):
             documents.append(document)
             size += len(document)
             if size >= PART_BYTES:
-                yield assembler.moved_batch(documents, complete=False)
+                yield assembler.moved_batch(made, documents, complete=False)
                 documents, size = [], 0
-        yield assembler.moved_batch(documents, complete=True)
+        yield assembler.moved_batch(made, documents, complete=True)
 
     async def _observe_server(self) -> None:
         assert self._client is not None

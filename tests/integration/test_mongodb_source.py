@@ -277,6 +277,7 @@ def test_f66_renamed_into_the_scope_and_on(mongodb: str, mongo_database: MongoDa
     name = mongo_database.name
     config = configure(mongodb, f"{name}.orders*")
     mongo_database.tmp.insert_many([{"_id": number} for number in range(10)])
+    mongo_database.tmp.create_index("n")
     mongo_database.other.insert_one({"_id": "other"})
     with streaming(config) as reader:
         mongo_database.tmp.rename("orders")
@@ -286,6 +287,7 @@ def test_f66_renamed_into_the_scope_and_on(mongodb: str, mongo_database: MongoDa
         reader.until(lambda: f"insert {name}.orders_2" in reader.kinds())
         kinds = reader.kinds()
         renamed = kinds.index(f"rename {name}.orders")
+        assert kinds.count(f"createIndexes {name}.orders") == 1
         assert kinds[: renamed + 1].count(f"insert {name}.orders") in {10, 11}, kinds
         assert kinds[renamed + 1 :].count(f"insert {name}.orders") == 1, kinds
 

@@ -307,8 +307,8 @@ def test_f66_renames_by_their_ends() -> None:
     assert assembler.moved_in is not None
     documents = [bson.encode({"_id": number}) for number in range(3)]
     batches = [
-        assembler.moved_batch(documents[:2], complete=False),
-        assembler.moved_batch(documents[2:], complete=True),
+        assembler.moved_batch([], documents[:2], complete=False),
+        assembler.moved_batch([], documents[2:], complete=True),
     ]
     assert [batch.transactions[0].first_ordinal for batch in batches] == [0, 3]
     assert batches[0].transactions[0].changes[0].detail == Ddl("drop", raw)
