@@ -11,6 +11,7 @@ from cdc.change import DDL, INSERT, Batch, Change, Ddl, Table, TableName, Transa
 from cdc.errors import DecodeError
 from cdc.mongodb import walk
 from cdc.mongodb.event import Event, decode, fragment, join, namespace, renamed_to
+from cdc.mongodb.moment import moment
 from cdc.mongodb.plain_events import take_plain
 from cdc.mongodb.scope import Scope
 
@@ -70,12 +71,16 @@ class Assembler:
     def exhausted(self, post_batch_token: bytes | None, *, empty: bool) -> None:
         """A reply was used up. empty: it held no event, so the server had nothing more for now.
 
-        An open transaction is over then, for its events come all at once; or if the reply ended beyond its last event.
+        An open transaction is over then, unless the server has only passed events of it that are not captured; or if
+        the reply ended at a later moment than its last event.
         """
         if self._fragments:
             return
         beyond = post_batch_token is not None and post_batch_token != self.token
-        if empty or beyond:
+        over = empty
+        if post_batch_token is not None and beyond:
+            over = _is_later(post_batch_token, self.token)
+        if over:
             self._close_transaction()
         if post_batch_token is not None and beyond:
             self.token = post_batch_token
@@ -226,6 +231,14 @@ def _is_derived(created: bytes) -> bool:
         return walk.string_at(created, place[1], place[2]) != "collection"
     description = walk.get_document(created, b"operationDescription")
     return description is not None and not {b"viewOn", b"timeseries"}.isdisjoint(walk.fields(description))
+
+
+def _is_later(token: bytes, other: bytes) -> bool:
+    """Whether it is of another moment: all events of a transaction are of one. Tokens that tell none are later."""
+    try:
+        return moment(token) != moment(other)
+    except DecodeError:
+        return True
 
 
 def _table(name: TableName) -> Table:

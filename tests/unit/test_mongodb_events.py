@@ -233,6 +233,23 @@ def test_f75_transaction_is_over_when_nothing_follows() -> None:
     assert (batch.complete, batch.change_count, batch.position) == (True, 1, last)
 
 
+def test_f75_transaction_is_not_over_where_others_of_its_events_are_passed() -> None:
+    """They are of collections that are not captured, and may fill more than the time of a reply."""
+    data = [f"82{1_700_000_000:08X}00000001{number:02X}" for number in range(4)]
+    assembler = Assembler(SCOPE, START)
+    first, last = (bson.encode({**bson.decode(within(1, 1)), "_id": {"_data": data[number]}}) for number in (0, 3))
+    passed, end = (bson.encode({"_data": data[number]}) for number in (1, 2))
+    assert assemble(first, post=passed, assembler=assembler) == []
+    assembler.exhausted(end, empty=True)
+    assert assembler.take() is None
+    assert assembler.idle() is None
+    (batch,) = assemble(last, post=bson.encode({"_data": "826666666600000001"}), assembler=assembler)
+    assert [len(transaction.changes) for transaction in batch.transactions] == [2]
+    assert assemble(first, post=passed, assembler=assembler) == []
+    assembler.exhausted(passed, empty=True)
+    assert assembler.take() is not None, "nothing follows"
+
+
 def test_f75_large_transaction_is_given_out_in_parts() -> None:
     filling = {"_id": 1, "x": "y" * (PART_BYTES // 4)}
     batches = assemble(*(within(1, number, fullDocument=filling) for number in range(10)), event(10))
