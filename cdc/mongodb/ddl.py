@@ -40,6 +40,8 @@ _REFUSED_OPTIONS: Final = frozenset((2, 9, 14, 59, 67, 72, 115, 197, 359, 40414,
 """BadValue, FailedToParse, TypeMismatch, CommandNotFound, CannotCreateIndex, InvalidOptions, CommandNotSupported,
 InvalidIndexSpecificationOption, CannotConvertIndexToUnique, a missing and an unknown field: of an older server."""
 
+_DEFINING: Final = frozenset(("modify", "createIndexes", "dropIndexes"))
+
 _PLAIN: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
     unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
@@ -82,7 +84,7 @@ class DdlApplier:
                 log.info("nothing to mirror", kind=kind)
             return
         table = table or _namespace(event, b"ns")
-        if kind != "rename" and self.is_copied_later(table, position):
+        if kind != "rename" and self.is_copied_later(table, position) and not self._is_again(kind, event, table):
             return  # the copy is of what came after
         log.info("mirroring", kind=kind, collection=str(table))
         with translated_errors():
@@ -101,6 +103,13 @@ class DdlApplier:
         """Remember that a collection is new, and that all of it comes by the stream."""
         if table not in self.collections:
             self._made(table, moment(position), walk.EMPTY)
+
+    def _is_again(self, kind: str, event: bytes, table: TableName) -> bool:
+        """Whether it is a change of the copied collection: its description was read a little before the moment.
+
+        All of them lead to what is described, those that it holds too.
+        """
+        return kind in _DEFINING and uuid_of(event) == self.uuid(table) != b""
 
     def _holds(self, table: TableName, when: int) -> bool:
         state = self.collections.get(table)

@@ -517,3 +517,29 @@ def test_f66_f72_what_must_be_read_again_was_renamed_meanwhile(pair: MongoPair) 
     pair.deliver(pair.batch(later))
     pair.deliver()
     pair.check_equal()
+
+
+def test_f53_f79_how_a_collection_is_made_may_change_before_its_copy_begins(pair: MongoPair) -> None:
+    """F53, F79: what the copy made is from a little before the moment from which on its documents are."""
+    source = pair.source
+    source.a.create_index("old")
+    source.drop_collection("a")
+    source.a.insert_one({"_id": 1})
+    source.a.create_index("new")
+    source.command("collMod", "a", validator={"n": 1})
+    before = pair.batch()
+    position = before.transactions[-1].position
+    assert isinstance(position, bytes)
+    pair.target.a.insert_many(source.a.find())
+    assert pair.sink.open() is not None
+    copied = encode_moment(moment(position))
+    (found,) = source.list_collections(filter={"name": "a"})
+    state = CollectionState(
+        table=TableName(source.name, "a"), copied_at=copied, copied_from=copied, uuid=bytes(found["info"]["uuid"])
+    )
+    pair.sink._opened().positions.put([state])
+    pair.sink.close()
+    pair.deliver(before)
+    assert set(pair.target.a.index_information()) == {"_id_", "new_1"}
+    assert pair.target.a.options()["validator"] == {"n": 1}
+    pair.check_equal()
