@@ -170,13 +170,16 @@ class DdlApplier:
             self._put(CollectionState(table=to, uuid=uuid_of(event), made=True))
             return
         if not self._is_present(old):
-            self._gone(table)  # done before, and what is known of it must not be lost
+            done = to in self.collections and self.collections[to].renamed_at == encode_moment(when)
+            if not done:  # an empty one, that was never made here
+                self._drop(to, event, when)
+            self._gone(table)
             return
         if table in self.in_order:
             self.in_order.add(to)
         else:
             self.in_order.discard(to)
-        self._put(msgspec.structs.replace(state, table=to))
+        self._put(msgspec.structs.replace(state, table=to, renamed_at=encode_moment(when)))
         command = {"renameCollection": f"{old.schema}.{old.name}", "to": f"{new.schema}.{new.name}", "dropTarget": True}
         self._run("admin", command, harmless=NAMESPACE_NOT_FOUND)
         self._gone(table)

@@ -45,6 +45,7 @@ class CollectionState(msgspec.Struct, frozen=True, kw_only=True):
     copied_at: the position (or moment) that its copy is complete as of; `None` until it is.
     copied_from: the moment that its copy began after: what happened until then is in it.
     uuid: of the source's collection that was copied.
+    renamed_at: the moment of the rename that it has its name by; `None` without one.
     made: whether the sink made the collection, and builds its indexes.
     pending: descriptions of indexes that are yet to be built, as on the source.
     expiring: descriptions of indexes that delete by themselves, as on the source. On the mirror they are built without
@@ -56,6 +57,7 @@ class CollectionState(msgspec.Struct, frozen=True, kw_only=True):
     copied_from: bytes | None = None
     uuid: bytes = b""
     rows: int = 0
+    renamed_at: bytes | None = None
     made: bool = False
     pending: tuple[bytes, ...] = ()
     expiring: tuple[bytes, ...] = ()

@@ -543,3 +543,23 @@ def test_f53_f79_how_a_collection_is_made_may_change_before_its_copy_begins(pair
     assert set(pair.target.a.index_information()) == {"_id_", "new_1"}
     assert pair.target.a.options()["validator"] == {"n": 1}
     pair.check_equal()
+
+
+def test_f66_a_collection_that_the_mirror_never_saw_is_renamed_over_another(
+    mongodb: str, mongodb_client: Client
+) -> None:
+    """F66: servers before 6.0 tell nothing of a collection until it has a document."""
+    pair = MongoPair(mongodb_client, mongodb, f"shop_{ObjectId()}", expanded=False)
+    pair.source.a.insert_one({"_id": 1})
+    pair.source.b.insert_one({"_id": 2})
+    pair.source.a.drop()
+    pair.deliver()
+    pair.source.create_collection("a")
+    pair.source.a.rename("b", dropTarget=True)
+    batch = pair.batch()
+    pair.deliver(batch)
+    assert not list(pair.target.b.find())
+    pair.source.b.insert_one({"_id": 3})
+    pair.deliver()
+    pair.check_equal()
+    pair.close()
