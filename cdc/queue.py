@@ -22,6 +22,7 @@ from cdc.change import Batch
 from cdc.errors import CdcError, DirectoryInUse, FatalError, ResyncRequired
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue_file import Begin, Contents, Cursor, Fact, Item, QueueFile, Stored, Upkeep, read_file_status
+from cdc.queue_parked import Park, ParkedChange, ParkedCount, ParkedId, Retried, Unpark, UnparkAfter
 
 __all__ = ["DirectoryLock", "Queue", "QueueOnDisk", "QueueStats", "Stored", "lock_directory", "read_status"]
 
@@ -109,13 +110,16 @@ class QueueOnDisk(msgspec.Struct, frozen=True):
     cursors: dict[str, tuple[int, SourcePosition | None]]
     stats: QueueStats
     facts: dict[str, str]
+    parked: dict[str, ParkedCount]
 
 
 def read_status(path: Path, *, max_bytes: int = 0, min_free_bytes: int = 0) -> QueueOnDisk:
     """Read a queue's file without its lock. Changes nothing on disk. The bounds (0: none) only serve `stats`."""
     found = read_file_status(path)
     stats = _stats(path, found.contents, max_bytes, min_free_bytes)
-    return QueueOnDisk(found.queue_id, found.contents.state.position, found.cursors, stats, found.facts)
+    return QueueOnDisk(
+        found.queue_id, found.contents.state.position, found.cursors, stats, found.facts, found.parked
+    )
 
 
 class Queue:
@@ -293,6 +297,33 @@ class Queue:
     def set(self, key: str, value: str | None) -> None:
         """Store a small fact, or forget it (`None`). Durable on return."""
         self._write_now(Fact(key, value))
+
+    def park(self, sink: str, changes: Sequence[tuple[ParkedChange, bytes]]) -> None:
+        """Keep changes (each beside `payload_of` a batch with it alone) that a sink could not apply. Durable on return.
+
+        They are kept when their batches are pruned, and when they are parked a second time.
+        """
+        self._write_now(Park(sink, changes))
+
+    def unpark(self, sink: str, ids: Sequence[ParkedId]) -> None:
+        """Forget parked changes, which are applied. Durable on return."""
+        self._write_now(Unpark(sink, ids))
+
+    def unpark_after(self, sink: str, seq: int) -> None:
+        """Forget those of later batches: the sink's target never got so far, so that they come again."""
+        self._write_now(UnparkAfter(sink, seq))
+
+    def retried(self, sink: str, change: ParkedChange) -> None:
+        """Store a parked change's state, attempts and error. Durable on return."""
+        self._write_now(Retried(sink, change))
+
+    def parked(self, sink: str) -> list[ParkedChange]:
+        """A sink's parked changes, in the order of the source."""
+        return self._file.parked(sink)
+
+    def parked_batches(self, sink: str, ids: Sequence[ParkedId]) -> list[Batch]:
+        """The changes themselves, each as a batch by itself. Raises `QueueCorrupt` if one is damaged."""
+        return self._file.parked_batches(sink, ids)
 
     def stats(self) -> QueueStats:
         """Cheap, and never waits for the disk's writes."""

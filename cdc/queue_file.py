@@ -17,9 +17,11 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from cdc import queue_parked
 from cdc.change import Batch
 from cdc.errors import FatalError, QueueCorrupt
 from cdc.position import SourcePosition
+from cdc.queue_parked import ParkedChange, ParkedCount, ParkedId, ParkedOrder
 
 FORMAT: Final = 1
 APPLICATION_ID: Final = int.from_bytes(b"cdcq", "big")
@@ -106,7 +108,7 @@ class Fact(msgspec.Struct, frozen=True):
     value: str | None
 
 
-Item = Batch | Begin | Cursor | Fact
+Item = Batch | Begin | Cursor | Fact | ParkedOrder
 
 
 class Upkeep(msgspec.Struct, frozen=True):
@@ -246,6 +248,19 @@ class QueueFile:
             row = connection.execute(_SEEK, (pruned_seq, contents.last_seq, source)).fetchone()
         return pruned_seq if row is None else int(row[0])
 
+    def parked(self, sink: str) -> list[ParkedChange]:
+        """A sink's parked changes, in the order of the source."""
+        with _translated(self.path), self._reader() as connection:
+            return queue_parked.listed(connection, sink)
+
+    def parked_batches(self, sink: str, ids: Sequence[ParkedId]) -> list[Batch]:
+        """Parked changes, each as a batch by itself."""
+        try:
+            with _translated(self.path), self._reader() as connection:
+                return list(queue_parked.batches(connection, sink, ids))
+        except msgspec.DecodeError as exc:
+            raise self._corrupt(str(exc)) from exc
+
     def close(self, *, checkpoint: bool) -> None:
         """Close all connections; with `checkpoint`, everything is in one file afterwards."""
         for connection in self._readers:
@@ -291,6 +306,8 @@ class QueueFile:
                 self._writer.execute("DELETE FROM fact WHERE key = ?", (key,))
             case Fact(key, value):
                 self._writer.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (key, value))
+            case _:
+                queue_parked.write(self._writer, item)
         return None
 
     def _insert(self, batch: Batch) -> Stored:
@@ -316,6 +333,8 @@ class QueueFile:
         self._writer.execute("INSERT OR REPLACE INTO cursor VALUES (?, ?, ?)", row)
 
     def _keep_up(self, upkeep: Upkeep) -> None:
+        for sink in _load_cursors(self._writer).keys() - {cursor.sink for cursor in upkeep.cursors}:
+            queue_parked.forget_sink(self._writer, sink)
         self._writer.execute("DELETE FROM cursor")
         for cursor in upkeep.cursors:
             self._put_cursor(cursor)
@@ -397,6 +416,7 @@ class FileStatus(msgspec.Struct, frozen=True):
     contents: Contents
     cursors: dict[str, tuple[int, SourcePosition | None]]
     facts: dict[str, str]
+    parked: dict[str, ParkedCount]
 
 
 def read_file_status(path: Path) -> FileStatus:
@@ -410,7 +430,13 @@ def read_file_status(path: Path) -> FileStatus:
             raise _corrupt(path, "it is empty")
         connection.execute("BEGIN")
         state = _load_state(connection, path)
-        return FileStatus(state.queue_id, _count(connection, state), _load_cursors(connection), _load_facts(connection))
+        return FileStatus(
+            queue_id=state.queue_id,
+            contents=_count(connection, state),
+            cursors=_load_cursors(connection),
+            facts=_load_facts(connection),
+            parked=queue_parked.counts(connection),
+        )
 
 
 def _connect(path: Path, options: str) -> sqlite3.Connection:

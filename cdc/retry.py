@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 from enum import Enum
@@ -21,6 +22,12 @@ from cdc.errors import PermanentError, TransientError
 
 MAX_WAIT_SECONDS: Final = 30.0
 
+PARKED_INITIAL_SECONDS: Final = 1.0
+PARKED_FACTOR: Final = 2.0
+PARKED_MAX_SECONDS: Final = 300.0
+PARKED_ATTEMPTS: Final = 20
+"""Of a parked change, the one that parked it included: about an hour. Then it is dead, and a person has to act."""
+
 
 class Decision(Enum):
     """What an error means for the pipeline that it happened in."""
@@ -37,6 +44,12 @@ def decide(error: BaseException) -> Decision:
     if isinstance(error, PermanentError):
         return Decision.PERMANENT
     return Decision.FATAL
+
+
+def parked_wait_seconds(attempts: int) -> float:
+    """How long a parked change waits after that many attempts (1 or more): exponential, with a fifth of jitter."""
+    seconds = PARKED_INITIAL_SECONDS * PARKED_FACTOR ** min(attempts - 1, 30)
+    return min(seconds, PARKED_MAX_SECONDS) * random.uniform(0.8, 1.0)  # noqa: S311 - no secret
 
 
 def keep_trying(

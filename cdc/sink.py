@@ -7,11 +7,11 @@ never waits or retries by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
-from cdc.change import Batch, Image, Table, TableName
+from cdc.change import Batch, Change, Image, Table, TableName
 from cdc.position import Position, SourcePosition
 from cdc.source import Chunk
 
@@ -71,6 +71,49 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Disconnect; what was not complete is rolled back. Safe to call twice."""
+        ...
+
+
+class Subject(NamedTuple):
+    """What a change is about: those about the same must stay in order.
+
+    tables: one, or all that a change without key concerns; an empty name stands for all tables of a schema.
+    key: equal for two changes of a table if and only if they may be about the same row; `None`: all rows.
+    """
+
+    tables: tuple[TableName, ...]
+    key: bytes | None
+
+
+@runtime_checkable
+class Parking(Protocol):
+    """What a sink offers besides, so that a change which its target refuses can be parked and tried again."""
+
+    @property
+    def reached_seq(self) -> int:
+        """As `open` found it: changes of batches after this one come again for certain, and without a gap."""
+        ...
+
+    def subject_of(self, tables: Sequence[Table], change: Change) -> Subject:
+        """What a change is about. tables: those of its batch. Runs for each change of a table with parked changes."""
+        ...
+
+    def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:
+        """Apply a part of what `apply` could not, without moving the position; that is done for all of it at its end.
+
+        Parts come in order. One that holds a change of tables as such (DDL) ends with it, and begins with an
+        empty transaction that tells the position before it; or it is one transaction that holds more, or a part of
+        that. After a `PermanentError` the sink stays open, and the same may be applied again in smaller parts.
+
+        position: as `apply` would have got it.
+        """
+        ...
+
+    def apply_parked(self, batches: Sequence[Batch]) -> Applied:
+        """Apply parked changes, which the position has passed, in order. Done again it changes nothing.
+
+        After a `PermanentError` the sink stays open, and the same may be applied again one by one.
+        """
         ...
 
 
