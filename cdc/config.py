@@ -128,7 +128,9 @@ class SinkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     source: str
     url: Secret | None = None
     url_file: str | None = None
-    on_error: Literal["stop"] = "stop"
+    on_error: Literal["", "stop", "park"] = ""
+    max_parked: Count = 10_000
+    max_parked_bytes: Count = 64 * 1024**2
     batch: BatchBounds = BatchBounds()
     copy: CopyOptions = CopyOptions()
     rename: dict[str, str] = {}
@@ -332,13 +334,23 @@ def _complete_sink(name: str, sink: SinkConfig, sources: dict[str, SourceConfig]
     sink = msgspec.structs.replace(sink, name=name, kind=sink.kind or source.kind, url=url or _backup_url(name, source))
     if sink.kind != source.kind:
         raise ConfigError(f"sinks.{name}.kind: {source.name!r} is {source.kind}: a mirror is of the same kind", hint="")
-    return _complete_mongodb_sink(sink, source) if sink.kind == MONGODB else sink
+    return _complete_mongodb_sink(sink, source) if sink.kind == MONGODB else _complete_postgres_sink(sink)
+
+
+def _complete_postgres_sink(sink: SinkConfig) -> SinkConfig:
+    if sink.on_error == "park":
+        raise ConfigError(
+            f"sinks.{sink.name}.on_error: 'park' would tear transactions: not supported yet for {POSTGRES}",
+            hint="leave it out, or write 'stop'",
+        )
+    return msgspec.structs.replace(sink, on_error="stop")
 
 
 def _complete_mongodb_sink(sink: SinkConfig, source: SourceConfig) -> SinkConfig:
     """Where both URLs name a database, one is mirrored to the other."""
     if sink.tables:
         raise ConfigError(f"sinks.{sink.name}.tables: only for {POSTGRES}", hint="a collection is mirrored as a whole")
+    sink = msgspec.structs.replace(sink, on_error=sink.on_error or "park")
     ours, theirs = (database_of(each.url.reveal()) if each.url else None for each in (source, sink))
     if ours is None or theirs is None or ours == theirs:
         return sink

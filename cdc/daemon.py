@@ -31,6 +31,7 @@ from cdc.capture import Capture
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.delivery import Delivery
 from cdc.errors import CdcError, FatalError
+from cdc.parking import Parker, ParkingBounds, can_park
 from cdc.pipeline import AnyPipeline, CopyThenDeliver, Pipeline, contained
 from cdc.position import SourcePosition
 from cdc.queue import Queue, lock_directory
@@ -193,7 +194,8 @@ class Daemon:
     def _deliver(self, name: str, queue: Queue) -> CopyThenDeliver:
         config, stats = self._config.sinks[name], self._sinks[name].stats
         sink = self._parts.sink(config)
-        delivery = self._deliveries[name] = Delivery(sink, queue, stats, config.batch)
+        parker = _parker(config, sink, queue, stats)
+        delivery = self._deliveries[name] = Delivery(sink, queue, stats, config.batch, parker=parker)
         return CopyThenDeliver(partial(self._parts.copier, config, sink, queue, stats), delivery, queue, stats)
 
     def _slowest_sink(self, source: str) -> SourcePosition | None:
@@ -272,6 +274,15 @@ class Daemon:
         if sink.stats.state in {State.FAILED, State.STOPPED, State.PAUSED, State.COPYING}:
             raise CdcError(f"sink {name} is {sink.stats.state}: it does not move", hint=sink.stats.hint)
         return self._deliveries[name]
+
+
+def _parker(config: SinkConfig, sink: Sink, queue: Queue, stats: DeliveryStats) -> Parker | None:
+    """What parks changes, where that is wanted. Raises `FatalError` where this sink's cannot be."""
+    if config.on_error != "park":
+        return None
+    if not can_park(sink):
+        raise FatalError(f"sink {sink.name} cannot park changes", hint='set on_error = "stop"')
+    return Parker(sink, queue, stats, ParkingBounds(config.max_parked, config.max_parked_bytes))
 
 
 async def _run_until_signalled(daemon: Daemon) -> bool:

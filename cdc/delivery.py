@@ -18,10 +18,11 @@ from cdc.config import BatchBounds
 from cdc.errors import FatalError, PermanentError, ResyncRequired, TransientError
 from cdc.hold import Hold, Request
 from cdc.metrics import APPLY_SECONDS, LATENCY_SECONDS
+from cdc.parking import Parker, emptied
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Queue, Stored
 from cdc.retry import keep_trying
-from cdc.sink import Sink
+from cdc.sink import Applied, Sink
 from cdc.status import DeliveryStats, State
 
 log = structlog.get_logger()
@@ -39,8 +40,12 @@ class Delivery:
     stats.position: everything up to there is stored in the target (or there was nothing to store).
     """
 
-    def __init__(self, sink: Sink, queue: Queue, stats: DeliveryStats, bounds: BatchBounds) -> None:
+    def __init__(
+        self, sink: Sink, queue: Queue, stats: DeliveryStats, bounds: BatchBounds, *, parker: Parker | None = None
+    ) -> None:
+        """With a `parker`, what the target refuses is parked; without, the sink stops there."""
         self._sink = sink
+        self._parker = parker
         self._queue = queue
         self._stats = stats
         self._bounds = bounds
@@ -53,6 +58,7 @@ class Delivery:
         self._given_seq = 0
         self._ahead: _Ahead | None = None
         self._upkeep_at = 0.0
+        self._refused_seq = 0  # up to here changes are looked at one by one
 
     def pause(self) -> None:
         """Stop applying after the batch at hand; the queue keeps what comes."""
@@ -98,6 +104,7 @@ class Delivery:
         try:
             while wanted():
                 request = self._hold.request
+                self._retry_parked(request)
                 if self._step(request, reader) and request is not None:
                     self._stats.state = State.HELD
                     self._hold.stand(request, request.until or self._stored.source, wanted)
@@ -106,6 +113,8 @@ class Delivery:
             if self._stored.seq == first_seq:
                 raise
             self._waiting(exc, 0.0)
+        except _Refused as exc:
+            self._log.info("looking for the change that is refused", error=str(exc))
         except PermanentError as exc:
             raise FatalError(str(exc), hint=exc.hint) from exc
         finally:
@@ -131,6 +140,8 @@ class Delivery:
         self._stats.position, self._stats.seq = stored.source, after
         self._running_state()
         self._stats.error, self._stats.hint = None, ""
+        if self._parker is not None:
+            self._parker.open(after)
         self._log.info("delivering", position=format_position(stored.source))
 
     def _step(self, hold: Request | None, reader: ThreadPoolExecutor) -> bool:
@@ -193,13 +204,16 @@ class Delivery:
         return cut and captured >= until
 
     def _apply(self, pieces: Sequence[Stored], reader: ThreadPoolExecutor) -> None:
-        batches = [piece.batch for piece in pieces]
+        batches: Sequence[Batch] = [piece.batch for piece in pieces]
         last = pieces[-1]
         position = Position(self._queue.queue_id, last.seq, last.batch.position)
         if any(batch.transactions for batch in batches):
             self._read_ahead(pieces, reader)
             started = time.monotonic()
-            applied = self._sink.apply(batches, position)
+            if self._parker is None:
+                applied = self._sink.apply(batches, position)
+            else:
+                batches, applied = self._apply_or_park(self._parker, pieces, position)
             APPLY_SECONDS.labels(self._sink.name).observe(time.monotonic() - started)
             self._stats.missing_rows += applied.missing_rows
             self._stats.healed_rows += applied.healed_rows
@@ -210,6 +224,29 @@ class Delivery:
             self._stored = position
             self._stats.position, self._stats.seq = position.source, position.seq
             self._queue.advance(self._sink.name, position.seq, position.source)
+            if self._parker is not None:
+                self._parker.passed(position.seq)
+
+    def _apply_or_park(
+        self, parker: Parker, pieces: Sequence[Stored], position: Position
+    ) -> tuple[Sequence[Batch], Applied]:
+        """Apply what does not have to wait; returns that. Where something is refused the sink is opened once more."""
+        if pieces[0].seq <= self._refused_seq:
+            self._wait_prepared()
+            parker.carefully(pieces, position)
+            return [each.batch for each in parker.without_parked(pieces)], self._sink.apply(_emptied(pieces), position)
+        batches = [each.batch for each in parker.admit(pieces)]
+        try:
+            return batches, self._sink.apply(batches, position)
+        except PermanentError as exc:
+            self._refused_seq = pieces[-1].seq
+            raise _Refused(str(exc)) from exc
+
+    def _retry_parked(self, hold: Request | None) -> None:
+        """Between two transactions, and not while somebody waits for the target to stand still."""
+        if self._parker is not None and hold is None and not self._in_transaction and self._parker.due:
+            self._wait_prepared()
+            self._parker.retry()
 
     def _count(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
@@ -246,11 +283,22 @@ class Delivery:
         self._log.warning("target unavailable", error=str(error), retry_in_seconds=round(seconds, 1))
 
 
+class _Refused(Exception):
+    """The target refuses something of a batch, and it is not known yet what."""
+
+
 class _Ahead(NamedTuple):
     """What is being read from behind a batch, and prepared."""
 
     after_seq: int
     stored: Future[list[Stored]]
+
+
+def _emptied(pieces: Sequence[Stored]) -> list[Batch]:
+    """The positions alone."""
+    return [
+        msgspec.structs.replace(each.batch, transactions=list(map(emptied, each.batch.transactions))) for each in pieces
+    ]
 
 
 def _bounded(stored: Sequence[Stored], max_changes: int) -> list[Stored]:

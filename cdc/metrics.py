@@ -162,8 +162,18 @@ def _sinks(sinks: Mapping[str, SinkStatus]) -> Iterator[Metric]:
         "cdc_sink_missing_rows", "Rows to change that were not there.", label, each(lambda s: s.missing_rows)
     )
     yield _counter("cdc_sink_healed_rows", "Rows put right.", label, each(lambda s: s.healed_rows))
-    yield _gauge("cdc_sink_parked_changes", "Changes waiting to be retried.", label, each(lambda s: s.parked))
-    yield _gauge("cdc_sink_dead_changes", "Changes given up.", label, each(lambda s: s.dead))
+    parked = (
+        sample
+        for name, sink in sinks.items()
+        for sample in (((name, "retrying"), sink.parked - sink.dead), ((name, "dead"), sink.dead))
+    )
+    yield _gauge("cdc_parked_changes", "Changes that wait, as the target refused one.", ("sink", "state"), parked)
+    yield _gauge(
+        "cdc_parked_oldest_age_seconds",
+        "Age of the oldest parked change.",
+        label,
+        each(lambda s: s.parked_oldest_seconds or 0),
+    )
 
 
 def _copies(sinks: Mapping[str, SinkStatus]) -> Iterator[Metric]:

@@ -10,6 +10,7 @@ from cdc.daemon import queue_path
 from cdc.errors import CdcError
 from cdc.pipeline import paused_fact
 from cdc.queue import QueueOnDisk, read_status
+from cdc.queue_parked import ParkedCount
 from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, State, snapshot
 
 
@@ -49,6 +50,8 @@ def _delivery(name: str, source: str, queue: QueueOnDisk | None) -> DeliveryStat
     if queue is not None:
         stats.seq, stats.position = queue.cursors.get(name, (0, None))
         stats.state = _state(queue, name)
+        count = queue.parked.get(name, ParkedCount())
+        stats.parked, stats.dead, stats.parked_oldest_at = count.parked, count.dead, count.oldest_at
     return stats
 
 

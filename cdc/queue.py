@@ -117,9 +117,7 @@ def read_status(path: Path, *, max_bytes: int = 0, min_free_bytes: int = 0) -> Q
     """Read a queue's file without its lock. Changes nothing on disk. The bounds (0: none) only serve `stats`."""
     found = read_file_status(path)
     stats = _stats(path, found.contents, max_bytes, min_free_bytes)
-    return QueueOnDisk(
-        found.queue_id, found.contents.state.position, found.cursors, stats, found.facts, found.parked
-    )
+    return QueueOnDisk(found.queue_id, found.contents.state.position, found.cursors, stats, found.facts, found.parked)
 
 
 class Queue:

@@ -85,13 +85,23 @@ class Subject(NamedTuple):
     key: bytes | None
 
 
+class Ahead(NamedTuple):
+    """Says of a target that is further than its position: all up to a transaction is applied.
+
+    position: that transaction's; batch `seq` or an earlier one holds it.
+    """
+
+    position: SourcePosition
+    seq: int
+
+
 @runtime_checkable
 class Parking(Protocol):
     """What a sink offers besides, so that a change which its target refuses can be parked and tried again."""
 
     @property
-    def reached_seq(self) -> int:
-        """As `open` found it: changes of batches after this one come again for certain, and without a gap."""
+    def ahead(self) -> Ahead | None:
+        """As `open` found it; `None` where the position says all."""
         ...
 
     def subject_of(self, tables: Sequence[Table], change: Change) -> Subject:
@@ -99,11 +109,11 @@ class Parking(Protocol):
         ...
 
     def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:
-        """Apply a part of what `apply` could not, without moving the position; that is done for all of it at its end.
+        """Apply a part of what `apply` could not, without moving the position: `apply` then gets it emptied of changes.
 
-        Parts come in order. One that holds a change of tables as such (DDL) ends with it, and begins with an
-        empty transaction that tells the position before it; or it is one transaction that holds more, or a part of
-        that. After a `PermanentError` the sink stays open, and the same may be applied again in smaller parts.
+        Parts come in order. A change of tables as such (DDL) comes by itself, behind an empty transaction that tells
+        the position before it; or with others of its transaction, which then may be incomplete. After a
+        `PermanentError` the sink stays open, and the same may be applied again in smaller parts.
 
         position: as `apply` would have got it.
         """

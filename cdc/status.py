@@ -124,6 +124,8 @@ class DeliveryStats:
     position, seq: where the target stands, in the source's terms and in the queue's.
     last_commit_time: when the last applied transaction was committed, by the source's clock.
     caught_up_at: when everything that was captured was applied, last.
+    parked: changes that wait because the target refused one; `dead`: those of them that are not tried again.
+    parked_oldest_at: since when the oldest of them waits.
     copy: tells how far the initial copy is, once one has begun.
     """
 
@@ -144,6 +146,7 @@ class DeliveryStats:
     retries: int = 0
     parked: int = 0
     dead: int = 0
+    parked_oldest_at: float | None = None
     copy: Callable[[], CopyStatus] | None = None
 
 
@@ -189,6 +192,8 @@ class SinkStatus(msgspec.Struct, frozen=True):
     """A sink. Positions as text; times in unix seconds.
 
     lag_seconds, lag_bytes: how far the target is behind the source's server, capture included.
+    parked: changes that wait because the target refused one; `dead`: those of them that are not tried again.
+    torn: whether transactions are on the target in part only: as long as something is parked.
     """
 
     source: str
@@ -209,6 +214,8 @@ class SinkStatus(msgspec.Struct, frozen=True):
     parked: int
     dead: int
     copy: CopyStatus | None
+    parked_oldest_seconds: float | None = None
+    torn: bool = False
 
 
 class DaemonStatus(msgspec.Struct, frozen=True):
@@ -335,6 +342,8 @@ def _sink(stats: DeliveryStats, capture: CaptureStats, source: SourceStatus, now
         parked=stats.parked,
         dead=stats.dead,
         copy=stats.copy() if stats.copy else None,
+        parked_oldest_seconds=_age(stats.parked_oldest_at, None, now),
+        torn=stats.parked > 0,
     )
 
 

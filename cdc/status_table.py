@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -75,7 +76,18 @@ def _problems(status: DaemonStatus) -> list[Text]:
         f"{name}: {', '.join(source.insert_only)}" for name, source in status.sources.items() if source.insert_only
     ]
     lines += [Text(f"inserts only: {line}", style="yellow") for line in insert_only]
-    return lines
+    return lines + [Text(line, style="yellow") for line in _parked_lines(status)]
+
+
+def _parked_lines(status: DaemonStatus) -> Iterator[str]:
+    for name, sink in status.sinks.items():
+        if sink.parked:
+            age = (
+                ""
+                if sink.parked_oldest_seconds is None
+                else f", the oldest for {_duration(sink.parked_oldest_seconds)}"
+            )
+            yield f"{name}: {sink.parked:,} changes are parked ({sink.dead:,} dead){age}: transactions are torn"
 
 
 def _table(*columns: str) -> Table:

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from threading import Condition
 
 from cdc.change import Batch, Change, Image, Operation, Table, TableName, Transaction
-from cdc.errors import FatalError, ResyncRequired, TransientError
+from cdc.errors import FatalError, PermanentError, ResyncRequired, TransientError
 from cdc.position import Position, SourcePosition, as_lsn
-from cdc.sink import Applied
+from cdc.sink import Ahead, Applied, Subject
 from cdc.source import Estimate, Snapshot
 from cdc.status import CaptureStats
 
@@ -142,6 +142,7 @@ class MemorySink:
         self._tables: list[tuple[Table, ...]] = []
         self._pending: list[tuple[tuple[Table, ...], Transaction]] | None = None
         self._errors: deque[Exception] = deque()
+        self._refused: set[Image | None] = set()
 
     @property
     def rows(self) -> list[tuple[TableName, Operation, Image | None]]:
@@ -171,10 +172,37 @@ class MemorySink:
         self._raise_next()
         if self._pending is None:
             raise TransientError(f"{self.name}: not connected")
+        self._check(batches)
         for batch in batches:
             self._pending += [(batch.tables, transaction) for transaction in batch.transactions]
         if not batches or batches[-1].complete:
             self._commit(position)
+        return Applied(changes=sum(batch.change_count for batch in batches))
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """Never: data and position are stored together."""
+        return None
+
+    def refuse(self, *images: Image) -> None:
+        """From now on refuse all changes to these rows, and no others."""
+        self._refused = set(images)
+
+    def subject_of(self, tables: Sequence[Table], change: Change) -> Subject:
+        """A row by its key, or what stands for it; a change without is about its table."""
+        return Subject((tables[change.table].qualified,), change.key) if change.table >= 0 else Subject((), None)
+
+    def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:  # noqa: ARG002 - protocol
+        """Keep the changes, visible at once."""
+        return self.apply_parked(batches)
+
+    def apply_parked(self, batches: Sequence[Batch]) -> Applied:
+        """Keep the changes, visible at once."""
+        self._raise_next()
+        self._check(batches)
+        for batch in batches:
+            self._tables += [batch.tables] * len(batch.transactions)
+            self.transactions += batch.transactions
         return Applied(changes=sum(batch.change_count for batch in batches))
 
     def upkeep(self, position: SourcePosition) -> None:
@@ -183,6 +211,11 @@ class MemorySink:
     def close(self) -> None:
         """Disconnect; what was not complete is gone."""
         self._pending = None
+
+    def _check(self, batches: Sequence[Batch]) -> None:
+        changes = (change for batch in batches for each in batch.transactions for change in each.changes)
+        if any(image in self._refused for change in changes for image in (change.after, change.key)):
+            raise PermanentError(f"{self.name}: a row is refused")
 
     def _commit(self, position: Position) -> None:
         for tables, transaction in self._pending or []:

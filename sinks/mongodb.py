@@ -18,18 +18,19 @@ import structlog
 from pymongo.client_session import ClientSession
 from pymongo.errors import OperationFailure, PyMongoError
 
-from cdc.change import DDL, INSERT, Batch, Change, Ddl, TableName, Transaction
+from cdc.change import DDL, INSERT, Batch, Change, Ddl, Table, TableName, Transaction
 from cdc.config import SinkConfig
 from cdc.errors import ResyncRequired, TransientError
 from cdc.mongodb.apply import Applier, Misfit
 from cdc.mongodb.client import Client, connect, to_cdc_error, translated_errors
-from cdc.mongodb.ddl import DdlApplier
+from cdc.mongodb.ddl import DdlApplier, ddl_subject
+from cdc.mongodb.equality import key_bytes
 from cdc.mongodb.fold import Folded, Segment, fold, is_through, segments
 from cdc.mongodb.moment import moment
 from cdc.mongodb.positions import DURABLE, CollectionState, Positions, Standing
 from cdc.mongodb.target import MongoCopyTarget
 from cdc.position import Position, SourcePosition
-from cdc.sink import Applied, Reread
+from cdc.sink import Ahead, Applied, Reread, Subject
 
 Work = Mapping[TableName, Folded | list[Change]]
 
@@ -68,7 +69,7 @@ class _Connection(msgspec.Struct):
 
 
 class MongodbSink(MongoCopyTarget):
-    """A mirror. Implements `cdc.sink.Mirror`."""
+    """A mirror. Implements `cdc.sink.Mirror` and `cdc.sink.Parking`."""
 
     def __init__(self, config: SinkConfig, *, reread: Reread | None = None) -> None:
         super().__init__(config)
@@ -101,21 +102,66 @@ class MongodbSink(MongoCopyTarget):
     def apply(self, batches: Sequence[Batch], position: Position) -> Applied:
         """Apply in order; then store `position`, if `batches` end with a complete transaction."""
         connection = self._opened()
-        applier = connection.applier
-        missing, healed = applier.missing, applier.healed
-        complete = batches[-1].complete
         with translated_errors():
             connection.positions.check()
             todo = self._todo(connection, batches, position)
-            fallback = stored = False
-            for segment, work in todo.steps if todo else ():
-                final = position if complete and segment.ddl is None else None
-                fell_back, stored = self._apply(connection, segment, work, final)
-                fallback |= fell_back
-                if segment.ddl is not None:
-                    _apply_ddl(connection, segment, position.seq)
-            if complete and not stored:
-                connection.positions.move(position, passes=self._through is None)
+            final = position if batches[-1].complete else None
+            return self._do(connection, batches, todo.steps if todo else (), final, position.seq)
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """What is marked around changes of collections as such."""
+        standing = self._opened().standing
+        return None if standing.through is None else Ahead(standing.through, standing.through_seq)
+
+    def subject_of(self, tables: Sequence[Table], change: Change) -> Subject:
+        """A document by its `_id`. Collections by name, as far as their documents are concerned."""
+        if change.operation == DDL:
+            assert isinstance(change.detail, Ddl)
+            return ddl_subject(change.detail, tables[change.table].qualified if change.table >= 0 else None)
+        if change.table < 0:
+            return Subject((), None)
+        table = tables[change.table].qualified
+        assert change.key is not None
+        # a collation may take more `_id`s for the same, and capped collections keep the order of all documents
+        in_order = table in self._opened().ddl.in_order
+        return Subject((table,), None if in_order else key_bytes(change.key))
+
+    def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:
+        """Apply, and leave the position where it is."""
+        connection = self._opened()
+        with translated_errors():
+            connection.positions.check()
+            todo = _look_at(batches, _uncopied(connection, batches), None, frozenset(connection.ddl.in_order))
+            return self._do(connection, batches, todo.steps, None, position.seq)
+
+    def apply_parked(self, batches: Sequence[Batch]) -> Applied:
+        """Apply what the position has passed; what a later copy holds is left out."""
+        connection = self._opened()
+        with translated_errors():
+            connection.positions.check()
+            todo = _look_at(batches, _never_copied(connection, batches), None, frozenset(connection.ddl.in_order))
+            return self._do(connection, batches, todo.steps, None, None)
+
+    def _do(
+        self,
+        connection: _Connection,
+        batches: Sequence[Batch],
+        steps: Sequence[tuple[Segment, Work]],
+        final: Position | None,
+        seq: int | None,
+    ) -> Applied:
+        """Apply segments; then store `final`. seq: what to mark DDL with, if it is to be."""
+        applier = connection.applier
+        missing, healed = applier.missing, applier.healed
+        fallback = stored = False
+        for segment, work in steps:
+            fell_back, stored = self._apply(connection, segment, work, None if segment.ddl else final)
+            fallback |= fell_back
+            if segment.ddl is not None:
+                _apply_ddl(connection, segment, seq)
+        if final is not None and not stored:
+            connection.positions.move(final, passes=self._through is None)
         return Applied(
             changes=sum(batch.change_count for batch in batches),
             missing_rows=applier.missing - missing,
@@ -153,15 +199,18 @@ class MongodbSink(MongoCopyTarget):
             found = present.get(self.config.target_name(table))
             if found is not None and (found.capped or found.has_collation):
                 ddl.in_order.add(table)
+        transactions = "setName" in hello or hello.get("msg") == "isdbgrid"
         copies = (state.copied_from for state in ddl.collections.values())
         return _Connection(
             client=client,
             session=session,
             positions=positions,
-            applier=Applier(client, session, self.config.target_name, ddl.uuid, self._reread),
+            applier=Applier(
+                client, session, self.config.target_name, ddl.uuid, self._reread, transactions=transactions
+            ),
             ddl=ddl,
             standing=standing,
-            transactions="setName" in hello or hello.get("msg") == "isdbgrid",
+            transactions=transactions,
             latest=max((moment(copy) for copy in copies if copy is not None), default=0),
         )
 
@@ -254,15 +303,19 @@ def _transaction(connection: _Connection, position: Position) -> Iterator[None]:
                 session.abort_transaction()
 
 
-def _apply_ddl(connection: _Connection, segment: Segment, seq: int) -> None:
-    """Store before it and after it where we are: done again after what follows, it could destroy that."""
+def _apply_ddl(connection: _Connection, segment: Segment, seq: int | None) -> None:
+    """Store before it and after it where we are: done again after what follows, it could destroy that.
+
+    seq: `None` where it is parked: then what follows is too.
+    """
     detail = segment.ddl.detail if segment.ddl is not None else None
     assert isinstance(detail, Ddl)
-    if segment.whole and segment.through is not None:
-        connection.positions.move_through(segment.through, seq)
+    whole = segment.whole and seq is not None
+    if whole and segment.through is not None:
+        connection.positions.move_through(segment.through, seq)  # type: ignore[arg-type]
     connection.ddl.apply(detail.kind, detail.description, segment.position, segment.table)
-    if segment.whole:
-        connection.positions.move_through(segment.position, seq)
+    if whole:
+        connection.positions.move_through(segment.position, seq)  # type: ignore[arg-type]
 
 
 def _look_at(
@@ -294,16 +347,20 @@ def _uncopied(connection: _Connection, batches: Sequence[Batch]) -> Sequence[Bat
     """Without what the copies hold for certain; DDL is looked at when its turn comes."""
     if not connection.latest:
         return batches
-    kept = [
+    kept = _never_copied(connection, batches)
+    last = next((batch.transactions[-1] for batch in reversed(batches) if batch.transactions), None)
+    if last is not None and isinstance(last.position, bytes) and moment(last.position) > connection.latest:
+        connection.latest = 0
+    return kept
+
+
+def _never_copied(connection: _Connection, batches: Sequence[Batch]) -> Sequence[Batch]:
+    return [
         msgspec.structs.replace(
             batch, transactions=[_without_copied(connection, batch, each) for each in batch.transactions]
         )
         for batch in batches
     ]
-    last = next((batch.transactions[-1] for batch in reversed(batches) if batch.transactions), None)
-    if last is not None and isinstance(last.position, bytes) and moment(last.position) > connection.latest:
-        connection.latest = 0
-    return kept
 
 
 def _without_copied(connection: _Connection, batch: Batch, transaction: Transaction) -> Transaction:

@@ -9,11 +9,13 @@ one in a unique index, they are read from the source again: what follows catches
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 
 import structlog
 from bson.raw_bson import RawBSONDocument
 from pymongo.client_session import ClientSession
+from pymongo.errors import PyMongoError
 
 from cdc.change import DELETE, INSERT, Change, Image, Table, TableName
 from cdc.errors import PermanentError, TransientError
@@ -22,6 +24,7 @@ from cdc.mongodb.client import RAW, Client
 from cdc.mongodb.delta import DeltaError, deletion, is_insertable, replacement, statements
 from cdc.mongodb.equality import id_only, key_of
 from cdc.mongodb.fold import Folded
+from cdc.mongodb.positions import DURABLE
 from cdc.mongodb.writes import DUPLICATE_KEY, IMMUTABLE_FIELD, Failure, Outcome, Writer
 from cdc.sink import Reread
 
@@ -52,7 +55,10 @@ class Applier:
         target_name: Callable[[TableName], TableName],
         uuid: Callable[[TableName], bytes],
         reread: Reread | None,
+        *,
+        transactions: bool,
     ) -> None:
+        """transactions: whether the target has such."""
         self.missing = 0
         self.healed = 0
         self._again = False
@@ -62,6 +68,7 @@ class Applier:
         self._target_name = target_name
         self._uuid = uuid
         self._reread = reread
+        self._transactions = transactions
 
     def folded(self, work: Mapping[TableName, Folded | list[Change]]) -> None:
         """Write final states. Raises `Misfit` where that does not work; what was written by then stays."""
@@ -233,10 +240,9 @@ class Applier:
         before: dict[Image, Image | None] = {}
         for _ in range(ROUNDS):
             images = {key: self._reread(source, key) for key in keys.values()}
-            for key, image in images.items():
-                if image is None or before or len(keys) > 1:  # what is in the way first
-                    self._delete(table, key)
-            found = self._put(table, images)
+            # what is in the way goes first
+            gone = [key for key, image in images.items() if image is None or before or len(keys) > 1]
+            found = self._exchange(table, gone, images)
             if found is None:
                 self.healed += len(keys)
                 return
@@ -246,6 +252,34 @@ class Applier:
             before = images
             keys |= self._holders(table, *found)
         raise TransientError(f"{table}: documents change at the source as fast as they are put right here")
+
+    def _exchange(
+        self, table: TableName, gone: Sequence[Image], images: Mapping[Image, Image | None]
+    ) -> tuple[Failure, Image] | None:
+        """Delete, then write. Where that meets a unique index nothing is changed, if the target has transactions.
+
+        Else what is in the way of a document that is refused would be lost: its own change has come long ago.
+        """
+        if not self._transactions or not gone:
+            self._delete_all(table, gone)
+            return self._put(table, images)
+        self._session.start_transaction(write_concern=DURABLE)
+        try:
+            self._delete_all(table, gone)
+            found = self._put(table, images)
+            if found is None:
+                self._session.commit_transaction()
+            return found
+        finally:
+            if self._session.in_transaction:
+                with suppress(PyMongoError):
+                    self._session.abort_transaction()
+
+    def _delete_all(self, table: TableName, keys: Sequence[Image]) -> None:
+        for key in keys:
+            failure = self._delete(table, key)
+            if failure is not None:
+                raise failure.error
 
     def _put(self, table: TableName, images: Mapping[Image, Image | None]) -> tuple[Failure, Image] | None:
         """Write documents; the failure and the document, if one meets another in a unique index."""

@@ -17,7 +17,7 @@ from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import OperationFailure
 
-from cdc.change import TableName
+from cdc.change import Ddl, TableName
 from cdc.mongodb import walk
 from cdc.mongodb.client import Client, translated_errors
 from cdc.mongodb.collections import (
@@ -31,6 +31,7 @@ from cdc.mongodb.event import uuid_of
 from cdc.mongodb.moment import encode_moment, moment
 from cdc.mongodb.positions import DURABLE, CollectionState, Positions
 from cdc.mongodb.writes import DUPLICATE_KEY
+from cdc.sink import Subject
 
 _INDEX_NOT_FOUND: Final = 27
 _OTHER_INDEX: Final = frozenset((85, 86))
@@ -41,6 +42,9 @@ _REFUSED_OPTIONS: Final = frozenset((2, 9, 14, 59, 67, 72, 115, 197, 359, 40414,
 InvalidIndexSpecificationOption, CannotConvertIndexToUnique, a missing and an unknown field: of an older server."""
 
 _DEFINING: Final = frozenset(("modify", "createIndexes", "dropIndexes"))
+
+_DEFINITION: Final = b"definition"
+"""No document's key: indexes and validators may be made while documents wait, in order among themselves."""
 
 _PLAIN: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
     unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
@@ -273,6 +277,17 @@ class DdlApplier:
         if error.code not in _REFUSED_OPTIONS:
             raise error
         log.warning("the target refuses options of a collection", command=command, collection=name, code=error.code)
+
+
+def ddl_subject(ddl: Ddl, table: TableName | None) -> Subject:
+    """Which documents it is about: all of those that are dropped, or renamed from or to; else none."""
+    if ddl.kind == "dropDatabase":
+        return Subject((TableName(_namespace(ddl.description, b"ns").schema, ""),), None)
+    names = [table or _namespace(ddl.description, b"ns")]
+    if ddl.kind == "rename":
+        names.append(_namespace(ddl.description, b"to"))
+    about = tuple(name for name in names if name.name)
+    return Subject(about, None if ddl.kind in {"drop", "rename"} else _DEFINITION)
 
 
 def _namespace(event: bytes, name: bytes) -> TableName:

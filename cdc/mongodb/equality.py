@@ -9,7 +9,8 @@ manual's "Comparison/Sort Order".) Collections with a collation are another matt
 from __future__ import annotations
 
 from collections.abc import Hashable
-from decimal import DecimalException
+from decimal import Decimal, DecimalException
+from math import inf
 from struct import Struct
 from typing import Final
 
@@ -20,6 +21,8 @@ from cdc.mongodb import walk
 
 _NAN: Final = "NaN"
 """Every NaN. No other key is a `str`."""
+
+_INFINITE: Final = (inf, -inf)
 
 _double: Final = Struct("<d").unpack
 _OBJECT_ID: Final = b"\x07_id\x00"
@@ -43,6 +46,11 @@ def key_of(document_key: bytes) -> Hashable:
     if head == _STRING and size == 14 + int.from_bytes(document_key[9:13], "little"):
         return document_key
     return _rarer_key(document_key)
+
+
+def key_bytes(document_key: bytes) -> bytes:
+    """The same as bytes, which can be stored. Raises `DecodeError`."""
+    return repr(_canonical(key_of(document_key))).encode()
 
 
 def id_only(document_key: bytes) -> bytes:
@@ -98,6 +106,15 @@ def _value(data: bytes, found: walk.Element) -> Hashable:
     if kind == walk.ARRAY:
         return (kind, *(_value(data, each) for each in walk.elements(data, start)))
     return bytes((walk.STRING if kind == walk.SYMBOL else kind,)) + data[start:end]
+
+
+def _canonical(key: Hashable) -> object:
+    """Equal keys become values that print alike."""
+    if isinstance(key, tuple):
+        return tuple(map(_canonical, key))
+    if isinstance(key, int | float | Decimal):
+        return str(float(key)) if key in _INFINITE else key.as_integer_ratio()
+    return key
 
 
 def _decimal(value: bytes) -> Hashable:

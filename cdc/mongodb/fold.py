@@ -136,7 +136,7 @@ def segments(batches: Sequence[Batch], after: bytes | None = None) -> list[Segme
         changes = transaction.changes
         position = transaction.position
         assert isinstance(position, bytes)
-        if len(changes) == 1:
+        if len(changes) == 1 and transaction.complete:
             if changes[0].operation == DDL:
                 found.append(Segment(work[begin:number], changes[0], _table(tables, changes[0]), position, through))
                 begin = number + 1

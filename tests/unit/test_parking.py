@@ -1,0 +1,413 @@
+"""What the target refuses waits, with what depends on it; everything else flows on, and nothing overtakes."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cdc.change import DDL, UPDATE, Batch, Change, Ddl, Table, TableName, Transaction
+from cdc.config import BatchBounds
+from cdc.delivery import Delivery
+from cdc.errors import FatalError, QueueCorrupt, TransientError
+from cdc.parking import Clock, Parker, ParkingBounds, Subjects
+from cdc.position import Position
+from cdc.queue import Queue, read_status
+from cdc.queue_parked import ParkedChange, payload_of
+from cdc.retry import PARKED_ATTEMPTS, PARKED_MAX_SECONDS, parked_wait_seconds
+from cdc.sink import Ahead, Subject
+from cdc.status import DeliveryStats, State
+from cdc.testing import MemorySink
+from tests.processes import wait_until
+
+ORDERS = Table("shop", "orders", (), "")
+OTHER = Table("shop", "other", (), "")
+TABLES = (ORDERS, OTHER)
+
+
+def change(key: int, value: int, table: int = 0) -> Change:
+    return Change(UPDATE, table, b"%d" % key, None, b"%d:%d" % (key, value))
+
+
+def drop(table: int = 0) -> Change:
+    return Change(DDL, table, None, None, b"drop", Ddl("drop", b""))
+
+
+class Sink(MemorySink):
+    """Refuses keys for as long as it is told to, and fails now and then."""
+
+    def __init__(self) -> None:
+        super().__init__("mirror")
+        self.bad: set[bytes] = set()
+        self.calls = 0
+        self.fail_every = 0
+        self.given_ahead: Ahead | None = None
+
+    @property
+    def ahead(self) -> Ahead | None:
+        return self.given_ahead
+
+    def _check(self, batches: Sequence[Batch]) -> None:
+        self.calls += 1
+        if self.fail_every and not self.calls % self.fail_every:
+            self._pending = None
+            raise TransientError("deadlock")
+        images = {each.after for batch in batches for one in batch.transactions for each in one.changes}
+        keys = {each.key for batch in batches for one in batch.transactions for each in one.changes}
+        self.refuse(*(image for image in (images | keys) if image in self.bad))  # type: ignore[arg-type]
+        super()._check(batches)
+
+    def values(self, key: int, table: Table = ORDERS) -> list[int]:
+        prefix = b"%d:" % key
+        images = [image for name, _, image in self.rows if name == table.qualified and image is not None]
+        return [int(image[len(prefix) :]) for image in images if image.startswith(prefix)]
+
+
+class World:
+    """A queue, a sink that parks, and a clock that the test turns."""
+
+    def __init__(self, folder: Path, **bounds: int) -> None:
+        self.path = folder / "shop.queue"
+        self.now = 1000.0
+        self.sink = Sink()
+        self.bounds = ParkingBounds(**({"max_changes": 1000, "max_bytes": 10**6} | bounds))
+        self._number = 0
+        self.open()
+        self.queue.begin(b"begin")
+        self.queue.register("mirror")
+        self.sink.position = Position(self.queue.queue_id, 0, b"begin")
+
+    def open(self) -> None:
+        self.queue = Queue(self.path, max_bytes=10**9, min_free_bytes=0)
+        self.stats = DeliveryStats("mirror", "shop")
+        clock = Clock(lambda: self.now, lambda: self.now + 10**9)
+        self.parker = Parker(self.sink, self.queue, self.stats, self.bounds, clock)
+
+    def restart(self) -> None:
+        self.queue.close()
+        self.open()
+
+    def commit(self, *transactions: Sequence[Change]) -> None:
+        """One batch."""
+        found = []
+        for changes in transactions:
+            self._number += 1
+            token = b"%06d" % self._number
+            found.append(Transaction(token, token, 0, 0, 0, True, list(changes)))
+        self.queue.append(Batch(TABLES, found, found[-1].end, 100))
+        assert self.queue.flush(10)
+
+    @contextmanager
+    def delivering(self) -> Iterator[None]:
+        delivery = Delivery(self.sink, self.queue, self.stats, BatchBounds(), parker=self.parker)
+        stop = threading.Event()
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(delivery.run, stop)
+            try:
+                yield
+            finally:
+                stop.set()
+                self.queue.wake()
+            running.result(timeout=20)
+
+    def deliver(self, done: Callable[[], bool] | None = None) -> None:
+        """Until all batches are passed, and nothing is due."""
+        last_seq = self.queue.stats().last_seq
+        with self.delivering():
+            wait_until(
+                lambda: self.stats.state is State.FAILED
+                or (self.stats.seq >= last_seq and self.stats.caught_up_at is not None and (done is None or done())),
+                what=lambda: f"delivery: {self.stats}",
+            )
+
+    def later(self, seconds: float = PARKED_MAX_SECONDS) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    found = World(tmp_path)
+    yield found
+    found.queue.close()
+
+
+def test_f89_only_the_key_of_a_refused_change_waits(world: World) -> None:
+    world.sink.bad = {b"7:1"}
+    world.commit(*[[change(key, 1)] for key in range(100)])
+    world.commit([change(7, 2), change(8, 2)], [change(7, 3)])
+    world.deliver()
+    assert world.sink.values(7) == []
+    assert world.sink.values(8) == [1, 2]
+    assert all(world.sink.values(key) == [1] for key in range(100) if key not in {7, 8})
+    assert (world.stats.parked, world.stats.dead, world.stats.parked_oldest_at) == (3, 0, world.now + 10**9)
+    first, *behind = world.queue.parked("mirror")
+    assert (first.attempts, first.error, first.state) == (1, "mirror: a row is refused", "retrying")
+    assert [(row.attempts, row.error, row.key) for row in behind] == [(0, "", b"7")] * 2
+    assert world.stats.changes["update"] == 100, "parked ones are not applied"
+    counted = read_status(world.path).parked["mirror"]
+    assert (counted.parked, counted.dead) == (3, 0)
+
+
+def test_f90_what_waits_follows_in_order_when_the_first_succeeds(world: World) -> None:
+    world.sink.bad = {b"7:1"}
+    world.commit([change(7, 1)], [change(7, 2)])
+    world.deliver()
+    world.commit([change(7, 3), change(8, 1)])
+    world.deliver()
+    assert world.sink.values(7) == []
+    world.sink.bad = set()
+    world.later()
+    world.commit([change(7, 4)])
+    world.deliver(lambda: not world.stats.parked)
+    assert world.sink.values(7) == [1, 2, 3, 4]
+    assert world.queue.parked("mirror") == []
+
+
+def test_f90_a_retry_waits_for_its_time_and_tries_the_first_only(world: World) -> None:
+    world.sink.bad = {b"7:1", b"7:2"}
+    world.commit([change(7, 1)], [change(7, 2)])
+    world.deliver()
+    calls = world.sink.calls
+    world.parker.retry()
+    assert world.sink.calls == calls, "not due"
+    world.later(1)
+    world.parker.retry()
+    assert world.sink.calls == calls + 1
+    world.sink.bad = {b"7:2"}
+    world.later()
+    world.parker.retry()
+    assert world.sink.values(7) == [1]
+    (row,) = world.queue.parked("mirror")
+    assert (row.attempts, row.error) == (1, "mirror: a row is refused"), "now it is the first, and has been tried"
+
+
+def test_a_change_that_is_refused_for_ever_dies_and_stays(world: World) -> None:
+    world.sink.bad = {b"7:1"}
+    world.commit([change(7, 1)], [change(7, 2)], [change(8, 1)])
+    world.deliver()
+    for _ in range(PARKED_ATTEMPTS + 5):
+        world.later()
+        world.parker.retry()
+    assert (world.stats.parked, world.stats.dead) == (2, 1)
+    assert [row.state for row in world.queue.parked("mirror")] == ["dead", "retrying"]
+    world.sink.bad = set()
+    world.restart()
+    world.later()
+    world.commit([change(7, 3)])
+    world.deliver()
+    assert (world.stats.parked, world.stats.dead) == (3, 1)
+    assert world.sink.values(7) == []
+
+
+def test_f89_f90_parked_changes_survive_a_restart(world: World) -> None:
+    world.sink.bad = {b"7:1"}
+    world.commit([change(7, 1)], [change(7, 2)], [change(8, 1)])
+    world.deliver()
+    for _ in range(3):
+        world.restart()
+        world.commit([change(7, 3)])
+        world.deliver()
+    assert [row.ordinal for row in world.queue.parked("mirror")] == [0, 1, 0, 0, 0]
+    assert world.queue.parked("mirror")[0].attempts == 4, "a start tries at once"
+    wait_until(lambda: world.queue.stats().pruned_seq == 4, what="the batches to be gone")
+    world.sink.bad = set()
+    world.restart()
+    world.deliver(lambda: not world.stats.parked)
+    assert world.sink.values(7) == [1, 2, 3, 3, 3]
+
+
+def test_f89_parked_changes_that_the_target_never_passed_come_again(world: World) -> None:
+    """F90: a crash between parking and storing the position."""
+    world.sink.bad = {b"7:1"}
+    world.commit([change(7, 1)])
+    world.commit([change(7, 2)])
+    before = world.sink.position
+    world.deliver()
+    assert world.stats.parked == 2
+    world.sink.position = before
+    world.sink.bad = set()
+    world.restart()
+    world.queue.register("mirror")
+    rows = [Position(world.queue.queue_id, 0, b"begin")]
+    assert before == rows[0]
+    world.parker.open(0)
+    assert world.queue.parked("mirror") == []
+
+
+def test_f90_what_was_parked_up_to_a_mark_does_not_come_again_and_is_kept(world: World) -> None:
+    """The target is ahead of its position, by what stands before a DDL."""
+    world.sink.bad = {b"7:1"}
+    world.commit([change(7, 1)], [change(7, 2)])
+    world.commit([change(7, 3)])
+    world.deliver()
+    world.sink.given_ahead = Ahead(b"000002", 1)
+    world.restart()
+    world.parker.open(0)
+    assert [row.id for row in world.queue.parked("mirror")] == [(1, 0), (1, 1)]
+    world.sink.bad = set()
+    world.parker.retry()
+    assert world.sink.values(7) == [], "not before the position has passed them"
+    world.parker.passed(1)
+    world.parker.retry()
+    assert world.sink.values(7) == [1, 2]
+
+
+def test_a_refused_change_of_a_table_holds_the_table(world: World) -> None:
+    world.sink.bad = {b"drop"}
+    world.commit([change(1, 1)], [drop()], [change(1, 2), change(1, 5, table=1)], [change(2, 1)])
+    world.deliver()
+    assert world.sink.values(1) == [1]
+    assert world.sink.values(1, OTHER) == [5]
+    assert world.stats.parked == 3
+    world.sink.bad = set()
+    world.later()
+    world.deliver(lambda: not world.stats.parked)
+    assert [row[2] for row in world.sink.rows] == [b"1:1", b"1:5", b"drop", b"1:2", b"2:1"]
+
+
+def test_f90_a_drop_waits_for_the_parked_rows_of_its_table(world: World) -> None:
+    world.sink.bad = {b"1:1"}
+    world.commit([change(1, 1)], [change(2, 1)], [drop()], [change(2, 2)], [drop(1)], [change(1, 3)])
+    world.deliver()
+    assert [row[2] for row in world.sink.rows] == [b"2:1", b"drop"], "that of the other table does not wait"
+    world.sink.bad = set()
+    world.later()
+    world.deliver(lambda: not world.stats.parked)
+    assert [row[2] for row in world.sink.rows] == [b"2:1", b"drop", b"1:1", b"drop", b"2:2", b"1:3"]
+
+
+@pytest.mark.parametrize("bounds", [{"max_changes": 4}, {"max_bytes": 250}])
+def test_f89_the_sink_stops_where_too_much_would_be_parked(tmp_path: Path, bounds: dict[str, int]) -> None:
+    world = World(tmp_path, **bounds)
+    world.sink.bad = {b"7:1"}
+    for value in range(1, 6):
+        world.commit([change(7, value)], [change(8, value)])
+    delivery = Delivery(world.sink, world.queue, world.stats, BatchBounds(max_changes=2), parker=world.parker)
+    with pytest.raises(FatalError, match="would be parked") as caught:
+        delivery.run(threading.Event())
+    assert "max_parked" in caught.value.hint
+    passed = len(world.sink.values(8))
+    assert passed < 5
+    world.sink.bad = set()
+    world.bounds = ParkingBounds(10, 10**6)
+    world.restart()
+    world.deliver(lambda: not world.stats.parked)
+    assert world.sink.values(7)[-5:] == [1, 2, 3, 4, 5]
+    world.queue.close()
+
+
+def test_without_parking_the_sink_stops(world: World) -> None:
+    """F98: at the change that is refused, in the same words."""
+    world.sink.bad = {b"7:1"}
+    world.commit([change(7, 1)])
+    with pytest.raises(FatalError, match="a row is refused"):
+        Delivery(world.sink, world.queue, world.stats, BatchBounds()).run(threading.Event())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_f89_f90_at_random(world: World, seed: int) -> None:
+    """Poison, drops, transient errors, restarts, repairs: each key's last value is right, and none goes backwards."""
+    choose = random.Random(seed)
+    world.sink.fail_every = choose.choice([0, 5, 7])
+    last: dict[int, int] = {}
+    value = 0
+    for _ in range(8):
+        transactions = []
+        for _ in range(choose.randrange(1, 30)):
+            changes = []
+            for _ in range(choose.randrange(1, 4)):
+                value += 1
+                key = choose.randrange(8)
+                last[key] = value
+                changes.append(change(key, value))
+                if choose.random() < 0.05:
+                    world.sink.bad.add(b"%d:%d" % (key, value))
+            transactions.append(changes)
+            if choose.random() < 0.01:
+                transactions.append([drop()])
+        world.commit(*transactions)
+        world.deliver()
+        world.later(choose.choice([0, 1, 400]))
+        if world.sink.bad and choose.random() < 0.5:
+            world.sink.bad.pop()
+        if choose.random() < 0.5:
+            world.restart()
+    world.sink.bad = set()
+    world.sink.fail_every = 0
+    world.later()
+    world.deliver(lambda: not world.stats.parked)
+    for key, expected in last.items():
+        seen = world.sink.values(key)
+        assert seen[-1] == expected
+        firsts = list(dict.fromkeys(seen))
+        assert firsts == sorted(firsts), "what was seen first never overtook"
+
+
+def test_subjects() -> None:
+    subjects = Subjects()
+    a, b, database = TableName("s", "a"), TableName("s", "b"), TableName("s", "")
+    subjects.add(Subject((a,), b"1"))
+    assert subjects.block(Subject((a,), b"1"))
+    assert not subjects.block(Subject((a,), b"2"))
+    assert not subjects.block(Subject((b,), None))
+    assert subjects.block(Subject((b, a), None))
+    assert subjects.block(Subject((database,), None))
+    subjects.add(Subject((database,), None))
+    assert subjects.block(Subject((b,), b"9"))
+    subjects.add(Subject((database,), None), -1)
+    subjects.add(Subject((a,), b"1"), -1)
+    assert not subjects.block(Subject((a, b, database), None))
+
+
+def test_waits_grow_and_end() -> None:
+    waits = [parked_wait_seconds(attempts) for attempts in range(1, PARKED_ATTEMPTS)]
+    assert 0.8 <= waits[0] <= 1.0
+    assert waits[5] > 8 * waits[0]
+    assert PARKED_MAX_SECONDS * 0.8 <= waits[-1] <= PARKED_MAX_SECONDS
+
+
+class TestFile:
+    """The rows in the queue's file."""
+
+    def row(self, seq: int, ordinal: int = 0) -> tuple[ParkedChange, bytes]:
+        token = b"%d" % seq
+        batch = Batch((ORDERS,), [Transaction(token, token, 0, 0, 0, True, [change(seq, 1)])], token, 0)
+        payload = payload_of(batch)
+        found = ParkedChange(
+            seq=seq, ordinal=ordinal, position=token, tables=(ORDERS.qualified,), key=b"%d" % seq, size=len(payload),
+            created_at=5.0,
+        )  # fmt: skip
+        return found, payload
+
+    def test_f89_rows_are_there_after_opening_again(self, world: World) -> None:
+        rows = [self.row(3), self.row(3, 1), self.row(5)]
+        world.queue.park("mirror", rows)
+        world.queue.park("mirror", rows)
+        world.restart()
+        assert world.queue.parked("mirror") == [row for row, _ in rows]
+        batches = world.queue.parked_batches("mirror", [(5, 0), (3, 1)])
+        assert [batch.transactions[0].changes[0].key for batch in batches] == [b"5", b"3"]
+        world.queue.unpark_after("mirror", 3)
+        world.queue.unpark("mirror", [(3, 0)])
+        assert [row.id for row in world.queue.parked("mirror")] == [(3, 1)]
+        assert world.queue.parked("other") == []
+
+    def test_f89_rows_of_a_sink_that_is_gone_are_forgotten(self, world: World) -> None:
+        world.queue.register("other")
+        world.queue.park("mirror", [self.row(1)])
+        world.queue.park("other", [self.row(1)])
+        world.queue.retain(["other"])
+        wait_until(lambda: not world.queue.parked("mirror"), what="its rows to be gone")
+        assert len(world.queue.parked("other")) == 1
+
+    def test_a_damaged_row_is_noticed(self, world: World) -> None:
+        row, payload = self.row(1)
+        world.queue.park("mirror", [(row, payload)])
+        world.queue._file._writer.execute("UPDATE parked SET payload = ?", (payload[:-1] + b"\1",))
+        with pytest.raises(QueueCorrupt, match="fails its checksum"):
+            world.queue.parked_batches("mirror", [row.id])
