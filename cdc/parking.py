@@ -160,7 +160,7 @@ class Parker:
 
     def open(self, stored_seq: int) -> None:
         """Begin where the target stands. What it never came to is forgotten: it comes again."""
-        self._ahead = self._sink.ahead
+        self._ahead = self._sink.ahead()
         reached = stored_seq if self._ahead is None else max(stored_seq, self._ahead.seq)
         rows = self._queue.parked(self._sink.name)
         if any(row.seq > reached for row in rows):

@@ -99,7 +99,6 @@ class Ahead(NamedTuple):
 class Parking(Protocol):
     """What a sink offers besides, so that a change which its target refuses can be parked and tried again."""
 
-    @property
     def ahead(self) -> Ahead | None:
         """As `open` found it; `None` where the position says all."""
         ...

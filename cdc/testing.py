@@ -179,7 +179,6 @@ class MemorySink:
             self._commit(position)
         return Applied(changes=sum(batch.change_count for batch in batches))
 
-    @property
     def ahead(self) -> Ahead | None:
         """Never: data and position are stored together."""
         return None

@@ -108,7 +108,6 @@ class MongodbSink(MongoCopyTarget):
             final = position if batches[-1].complete else None
             return self._do(connection, batches, todo.steps if todo else (), final, position.seq)
 
-    @property
     def ahead(self) -> Ahead | None:
         """What is marked around changes of collections as such."""
         standing = self._opened().standing

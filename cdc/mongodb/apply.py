@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
+import bson
 import structlog
 from bson.raw_bson import RawBSONDocument
 from pymongo.client_session import ClientSession
-from pymongo.errors import PyMongoError
+from pymongo.errors import OperationFailure, PyMongoError
 
 from cdc.change import DELETE, INSERT, Change, Image, Table, TableName
 from cdc.errors import PermanentError, TransientError
@@ -285,12 +286,21 @@ class Applier:
         """Write documents; the failure and the document, if one meets another in a unique index."""
         for key, image in images.items():
             if image is not None:
-                done = self._writer.update(self._target_name(table), replacement(key, image), ordered=True)
-                for failure in done.failures:
+                for failure in self._write_one(self._target_name(table), replacement(key, image)).failures:
                     if failure.code in DUPLICATE_KEY:
                         return failure, image
                     raise failure.error
         return None
+
+    def _write_one(self, target: TableName, parts: Sequence[bytes]) -> Outcome:
+        """In a transaction servers refuse the whole command for a single statement."""
+        try:
+            return self._writer.update(target, parts, ordered=True)
+        except OperationFailure as exc:
+            if exc.code not in DUPLICATE_KEY:
+                raise
+            reply = exc.details.raw if isinstance(exc.details, RawBSONDocument) else bson.encode(exc.details or {})
+            return Outcome(failures=[Failure(0, exc.code or 0, bytes(reply))])
 
     def _delete(self, table: TableName, key: Image) -> Failure | None:
         return next(iter(self._writer.delete(self._target_name(table), [deletion(key)], ordered=True).failures), None)
