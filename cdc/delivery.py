@@ -18,7 +18,8 @@ from cdc.config import BatchBounds
 from cdc.errors import FatalError, PermanentError, ResyncRequired, TransientError
 from cdc.hold import Hold, Request
 from cdc.metrics import APPLY_SECONDS, LATENCY_SECONDS
-from cdc.parking import Parker, emptied
+from cdc.parking import Parker
+from cdc.parts import emptied
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Queue, Stored
 from cdc.retry import keep_trying

@@ -13,18 +13,16 @@ those that are applied twice change nothing the second time (`cdc.sink.Parking.a
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
-from operator import attrgetter
 from typing import Final, NamedTuple, Protocol, TypeGuard
 
 import msgspec
 import structlog
 
 from cdc.capture import count_changes
-from cdc.change import DDL, Batch, Change, TableName, Transaction, Truncate
+from cdc.change import Transaction
 from cdc.errors import FatalError, PermanentError
+from cdc.parts import Item, Part, Subjects, alone, batches_of, items_of, parts_of
 from cdc.position import Position
 from cdc.queue import Queue, Stored
 from cdc.queue_parked import ParkedChange, ParkedId, payload_of
@@ -38,8 +36,6 @@ RELEASED_BYTES: Final = 4 * 1024**2
 
 RETRY_SECONDS: Final = 0.1
 """So long changes are tried again between two batches; the stream is not to wait for many that fail."""
-
-_OPERATION: Final = attrgetter("operation")
 
 log = structlog.get_logger()
 
@@ -65,65 +61,6 @@ class Clock(NamedTuple):
 
     monotonic: Callable[[], float] = time.monotonic
     unix: Callable[[], float] = time.time
-
-
-class Subjects:
-    """Counts what changes are about, and tells whether another one has to wait behind them."""
-
-    def __init__(self) -> None:
-        # (table,): anything; (table, None): as a whole; (table, key): a row
-        self._counts: Counter[tuple[object, ...]] = Counter()
-
-    def add(self, subject: Subject, count: int = 1) -> None:
-        """Count a change; -1 takes it back."""
-        for table in subject.tables:
-            parts: list[tuple[object, ...]] = [(table,), (table, subject.key)]
-            if table.name:
-                parts.append((_schema(table),))
-            for part in parts:
-                self._counts[part] += count
-                if not self._counts[part]:
-                    del self._counts[part]
-
-    def block(self, subject: Subject) -> bool:
-        """Whether a later change must wait."""
-        return any(
-            ((table,) if subject.key is None else (table, subject.key)) in self._counts
-            or (table, None) in self._counts
-            or (_schema(table), None) in self._counts
-            for table in subject.tables
-        )
-
-    def concern(self, batch: Batch) -> bool:
-        """Whether any change of a batch might have to wait."""
-        names = [table.qualified for table in batch.tables]
-        if any((name,) in self._counts or (_schema(name), None) in self._counts for name in names):
-            return True
-        return any(DDL in map(_OPERATION, transaction.changes) for transaction in batch.transactions)
-
-
-def _schema(table: TableName) -> TableName:
-    return TableName(table.schema, "")
-
-
-class _Item(NamedTuple):
-    """A change that is on its way, and where it stands in the queue."""
-
-    stored: Stored
-    transaction: Transaction
-    change: Change
-    ordinal: int
-
-    @property
-    def id(self) -> ParkedId:
-        return (self.stored.seq, self.ordinal)
-
-
-class _Part(NamedTuple):
-    """What is applied together, and the transaction before it where that must be told."""
-
-    items: Sequence[_Item]
-    before: Transaction | None = None
 
 
 class _Plan(NamedTuple):
@@ -197,7 +134,7 @@ class Parker:
         """Leave out, and park durably, what has to wait behind parked changes."""
         if not self._rows or not any(self._subjects.concern(piece.batch) for piece in pieces):
             return pieces
-        self._wait_behind(item for piece in pieces if self._subjects.concern(piece.batch) for item in _items(piece))
+        self._wait_behind(item for piece in pieces if self._subjects.concern(piece.batch) for item in items_of(piece))
         return self.without_parked(pieces)
 
     def without_parked(self, pieces: Sequence[Stored]) -> Sequence[Stored]:
@@ -207,38 +144,38 @@ class Parker:
 
     def carefully(self, pieces: Sequence[Stored], position: Position) -> None:
         """Apply what was refused as a whole, without moving the position; park what is refused by itself."""
-        for part in _parts(self._new_to_target(pieces)):
+        for part in parts_of(self._new_to_target(pieces)):
             self._narrow(part, position)
 
-    def _new_to_target(self, pieces: Sequence[Stored]) -> Iterator[tuple[Transaction, list[_Item]]]:
+    def _new_to_target(self, pieces: Sequence[Stored]) -> Iterator[tuple[Transaction, list[Item]]]:
         """Transactions, without those that were applied when the target was opened."""
         ahead = self._ahead
         for piece in pieces:
-            items = _items(piece)
+            items = items_of(piece)
             for transaction in piece.batch.transactions:
                 own = [next(items) for _ in transaction.changes]
                 if ahead is None:
                     yield transaction, own
-                elif transaction.position == ahead.position:
+                elif transaction.complete and transaction.position == ahead.position:
                     ahead = self._ahead = None
 
-    def _narrow(self, part: _Part, position: Position) -> None:
+    def _narrow(self, part: Part, position: Position) -> None:
         items = self._wait_behind(part.items)
         if not items:
             return
         try:
-            self._count(self._sink.apply_part(_batches(items, part.before), position))
+            self._count(self._sink.apply_part(batches_of(items, part.before), position))
         except PermanentError as exc:
             if len(items) == 1:
                 self._refused(items[0], exc)
                 return
             middle = len(items) // 2
-            self._narrow(_Part(items[:middle], part.before), position)
-            self._narrow(_Part(items[middle:], part.before), position)
+            self._narrow(Part(items[:middle], part.before), position)
+            self._narrow(Part(items[middle:], part.before), position)
 
-    def _wait_behind(self, items: Iterable[_Item]) -> Sequence[_Item]:
+    def _wait_behind(self, items: Iterable[Item]) -> Sequence[Item]:
         """Park what has to wait; return the rest."""
-        free: list[_Item] = []
+        free: list[Item] = []
         waiting: list[tuple[ParkedChange, bytes]] = []
         for item in items:
             if item.id in self._rows:
@@ -254,7 +191,7 @@ class Parker:
         self._park(waiting)
         return free
 
-    def _refused(self, item: _Item, error: PermanentError) -> None:
+    def _refused(self, item: Item, error: PermanentError) -> None:
         row, payload = self._new(item, self._subject(item))
         row = self._failed(row, error)
         self._park([(row, payload)])
@@ -262,11 +199,11 @@ class Parker:
         tables = ", ".join(map(str, row.tables))
         self._log.warning("parked", tables=tables, seq=row.seq, ordinal=row.ordinal, error=str(error))
 
-    def _subject(self, item: _Item) -> Subject:
+    def _subject(self, item: Item) -> Subject:
         return self._sink.subject_of(item.stored.batch.tables, item.change)
 
-    def _new(self, item: _Item, subject: Subject) -> tuple[ParkedChange, bytes]:
-        payload = payload_of(_alone(item))
+    def _new(self, item: Item, subject: Subject) -> tuple[ParkedChange, bytes]:
+        payload = payload_of(alone(item))
         row = ParkedChange(
             seq=item.stored.seq,
             ordinal=item.ordinal,
@@ -438,69 +375,3 @@ class Parker:
     def _count(self, applied: Applied) -> None:
         self._stats.missing_rows += applied.missing_rows
         self._stats.healed_rows += applied.healed_rows
-
-
-def _items(piece: Stored) -> Iterator[_Item]:
-    ordinal = 0
-    for transaction in piece.batch.transactions:
-        for change in transaction.changes:
-            yield _Item(piece, transaction, change, ordinal)
-            ordinal += 1
-
-
-def _parts(work: Iterable[tuple[Transaction, list[_Item]]]) -> Iterator[_Part]:
-    """Transactions that hold DDL by themselves, and what lies between them."""
-    run: list[_Item] = []
-    before: Transaction | None = None
-    for transaction, items in work:
-        if DDL in map(_OPERATION, transaction.changes):
-            yield _Part(run)
-            yield _Part(items, None if before is None else emptied(before))
-            run = []
-        else:
-            run += items
-        before = transaction
-    yield _Part(run)
-
-
-def emptied(transaction: Transaction) -> Transaction:
-    """Only its position."""
-    return msgspec.structs.replace(transaction, changes=[])
-
-
-def _batches(items: Sequence[_Item], before: Transaction | None) -> list[Batch]:
-    """What is left of a transaction is no complete one."""
-    found: list[Batch] = []
-    for _, batch_items in groupby(items, lambda item: item.stored.seq):
-        transactions = []
-        group = list(batch_items)
-        for _, own in groupby(group, lambda item: id(item.transaction)):
-            part = list(own)
-            transaction = part[0].transaction
-            if len(part) < len(transaction.changes):
-                changes = [item.change for item in part]
-                transaction = msgspec.structs.replace(transaction, changes=changes, complete=False)
-            transactions.append(transaction)
-        batch = group[0].stored.batch
-        head = [before] if before is not None and not found else []
-        found.append(msgspec.structs.replace(batch, transactions=[*head, *transactions]))
-    return found
-
-
-def _alone(item: _Item) -> Batch:
-    """A batch with this change only."""
-    batch, change = item.stored.batch, item.change
-    if isinstance(change.detail, Truncate):
-        tables = batch.tables
-    elif change.table < 0:
-        tables = ()
-    else:
-        tables = (batch.tables[change.table],)
-        change = msgspec.structs.replace(change, table=0)
-    first_ordinal = item.transaction.first_ordinal
-    for number, each in enumerate(item.transaction.changes):
-        if each is item.change:
-            first_ordinal += number
-            break
-    transaction = msgspec.structs.replace(item.transaction, changes=[change], first_ordinal=first_ordinal)
-    return Batch(tables, [transaction], item.transaction.end, size=0)

@@ -205,7 +205,13 @@ class MongodbSink(MongoCopyTarget):
             session=session,
             positions=positions,
             applier=Applier(
-                client, session, self.config.target_name, ddl.uuid, self._reread, transactions=transactions
+                client,
+                session,
+                self.config.target_name,
+                ddl.uuid,
+                self._reread,
+                transactions=transactions,
+                parks=self.config.on_error == "park",
             ),
             ddl=ddl,
             standing=standing,

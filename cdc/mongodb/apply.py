@@ -58,8 +58,9 @@ class Applier:
         reread: Reread | None,
         *,
         transactions: bool,
+        parks: bool,
     ) -> None:
-        """transactions: whether the target has such."""
+        """transactions: whether the target has such. parks: whether what raises `PermanentError` is tried again."""
         self.missing = 0
         self.healed = 0
         self._again = False
@@ -70,6 +71,7 @@ class Applier:
         self._uuid = uuid
         self._reread = reread
         self._transactions = transactions
+        self._parks = parks
 
     def folded(self, work: Mapping[TableName, Folded | list[Change]]) -> None:
         """Write final states. Raises `Misfit` where that does not work; what was written by then stays."""
@@ -241,6 +243,9 @@ class Applier:
         before: dict[Image, Image | None] = {}
         for _ in range(ROUNDS):
             images = {key: self._reread(source, key) for key in keys.values()}
+            if self._parks and all(image is None for image in images.values()):
+                self._all_gone(table, failure)
+                return
             # what is in the way goes first
             gone = [key for key, image in images.items() if image is None or before or len(keys) > 1]
             found = self._exchange(table, gone, images)
@@ -253,6 +258,12 @@ class Applier:
             before = images
             keys |= self._holders(table, *found)
         raise TransientError(f"{table}: documents change at the source as fast as they are put right here")
+
+    def _all_gone(self, table: TableName, failure: Failure | None) -> None:
+        """Perhaps the collection was renamed, and they must be here for that: what happened to them is yet to come."""
+        if failure is not None and failure.code in DUPLICATE_KEY:
+            reason = f"{table}: {failure.error}"
+            raise PermanentError(reason, hint="nothing: what is in its way is gone at the source, and will be here")
 
     def _exchange(
         self, table: TableName, gone: Sequence[Image], images: Mapping[Image, Image | None]

@@ -251,3 +251,15 @@ def test_f113_errors_do_not_quote_secrets(text: str, tmp_path: Path) -> None:
 def test_parse_works_without_a_file() -> None:
     config = parse({"sources": {"shop": {"url": "postgresql://db/shop"}}}, {})
     assert [sink.name for sink in config.sinks_of("shop")] == []
+
+
+def test_f98_what_is_refused_is_parked_on_mongodb_and_stops_postgres(tmp_path: Path) -> None:
+    mongodb = '[sources.shop]\nurl = "mongodb://me:geheim@db/shop"\n[sinks.mirror]\nfrom = "shop"\n'
+    postgres = f'{MINIMAL}[sinks.mirror]\nfrom = "shop"\n'
+    assert configure(mongodb, tmp_path).sinks["mirror"].on_error == "park"
+    assert configure(f'{mongodb}on_error = "stop"\n', tmp_path).sinks["mirror"].on_error == "stop"
+    assert configure(postgres, tmp_path).sinks["mirror"].on_error == "stop"
+    assert "sinks.mirror.on_error: 'park' would tear transactions: not supported yet" in refusal(
+        f'{postgres}on_error = "park"\n', tmp_path
+    )
+    refusal(f'{postgres}on_error = "ignore"\n', tmp_path)

@@ -15,7 +15,8 @@ from cdc.change import DDL, UPDATE, Batch, Change, Ddl, Table, TableName, Transa
 from cdc.config import BatchBounds
 from cdc.delivery import Delivery
 from cdc.errors import FatalError, QueueCorrupt, TransientError
-from cdc.parking import Clock, Parker, ParkingBounds, Subjects
+from cdc.parking import Clock, Parker, ParkingBounds
+from cdc.parts import Subjects
 from cdc.position import Position
 from cdc.queue import Queue, read_status
 from cdc.queue_parked import ParkedChange, payload_of

@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
+from prometheus_client import generate_latest
+from rich.console import Console
 
+from cdc.metrics import registry
 from cdc.position import describe_position
 from cdc.queue import QueueStats
 from cdc.status import (
@@ -19,6 +22,7 @@ from cdc.status import (
     snapshot,
     to_json,
 )
+from cdc.status_table import render
 
 NOW = 1_000_000.0
 
@@ -164,3 +168,20 @@ def test_resume_tokens_are_shown_as_times() -> None:
     assert describe_position("16/B374D848") == "16/B374D848"
     assert describe_position("") == ""
     assert describe_position("ab" * 30) == "ab" * 10 + "…"
+
+
+def test_f89_parked_changes_are_shown_and_are_no_trouble_until_they_are_dead() -> None:
+    status = take(running(), delivering(parked=3, parked_oldest_at=NOW - 60))
+    sink = status.sinks["mirror"]
+    assert status.healthy
+    assert (sink.parked, sink.dead, sink.torn, sink.parked_oldest_seconds) == (3, 0, True, 60.0)
+    assert from_json(to_json(status)) == status
+    exposed = generate_latest(registry(lambda: status)).decode()
+    assert 'cdc_parked_changes{sink="mirror",state="retrying"} 3.0' in exposed
+    assert 'cdc_parked_changes{sink="mirror",state="dead"} 0.0' in exposed
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(render(status))
+    assert "mirror: 3 changes are parked (0 dead), the oldest for 1 min 0 s: transactions are torn" in captured.get()
+    assert not take(running(), delivering(parked=3, dead=1)).healthy
+    assert not take(running(), delivering()).sinks["mirror"].torn

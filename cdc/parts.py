@@ -1,0 +1,145 @@
+"""What changes are about, and how batches come apart into changes and together again. Pure: no I/O."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
+from typing import Final, NamedTuple
+
+import msgspec
+
+from cdc.change import DDL, Batch, Change, TableName, Transaction, Truncate
+from cdc.queue import Stored
+from cdc.queue_parked import ParkedId
+from cdc.sink import Subject
+
+_OPERATION: Final = attrgetter("operation")
+
+
+class Subjects:
+    """Counts what changes are about, and tells whether another one has to wait behind them."""
+
+    def __init__(self) -> None:
+        # (table,): anything; (table, None): as a whole; (table, key): a row
+        self._counts: Counter[tuple[object, ...]] = Counter()
+
+    def add(self, subject: Subject, count: int = 1) -> None:
+        """Count a change; -1 takes it back."""
+        for table in subject.tables:
+            parts: list[tuple[object, ...]] = [(table,), (table, subject.key)]
+            if table.name:
+                parts.append((_schema(table),))
+            for part in parts:
+                self._counts[part] += count
+                if not self._counts[part]:
+                    del self._counts[part]
+
+    def block(self, subject: Subject) -> bool:
+        """Whether a later change must wait."""
+        return any(
+            ((table,) if subject.key is None else (table, subject.key)) in self._counts
+            or (table, None) in self._counts
+            or (_schema(table), None) in self._counts
+            for table in subject.tables
+        )
+
+    def concern(self, batch: Batch) -> bool:
+        """Whether any change of a batch might have to wait."""
+        names = [table.qualified for table in batch.tables]
+        if any((name,) in self._counts or (_schema(name), None) in self._counts for name in names):
+            return True
+        return any(DDL in map(_OPERATION, transaction.changes) for transaction in batch.transactions)
+
+
+def _schema(table: TableName) -> TableName:
+    return TableName(table.schema, "")
+
+
+class Item(NamedTuple):
+    """A change that is on its way, and where it stands in the queue."""
+
+    stored: Stored
+    transaction: Transaction
+    change: Change
+    ordinal: int
+
+    @property
+    def id(self) -> ParkedId:
+        """Its place in the order of the source."""
+        return (self.stored.seq, self.ordinal)
+
+
+class Part(NamedTuple):
+    """What is applied together, and the transaction before it where that must be told."""
+
+    items: Sequence[Item]
+    before: Transaction | None = None
+
+
+def items_of(piece: Stored) -> Iterator[Item]:
+    """All changes of a stored batch."""
+    ordinal = 0
+    for transaction in piece.batch.transactions:
+        for change in transaction.changes:
+            yield Item(piece, transaction, change, ordinal)
+            ordinal += 1
+
+
+def parts_of(work: Iterable[tuple[Transaction, list[Item]]]) -> Iterator[Part]:
+    """Transactions that hold DDL by themselves, and what lies between them."""
+    run: list[Item] = []
+    before: Transaction | None = None
+    for transaction, items in work:
+        if DDL in map(_OPERATION, transaction.changes):
+            yield Part(run)
+            yield Part(items, None if before is None else emptied(before))
+            run = []
+        else:
+            run += items
+        before = transaction
+    yield Part(run)
+
+
+def emptied(transaction: Transaction) -> Transaction:
+    """Only its position."""
+    return msgspec.structs.replace(transaction, changes=[])
+
+
+def batches_of(items: Sequence[Item], before: Transaction | None) -> list[Batch]:
+    """What is left of a transaction is no complete one."""
+    found: list[Batch] = []
+    for _, batch_items in groupby(items, lambda item: item.stored.seq):
+        transactions = []
+        group = list(batch_items)
+        for _, own in groupby(group, lambda item: id(item.transaction)):
+            part = list(own)
+            transaction = part[0].transaction
+            if len(part) < len(transaction.changes):
+                changes = [item.change for item in part]
+                transaction = msgspec.structs.replace(transaction, changes=changes, complete=False)
+            transactions.append(transaction)
+        batch = group[0].stored.batch
+        head = [before] if before is not None and not found else []
+        found.append(msgspec.structs.replace(batch, transactions=[*head, *transactions]))
+    return found
+
+
+def alone(item: Item) -> Batch:
+    """A batch with this change only."""
+    batch, change = item.stored.batch, item.change
+    if isinstance(change.detail, Truncate):
+        tables = batch.tables
+    elif change.table < 0:
+        tables = ()
+    else:
+        tables = (batch.tables[change.table],)
+        change = msgspec.structs.replace(change, table=0)
+    first_ordinal = item.transaction.first_ordinal
+    for number, each in enumerate(item.transaction.changes):
+        if each is item.change:
+            first_ordinal += number
+            break
+    transaction = msgspec.structs.replace(item.transaction, changes=[change], first_ordinal=first_ordinal)
+    return Batch(tables, [transaction], item.transaction.end, size=0)
