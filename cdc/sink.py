@@ -7,6 +7,7 @@ never waits or retries by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from operator import is_
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import msgspec
@@ -29,6 +30,11 @@ class Applied(msgspec.Struct, frozen=True):
     missing_rows: int = 0
     healed_rows: int = 0
     fallback: bool = False
+
+
+def are_same(batches: Sequence[Batch], others: Sequence[Batch]) -> bool:
+    """Whether they are the very same objects: so a sink knows what it has prepared."""
+    return len(batches) == len(others) and all(map(is_, batches, others))
 
 
 Reread = Callable[[Table, Image], Image | None]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from operator import is_
 from typing import Final
 
 import msgspec
@@ -30,7 +29,7 @@ from cdc.mongodb.moment import moment
 from cdc.mongodb.positions import DURABLE, CollectionState, Positions, Standing
 from cdc.mongodb.target import MongoCopyTarget
 from cdc.position import Position, SourcePosition
-from cdc.sink import Ahead, Applied, Reread, Subject
+from cdc.sink import Ahead, Applied, Reread, Subject, are_same
 
 Work = Mapping[TableName, Folded | list[Change]]
 
@@ -49,7 +48,7 @@ class _Todo(msgspec.Struct, frozen=True):
 
     def is_about(self, batches: Sequence[Batch], in_order: set[TableName]) -> bool:
         """Whether these very batches were looked at, under the same conditions."""
-        return len(batches) == len(self.batches) and all(map(is_, batches, self.batches)) and in_order == self.in_order
+        return are_same(self.batches, batches) and in_order == self.in_order
 
 
 class _Connection(msgspec.Struct):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from operator import is_
 
 import msgspec
 import psycopg
@@ -24,7 +23,7 @@ from cdc.postgres.fold import FoldError
 from cdc.postgres.schema import read_tables
 from cdc.postgres.steps import Step
 from cdc.postgres.target import CopyTarget
-from cdc.sink import Applied, Reread
+from cdc.sink import Applied, Reread, are_same
 
 FEW_CHANGES = 64
 """Up to so many changes, prepared statements in one pipeline are faster than staging tables."""
@@ -53,10 +52,6 @@ class _Todo(msgspec.Struct, frozen=True):
     wanted: Sequence[Batch]
     few: bool
     folded: Sequence[Step] | None
-
-    def is_about(self, batches: Sequence[Batch]) -> bool:
-        """Whether these very batches were looked at."""
-        return len(batches) == len(self.batches) and all(map(is_, batches, self.batches))
 
 
 class PostgresSink(CopyTarget):
@@ -101,7 +96,7 @@ class PostgresSink(CopyTarget):
         connection, applier = self._opened()
         missing, healed = applier.missing, applier.healed
         todo, self._ahead = self._ahead, None
-        if todo is None or not todo.is_about(batches):
+        if todo is None or not are_same(todo.batches, batches):
             todo = self._look_at(applier, batches)
         with translated_errors():
             fallback = not self._apply_fast(connection, applier, todo)

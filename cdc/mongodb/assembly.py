@@ -10,6 +10,7 @@ import msgspec
 from cdc.change import DDL, INSERT, Batch, Change, Ddl, Table, TableName, Transaction
 from cdc.errors import DecodeError
 from cdc.mongodb import walk
+from cdc.mongodb.equality import id_only
 from cdc.mongodb.event import Event, decode, fragment, join, namespace, renamed_to
 from cdc.mongodb.moment import moment
 from cdc.mongodb.plain_events import take_plain
@@ -117,7 +118,8 @@ class Assembler:
         if not self._ordinal:
             ddl = [Ddl("drop", _description(event)), *made]
             changes += [Change(DDL, 0, None, None, None, each) for each in ddl]
-        changes += [Change(INSERT, 0, key_of(document), None, document) for document in documents]
+        # `{_id: value}` is what an event of it would carry as its `documentKey`, where no shard key belongs to it
+        changes += [Change(INSERT, 0, id_only(document), None, document) for document in documents]
         transaction = Transaction(event.token, event.token, event.commit_time, 0, self._ordinal, complete, changes)
         self._ordinal += len(changes)
         if complete:
@@ -214,14 +216,6 @@ class Assembler:
             self._tables.append(_table(name))
         self._table_of[ns] = index
         return index
-
-
-def key_of(document: bytes) -> bytes:
-    """What an event of this document would carry as its `documentKey` (where no shard key belongs to it)."""
-    found = walk.find(document, b"_id")
-    if found is None:
-        raise DecodeError("a document has no _id")
-    return walk.document(document[found.at : found.end])
 
 
 def _is_derived(created: bytes) -> bool:

@@ -50,7 +50,6 @@ class Assembler:
         self.position = position
         self._end = position  # of the last transaction that came, given out or not
         self.pending_bytes = 0
-        self.last_commit_time = 0
         self._relations: dict[int, Table] = {}
         self._tables: list[Table] = []
         self._indexes: dict[int, int] = {}  # relation OID -> index into _tables
@@ -197,7 +196,6 @@ class Assembler:
             else:
                 self._passed_empty = True
             self._ordinal = self._skip_changes = 0
-            self.last_commit_time = begin.commit_time
         self._begin = None
         self._plain = False
 

@@ -48,10 +48,7 @@ def copy_text(rows: Sequence[Row]) -> bytes:
 
 
 def _lines(lines: list[bytes]) -> bytes:
-    lines.append(b"")
-    text = b"\n".join(lines)
-    lines.pop()
-    return text
+    return b"\n".join([*lines, b""])
 
 
 def _is_plain(text: bytes, rows: int, width: int, *, backslashes: int) -> bool:

@@ -46,6 +46,14 @@ class Usage:
     peak_rss_mb: float
 
 
+def usage_of(pid: int) -> Usage:
+    """Of a process that runs."""
+    times = psutil.Process(pid).cpu_times()
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    (peak_kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return Usage(times.user + times.system, int(peak_kib) / 1024)
+
+
 class Contender(ABC):
     """Replicates the published table of a source into a database of its own.
 
@@ -152,10 +160,7 @@ class Cdc(Contender):
 
     def usage(self) -> Usage:
         assert self._process is not None, "the daemon was not started"
-        times = psutil.Process(self._process.pid).cpu_times()
-        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
-        (peak_kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-        return Usage(times.user + times.system, int(peak_kib) / 1024)
+        return usage_of(self._process.pid)
 
     def log_tail(self) -> str:
         return self._log.read_text(errors="replace")[-3000:]

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
 import pymongo
 from bson.raw_bson import RawBSONDocument
 from pymongo import InsertOne, UpdateOne
 
 from cdc.mongodb.client import RAW
-from tests.benchmarks.contenders import Usage
+from tests.benchmarks.contenders import CDC, Usage, usage_of
 from tests.benchmarks.table import BenchFailed
 from tests.mongo import at
 from tests.processes import kill_tree, wait_until
@@ -124,14 +122,14 @@ def _drain(client: pymongo.MongoClient[dict[str, Any]], config: Path, log: Path)
         )
         if process.poll() is not None:
             raise BenchFailed(f"the daemon ended: {log.read_text()[-2000:]}")
-        started, before = time.monotonic(), _cpu_seconds(process.pid)
+        started, before = time.monotonic(), usage_of(process.pid)
         wait_until(
             lambda: mirror.find_one({"_id": "last"}) is not None,
             timeout_seconds=TIMEOUT_SECONDS,
             what=lambda: f"the backlog to be drained; it says: {log.read_text()[-2000:]}",
         )
-        usage = Usage(_cpu_seconds(process.pid) - before, _peak_rss_mb(process.pid))
-        return time.monotonic() - started, usage
+        after = usage_of(process.pid)
+        return time.monotonic() - started, Usage(after.cpu_seconds - before.cpu_seconds, after.peak_rss_mb)
     finally:
         kill_tree(process.pid)
         process.wait()
@@ -156,15 +154,4 @@ def _cdc(config: Path, name: str) -> None:
 
 
 def _command(config: Path, name: str) -> list[str]:
-    return [sys.executable, str(Path(__file__).parents[2] / "cli.py"), "--config", str(config), name]
-
-
-def _cpu_seconds(pid: int) -> float:
-    times = psutil.Process(pid).cpu_times()
-    return float(times.user + times.system)
-
-
-def _peak_rss_mb(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    return [*CDC, "--config", str(config), name]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,23 @@ STAND_IN = "a stand-in for MongoDB, a test tool (no mongod was found)"
 ROOT = Path(__file__).parents[2]
 
 
-class StandIn:
+class _Server(ABC):
+    """Ends with its `with` block."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End it at once."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class StandIn(_Server):
     """The stand-in as a process of its own; ends with the test process at the latest."""
 
     def __init__(self, *arguments: str, port: int = 0) -> None:
@@ -62,16 +79,8 @@ class StandIn:
             if stream is not None:
                 stream.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.stop()
-
-
-class RealServer:
+class RealServer(_Server):
     """A `mongod` from PATH, initiated as the replica set rs0, with a data folder that goes with it."""
 
     def __init__(self, *arguments: str) -> None:
@@ -108,14 +117,6 @@ class RealServer:
         kill_tree(self._process.pid)
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.stop()
 
 
 def _mongod() -> str:

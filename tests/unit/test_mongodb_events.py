@@ -15,7 +15,8 @@ from cdc.change import DDL, DELETE, INSERT, UPDATE, Batch, Ddl, Delta, Transacti
 from cdc.config import TableGlobs
 from cdc.errors import DecodeError
 from cdc.mongodb import walk
-from cdc.mongodb.assembly import PART_BYTES, Assembler, key_of
+from cdc.mongodb.assembly import PART_BYTES, Assembler
+from cdc.mongodb.equality import id_only
 from cdc.mongodb.event import decode, fragment, join, quick
 from cdc.mongodb.plain_events import take_plain, take_plain_in_python
 from cdc.mongodb.scope import Scope
@@ -333,7 +334,7 @@ def test_f66_renames_by_their_ends() -> None:
     assert assembler.position == bson.encode({"_data": "0001"})
 
 
-def test_key_of_a_document() -> None:
-    assert key_of(bson.encode({"a": 1, "_id": {"k": 1}})) == bson.encode({"_id": {"k": 1}})
+def test_the_id_of_a_document() -> None:
+    assert id_only(bson.encode({"a": 1, "_id": {"k": 1}})) == bson.encode({"_id": {"k": 1}})
     with pytest.raises(DecodeError):
-        key_of(bson.encode({"a": 1}))
+        id_only(bson.encode({"a": 1}))
