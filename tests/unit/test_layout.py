@@ -20,8 +20,8 @@ ONLY: Final = {
     "cdc.change": VALUES,
     "cdc.position": VALUES,
     "cdc.errors": VALUES,
-    "cdc.api": (*VALUES, "cdc.api", "cdc.status", "cdc.metrics", "cdc.queue", "cdc.config"),
-    "sinks": (*VALUES, "sinks", "cdc.sink", "cdc.config", "cdc.postgres", "cdc.mongodb"),
+    "cdc.api": (*VALUES, "cdc.api", "cdc.status", "cdc.metrics", "cdc.queue", "cdc.config", "cdc.feed"),
+    "sinks": (*VALUES, "sinks", "cdc.sink", "cdc.config", "cdc.feed", "cdc.postgres", "cdc.mongodb"),
 }
 """Who may import only these of ours. (Of `cdc.config` they take the frozen structs of their own options.)"""
 

@@ -1,0 +1,1 @@
+"""The feed: one table of all changes, in commit order, that applications read by cursor."""

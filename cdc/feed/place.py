@@ -1,0 +1,50 @@
+"""Where a feed is kept: three kinds of stores, each a file that this is the only one to name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Final, cast
+
+import msgspec
+
+from cdc.feed.store import FeedReader, FeedWriter
+from cdc.secret import Secret
+from cdc.urls import kind_of
+
+SQLITE: Final = "sqlite"
+
+_MODULES: Final = {"sqlite": "cdc.feed.sqlite", "postgres": "cdc.postgres.feed", "mongodb": "cdc.mongodb.feed"}
+
+
+class Place(msgspec.Struct, frozen=True):
+    """A feed's database and table.
+
+    url: PostgreSQL or MongoDB; `None` for SQLite, in `directory`.
+    table: for PostgreSQL it may be `schema.table`.
+    """
+
+    url: Secret | None
+    directory: Path
+    table: str = "data_changes"
+
+    @property
+    def kind(self) -> str:
+        """`sqlite`, `postgres` or `mongodb`."""
+        return SQLITE if self.url is None else (kind_of(self.url.reveal()) or SQLITE)
+
+    @property
+    def file(self) -> Path:
+        """The file of an SQLite feed."""
+        return self.directory / f"{self.table}.sqlite"
+
+
+def writer(place: Place, source: str) -> FeedWriter:
+    """What writes the changes of one source to a feed."""
+    return cast("Callable[[Place, str], FeedWriter]", import_module(_MODULES[place.kind]).Writer)(place, source)
+
+
+def reader(place: Place) -> FeedReader:
+    """What reads a feed."""
+    return cast("Callable[[Place], FeedReader]", import_module(_MODULES[place.kind]).Reader)(place)
