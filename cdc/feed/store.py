@@ -21,8 +21,8 @@ SCAN_ROWS = 5_000
 class FeedWriter(Protocol):
     """Writes the changes of one source. Used by one thread.
 
-    Every transaction on the feed, of whatever writer, first takes one lock and holds it until it has committed, and only
-    then are ids given: so they become visible in the order of their numbers. Raises the errors of `cdc.errors`.
+    Every transaction on the feed, of whatever writer, first takes one lock, which it holds until it has committed, and
+    then gives ids: so they become visible in the order of their numbers. Raises the errors of `cdc.errors`.
     """
 
     def open(self) -> Position | None:
