@@ -21,6 +21,7 @@ from rich.table import Table
 from cdc import __version__, daemon, kinds, logs, preflight, status_table, verify_report
 from cdc.api.client import Client, DaemonUnreachable
 from cdc.barrier import Barrier, HttpBarrier, NoBarrier
+from cdc.beginning import begin, begun_fact
 from cdc.change import TableName
 from cdc.config import Config, SinkConfig, SourceConfig, load
 from cdc.copy import Copy, CopyProgress, PlannedTable, reported
@@ -34,9 +35,10 @@ from cdc.pipeline import paused_fact
 from cdc.position import Position, SourcePosition, parse_position
 from cdc.queue import DirectoryLock, Queue, lock_directory
 from cdc.resync import Wanted
-from cdc.sink import Mirror, Sink
+from cdc.sink import Mirror, Sink, SinkContext, StreamSink
 from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, to_json
 from sinks import load as load_sink
+from sinks import options_of
 
 app = typer.Typer(
     help="Capture every change of a database, and mirror it.",
@@ -85,7 +87,7 @@ class Session:
     def config(self) -> Config:
         """The checked configuration."""
         if self._config is None:
-            self._config = load(self._path)
+            self._config = load(self._path, options_of=options_of)
         return self._config
 
     @property
@@ -105,6 +107,13 @@ class Session:
         if name not in self.config.sinks:
             raise FatalError(f"no sink is called {name!r}", hint=f"one of: {', '.join(self.config.sinks) or 'none'}")
         return [self.config.sinks[name]]
+
+    def mirrors(self, name: str | None) -> list[SinkConfig]:
+        """One mirror by name, or all. Raises `FatalError` for a sink that is none."""
+        chosen = self.sinks(name)
+        if name is not None and not chosen[0].is_mirror:
+            raise FatalError(f"{name} is no mirror, but a sink of kind {chosen[0].kind}", hint="name a mirror")
+        return [sink for sink in chosen if sink.is_mirror]
 
     def client(self) -> Client:
         """The running daemon. Raises `DaemonUnreachable` where there is none."""
@@ -180,22 +189,31 @@ class NoFacts:
 def build_sink(config: Config, sink: SinkConfig) -> Sink:
     """The sink of a configuration, with a way to read a row of its source again."""
     source = build_source(config, config.sources[sink.source], NoFacts())
-    return cast("Sink", load_sink(sink.kind)(sink, reread=source.reread))
+    context = SinkContext(
+        source=config.sources[sink.source],
+        data_dir=Path(config.daemon.data_dir),
+        reread=source.reread,
+        primary_key=source.primary_key,
+    )
+    return cast("Sink", load_sink(sink.kind)(sink, context))
 
 
 def build_parts(config: Config) -> Parts:
     """What the daemon is made of."""
 
-    def copy_into(sink: SinkConfig, mirror: Sink, queue: Queue, stats: DeliveryStats, stop: threading.Event) -> None:
+    def fill_sink(sink: SinkConfig, built: Sink, queue: Queue, stats: DeliveryStats, stop: threading.Event) -> None:
+        if not sink.is_mirror:
+            begin(cast("StreamSink", built), queue, stats=stats, stop=stop)
+            return
         source = build_source(config, config.sources[sink.source], queue)
         progress = CopyProgress()
         with reported(progress, Console(stderr=True, force_terminal=False)):
-            fill(source, cast("Mirror", mirror), queue, stats=stats, options=sink.copy, stop=stop, progress=progress)
+            fill(source, cast("Mirror", built), queue, stats=stats, options=sink.copy, stop=stop, progress=progress)
 
     return Parts(
         source=lambda source, queue: build_source(config, source, queue),
         sink=lambda sink: build_sink(config, sink),
-        copier=copy_into,
+        fill=fill_sink,
     )
 
 
@@ -232,16 +250,19 @@ def check(context: typer.Context, *, as_json: AsJson = False) -> None:
             preflight.collect(f"source {name}", kinds.preflight(source.kind).check_source(config, source))
             for name, source in config.sources.items()
         ),
-        *(
-            preflight.collect(f"sink {name}", kinds.preflight(sink.kind).check_sink(config, sink))
-            for name, sink in config.sinks.items()
-        ),
+        *(preflight.collect(f"sink {name}", _check_sink(config, sink)) for name, sink in config.sinks.items()),
     ]
     if as_json:
         _print_json(preflight.as_json(sections))
     else:
         out.print(preflight.render(sections))
     _exit_unless(not preflight.failed(sections))
+
+
+def _check_sink(config: Config, sink: SinkConfig) -> Iterator[preflight.Finding]:
+    if sink.is_mirror:
+        return kinds.preflight(sink.kind).check_sink(config, sink)
+    return cast("StreamSink", build_sink(config, sink)).check()
 
 
 @app.command()
@@ -264,7 +285,7 @@ def copy(
 ) -> None:
     """Copy what was never copied, and end; `cdc run` does so by itself."""
     session = context.ensure_object(Session)
-    sinks = session.sinks(sink)
+    sinks = session.mirrors(sink)
     if dry_run:
         out.print(_plans({sink.name: _plan(session.config, sink) for sink in sinks}))
         return
@@ -337,7 +358,7 @@ def verify_command(context: typer.Context, sink: AnySink = None, *, as_json: AsJ
     """Compare mirrors with their sources. Exit code 1 if anything differs."""
     session = context.ensure_object(Session)
     reports = {
-        chosen.name: kinds.pair(chosen.kind).verify_pair(session.mirroring(chosen)) for chosen in session.sinks(sink)
+        chosen.name: kinds.pair(chosen.kind).verify_pair(session.mirroring(chosen)) for chosen in session.mirrors(sink)
     }
     equal = all(report.equal for report in reports.values())
     if as_json:
@@ -357,7 +378,7 @@ def cutover(
 ) -> None:
     """Prove that a mirror has everything, and make it ready to be written to. Stop your applications first."""
     session = context.ensure_object(Session)
-    (chosen,) = session.sinks(sink)
+    (chosen,) = session.mirrors(sink)
     session.client()  # without a daemon the mirror would never get there
     result = kinds.pair(chosen.kind).cut_over_pair(
         session.mirroring(chosen), timeout_seconds=timeout, progress=lambda line: print(line, file=sys.stderr)
@@ -386,7 +407,7 @@ def sync(
 ) -> None:
     """Read given rows or documents from the source again, and put them right on the mirror."""
     session = context.ensure_object(Session)
-    (chosen,) = session.sinks(sink)
+    (chosen,) = session.mirrors(sink)
     schema, dot, name = table.partition(".")
     if not dot or not (ids or where):
         raise FatalError(
@@ -451,12 +472,15 @@ def _drop_source(session: Session, source: SourceConfig) -> None:
 
 
 def _drop_sink(config: Config, sink: SinkConfig) -> None:
-    kinds.pair(sink.kind).drop_sink(sink)
+    if sink.is_mirror:
+        kinds.pair(sink.kind).drop_sink(sink)
+    else:
+        cast("StreamSink", build_sink(config, sink)).forget()
     if not daemon.queue_path(Path(config.daemon.data_dir), sink.source).exists():
         return
     with closing(daemon.open_queue(config, sink.source)) as queue:
         queue.retain(other.name for other in config.sinks_of(sink.source) if other.name != sink.name)
-        for fact in (filled_fact(sink.name), paused_fact(sink.name)):
+        for fact in (filled_fact(sink.name), begun_fact(sink.name), paused_fact(sink.name)):
             queue.set(fact, None)
 
 

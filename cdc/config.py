@@ -6,7 +6,7 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
@@ -17,7 +17,7 @@ import msgspec
 from cdc.change import TableName
 from cdc.errors import ConfigError
 from cdc.secret import Secret, Token
-from cdc.urls import KINDS, MONGODB, POSTGRES, backup_of, database_of, kind_of, redact
+from cdc.urls import KINDS, MONGODB, POSTGRES, backup_of, database_of, hosts_of, kind_of, redact
 
 __all__ = ["Config", "Secret", "Token", "load", "parse", "redact"]  # with what is written in terms of it
 
@@ -121,10 +121,13 @@ class CopyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class SinkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"source": "from"}):
-    """`[sinks.NAME]`: a target that changes are delivered to."""
+    """`[sinks.NAME]`: a target that changes are delivered to.
+
+    options: what its kind has besides, as that kind's own struct: set by `load`, and never written in the file.
+    """
 
     name: str = ""
-    kind: Literal["", "postgres", "mongodb"] = ""
+    kind: str = ""
     source: str
     url: Secret | None = None
     url_file: str | None = None
@@ -135,6 +138,29 @@ class SinkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     copy: CopyOptions = CopyOptions()
     rename: dict[str, str] = {}
     tables: dict[str, TableOptions] = {}
+    options: Any = None
+
+    @property
+    def is_mirror(self) -> bool:
+        """Whether it holds a copy of its source; other sinks only follow the stream."""
+        return self.kind in KINDS.values()
+
+    def own_tables_in(self, source: SourceConfig) -> Iterator[TableName]:
+        """Tables that this sink makes for itself, if its database is the source's."""
+        if self.is_mirror or self.url is None or source.url is None:
+            return
+        ours, theirs = self.url.reveal(), source.url.reveal()
+        if kind_of(ours) != source.kind or not hosts_of(ours) & hosts_of(theirs):
+            return
+        if source.kind == MONGODB:
+            database = database_of(ours)
+        elif database_of(ours) == database_of(theirs):
+            database = "public"
+        else:
+            return
+        for name in getattr(self.options, "own_tables", ()):
+            schema, dot, table = name.rpartition(".")
+            yield TableName(schema if dot else database or "", table)
 
     def target_name(self, table: TableName) -> TableName:
         """Where a source table is mirrored to: renamed as a table, else by its schema, else unchanged."""
@@ -143,7 +169,7 @@ class SinkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             return TableName(schema, name)
         return TableName(self.rename.get(table.schema, table.schema), table.name)
 
-    def options(self, table: TableName) -> TableOptions:
+    def table(self, table: TableName) -> TableOptions:
         """The table's own options, or the defaults."""
         return self.tables.get(str(table), TableOptions())
 
@@ -160,15 +186,30 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The sinks that are fed from a source."""
         return [sink for sink in self.sinks.values() if sink.source == source]
 
+    def own_tables(self, source: SourceConfig) -> frozenset[TableName]:
+        """What our sinks keep for themselves in a source's own database: captured, it would go in circles."""
+        return frozenset(table for sink in self.sinks.values() for table in sink.own_tables_in(source))
+
+    def mirrors_of(self, source: str) -> list[SinkConfig]:
+        """The mirrors of a source."""
+        return [sink for sink in self.sinks_of(source) if sink.is_mirror]
+
     def row_filter(self, source: str, table: TableName) -> str | None:
         """The `where` of a table, which all sinks of a source share (checked by `load`)."""
-        for sink in self.sinks_of(source):
-            return sink.options(table).where
+        for sink in self.mirrors_of(source):
+            return sink.table(table).where
         return None
 
 
-def load(path: Path, environment: Mapping[str, str] | None = None) -> Config:
-    """Read and check a file. Raises `ConfigError` naming the file, the key and the reason."""
+OptionsOf = Callable[[str], type[msgspec.Struct] | None]
+"""The struct of the options that a kind of sink has of its own. Raises `ConfigError` for an unknown kind."""
+
+
+def load(path: Path, environment: Mapping[str, str] | None = None, *, options_of: OptionsOf | None = None) -> Config:
+    """Read and check a file. Raises `ConfigError` naming the file, the key and the reason.
+
+    options_of: knows the kinds of sinks; without it, there are mirrors only.
+    """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
@@ -178,24 +219,56 @@ def load(path: Path, environment: Mapping[str, str] | None = None) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path}: not valid TOML: {exc}", hint="see config.example.toml") from exc
     try:
-        return parse(raw, environment if environment is not None else os.environ)
+        return parse(raw, environment if environment is not None else os.environ, options_of=options_of)
     except ConfigError as exc:
         raise ConfigError(f"{path}: {exc}", hint=exc.hint) from exc
 
 
-def parse(raw: dict[str, Any], environment: Mapping[str, str]) -> Config:
+def parse(raw: dict[str, Any], environment: Mapping[str, str], *, options_of: OptionsOf | None = None) -> Config:
     """Turn decoded TOML into a `Config`; the file's name is for the caller to add."""
     expanded = _expand(raw, environment, "")
+    options = _take_options(expanded.get("sinks"), options_of or _mirrors_only)
     try:
         config = msgspec.convert(expanded, Config, dec_hook=_decode_hook)
     except msgspec.ValidationError as exc:
-        raise ConfigError(_readable(str(exc), raw), hint="config.example.toml lists every option") from exc
+        raise ConfigError(_readable(str(exc), raw), hint=_ALL_OPTIONS) from exc
     daemon = _complete_daemon(config.daemon)
     sources = {name: _complete_source(name, source) for name, source in config.sources.items()}
-    sinks = {name: _complete_sink(name, sink, sources) for name, sink in config.sinks.items()}
+    sinks = {name: _complete_sink(name, sink, options.get(name), sources) for name, sink in config.sinks.items()}
     config = msgspec.structs.replace(config, daemon=daemon, sources=sources, sinks=sinks)
     _check_filters(config)
-    return config
+    return msgspec.structs.replace(
+        config, sources={name: _without(source, config.own_tables(source)) for name, source in sources.items()}
+    )
+
+
+def _mirrors_only(kind: str) -> None:
+    if kind not in KINDS.values():
+        raise ConfigError(f"no sink is of kind {kind!r}", hint=f"one of: {', '.join(sorted(set(KINDS.values())))}")
+
+
+def _take_options(sinks: Any, options_of: OptionsOf) -> dict[str, msgspec.Struct]:
+    """Take out of each sink's section what only its kind knows, as that kind's struct."""
+    taken: dict[str, msgspec.Struct] = {}
+    for name, section in sinks.items() if isinstance(sinks, dict) else ():
+        kind = section.get("kind") if isinstance(section, dict) else None
+        if not isinstance(kind, str) or not kind:
+            continue
+        try:
+            struct = options_of(kind)
+        except ConfigError as exc:
+            raise ConfigError(f"sinks.{name}.kind: {exc}", hint=exc.hint) from exc
+        if struct is None:
+            continue
+        known = {field.encode_name for field in msgspec.structs.fields(struct)}
+        own = {key: section.pop(key) for key in known & section.keys()}
+        try:
+            taken[name] = msgspec.convert(own, struct)
+        except msgspec.ValidationError as exc:
+            raise ConfigError(_readable(str(exc), {}, f"sinks.{name}"), hint=_ALL_OPTIONS) from exc
+        except ConfigError as exc:
+            raise ConfigError(f"sinks.{name}.{exc}", hint=exc.hint) from exc
+    return taken
 
 
 def _expand(value: Any, environment: Mapping[str, str], key: str) -> Any:
@@ -226,17 +299,22 @@ def _decode_hook(kind: type, value: object) -> object:
     raise TypeError(f"Expected `str`, got `{type(value).__name__}`")  # msgspec adds the path
 
 
-def _readable(message: str, raw: dict[str, Any]) -> str:
-    """Turn msgspec's `... - at `$.sources[...].url`` into `sources.shop.url: ...`."""
+_ALL_OPTIONS: Final = "config.example.toml lists every option"
+
+
+def _readable(message: str, raw: dict[str, Any], section: str = "") -> str:
+    """Turn msgspec's `... - at `$.sources[...].url`` into `sources.shop.url: ...`. section: what it calls `$`."""
     reason, _, where = message.partition(" - at `")
     path = where.rstrip("`").lstrip("$.")
+    if section:
+        path = f"{section}.{path}".rstrip(".")
     if where.startswith("key`"):  # a dict key that breaks its pattern: msgspec says only that it is one
         return f"{where.rpartition('.')[2].rstrip('`')}: names consist of a-z, 0-9 and _, and start with a letter"
-    for section in ("sources", "sinks"):
-        members = raw.get(section)
-        if path.startswith(f"{section}[...]") and isinstance(members, dict):
-            rest = path[len(f"{section}[...]") :]
-            path = f"{section}.{_culprit(members, section, reason)}{rest}"
+    for part in ("sources", "sinks"):
+        members = raw.get(part)
+        if path.startswith(f"{part}[...]") and isinstance(members, dict):
+            rest = path[len(f"{part}[...]") :]
+            path = f"{part}.{_culprit(members, part, reason)}{rest}"
     return f"{path}: {reason}" if path else reason
 
 
@@ -314,7 +392,17 @@ def _check_kind(name: str, source: SourceConfig) -> None:
             )
 
 
-def _complete_sink(name: str, sink: SinkConfig, sources: dict[str, SourceConfig]) -> SinkConfig:
+def _without(source: SourceConfig, tables: frozenset[TableName]) -> SourceConfig:
+    """Tables of our own are not captured; a change stream leaves them out by itself (`cdc.mongodb.scope`)."""
+    if not tables or source.kind != POSTGRES:
+        return source
+    exclude = (*source.tables.exclude, *sorted(escape(str(table)) for table in tables))
+    return msgspec.structs.replace(source, tables=msgspec.structs.replace(source.tables, exclude=exclude))
+
+
+def _complete_sink(
+    name: str, sink: SinkConfig, options: msgspec.Struct | None, sources: dict[str, SourceConfig]
+) -> SinkConfig:
     if sink.source not in sources:
         raise ConfigError(
             f"sinks.{name}.from: no source is called {sink.source!r}", hint=f"one of: {', '.join(sources)}"
@@ -323,17 +411,38 @@ def _complete_sink(name: str, sink: SinkConfig, sources: dict[str, SourceConfig]
         raise ConfigError(
             f"sinks.{name}: a source has the same name", hint="`cdc pause NAME` and `cdc drop NAME` must know which"
         )
+    if sink.options is not None:
+        raise ConfigError(f"sinks.{name}.options: unknown option", hint=_ALL_OPTIONS)
+    url = _secret(f"sinks.{name}.url", sink.url, sink.url_file)
+    source = sources[sink.source]
+    sink = msgspec.structs.replace(sink, name=name, kind=sink.kind or source.kind, url=url, options=options)
+    return _complete_mirror(sink, source) if sink.is_mirror else _complete_follower(sink)
+
+
+def _complete_follower(sink: SinkConfig) -> SinkConfig:
+    """A sink that is no mirror. Its URL is for its kind to judge."""
+    defaults = SinkConfig(source=sink.source)
+    for option in ("copy", "rename", "tables"):
+        if getattr(sink, option) != getattr(defaults, option):
+            raise ConfigError(
+                f"sinks.{sink.name}.{option}: only for mirrors, and this is {sink.kind}", hint="remove it"
+            )
+    if sink.on_error == "park":
+        raise ConfigError(f"sinks.{sink.name}.on_error: {sink.kind} keeps everything in order", hint="write 'stop'")
+    return msgspec.structs.replace(sink, on_error="stop")
+
+
+def _complete_mirror(sink: SinkConfig, source: SourceConfig) -> SinkConfig:
+    name = sink.name
     for table, renamed in sink.rename.items():
         if ("." in table) != ("." in renamed):
             raise ConfigError(
                 f"sinks.{name}.rename.{table}: {renamed!r} is not of the same form",
                 hint='rename a schema ("public" = "shop") or a table ("public.a" = "shop.b")',
             )
-    url = _secret(f"sinks.{name}.url", sink.url, sink.url_file)
-    source = sources[sink.source]
-    sink = msgspec.structs.replace(sink, name=name, kind=sink.kind or source.kind, url=url or _backup_url(name, source))
     if sink.kind != source.kind:
         raise ConfigError(f"sinks.{name}.kind: {source.name!r} is {source.kind}: a mirror is of the same kind", hint="")
+    sink = msgspec.structs.replace(sink, url=sink.url or _backup_url(name, source))
     return _complete_mongodb_sink(sink, source) if sink.kind == MONGODB else _complete_postgres_sink(sink)
 
 
@@ -387,10 +496,10 @@ def _backup_url(name: str, source: SourceConfig) -> Secret:
 def _check_filters(config: Config) -> None:
     """One publication serves all sinks of a source, so a table has one row filter."""
     for source in config.sources:
-        sinks = config.sinks_of(source)
+        sinks = config.mirrors_of(source)
         for table in {table for sink in sinks for table in sink.tables}:
             schema, _, name = table.partition(".")
-            wheres = {sink.options(TableName(schema, name)).where for sink in sinks}
+            wheres = {sink.table(TableName(schema, name)).where for sink in sinks}
             if len(wheres) > 1:
                 raise ConfigError(
                     f'sinks.*.tables."{table}".where: differs between the sinks of source {source!r}',

@@ -32,7 +32,7 @@ from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.delivery import Delivery
 from cdc.errors import CdcError, FatalError
 from cdc.parking import Parker, ParkingBounds, can_park
-from cdc.pipeline import AnyPipeline, CopyThenDeliver, Pipeline, contained
+from cdc.pipeline import AnyPipeline, FillThenDeliver, Pipeline, contained
 from cdc.position import SourcePosition
 from cdc.queue import Queue, lock_directory
 from cdc.sink import Sink
@@ -50,12 +50,13 @@ class Parts:
     """What only the command line can build: `cdc` knows neither sinks nor databases.
 
     source: also given the queue, for small facts that have to survive a restart.
-    copier: blocks until every table of the sink is copied or `stop` is set, and retries what is transient.
+    fill: blocks until the sink can take the stream (a mirror has every table) or `stop` is set; retries what is
+        transient.
     """
 
     source: Callable[[SourceConfig, Queue], Source]
     sink: Callable[[SinkConfig], Sink]
-    copier: Callable[[SinkConfig, Sink, Queue, DeliveryStats, threading.Event], None]
+    fill: Callable[[SinkConfig, Sink, Queue, DeliveryStats, threading.Event], None]
 
 
 def run(config: Config, parts: Parts) -> bool:
@@ -191,12 +192,12 @@ class Daemon:
         source = self._parts.source(self._config.sources[name], queue)
         return Capture(source, queue, self._sources[name].stats, applied=partial(self._slowest_sink, name))
 
-    def _deliver(self, name: str, queue: Queue) -> CopyThenDeliver:
+    def _deliver(self, name: str, queue: Queue) -> FillThenDeliver:
         config, stats = self._config.sinks[name], self._sinks[name].stats
         sink = self._parts.sink(config)
         parker = _parker(config, sink, queue, stats)
         delivery = self._deliveries[name] = Delivery(sink, queue, stats, config.batch, parker=parker)
-        return CopyThenDeliver(partial(self._parts.copier, config, sink, queue, stats), delivery, queue, stats)
+        return FillThenDeliver(partial(self._parts.fill, config, sink, queue, stats), delivery, queue, stats)
 
     def _slowest_sink(self, source: str) -> SourcePosition | None:
         """What every sink of a source has applied; `None` where there is no such order, or one is not known yet."""

@@ -88,13 +88,13 @@ class Pipeline(Generic[Stats]):
 AnyPipeline = Pipeline[CaptureStats] | Pipeline[DeliveryStats]
 
 
-class CopyThenDeliver:
-    """A sink's thread: first what was never copied, then the stream."""
+class FillThenDeliver:
+    """A sink's thread: first what it needs before the stream can come (a mirror: the copy), then the stream."""
 
     def __init__(
-        self, copy: Callable[[threading.Event], None], delivery: Delivery, queue: Queue, stats: DeliveryStats
+        self, fill: Callable[[threading.Event], None], delivery: Delivery, queue: Queue, stats: DeliveryStats
     ) -> None:
-        self._copy = copy
+        self._fill = fill
         self._delivery = delivery
         self._queue = queue
         self._stats = stats
@@ -102,9 +102,9 @@ class CopyThenDeliver:
         self._running.set()
 
     def run(self, stop: threading.Event) -> None:
-        """Copy, and deliver. Paused before the copy began, it does not begin; later the pause waits for its end."""
+        """Fill, and deliver. Paused before that began, it does not begin; later the pause waits for its end."""
         if self._may_begin(stop):
-            self._copy(stop)
+            self._fill(stop)
         self._delivery.run(stop)
 
     def _may_begin(self, stop: threading.Event) -> bool:

@@ -175,6 +175,13 @@ class Queue:
         """A target that stands before this can no longer be served."""
         return self._contents.state.pruned_position
 
+    @property
+    def beginning(self) -> Position:
+        """The earliest position that a target can be served from. Not before `begin`."""
+        state = self._contents.state
+        assert state.pruned_position is not None
+        return Position(self.queue_id, state.pruned_seq, state.pruned_position)
+
     def begin(self, position: SourcePosition) -> None:
         """Start a fresh queue at the source's `position`. Durable on return."""
         if self.position is not None:

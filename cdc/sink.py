@@ -6,14 +6,18 @@ never waits or retries by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from operator import is_
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
 from cdc.change import Batch, Change, Image, Table, TableName
+from cdc.config import SourceConfig
 from cdc.position import Position, SourcePosition
+from cdc.preflight import Finding
 from cdc.source import Chunk
 
 
@@ -39,6 +43,20 @@ def are_same(batches: Sequence[Batch], others: Sequence[Batch]) -> bool:
 
 Reread = Callable[[Table, Image], Image | None]
 """Read one row from the source again, by its key: the row as it is now, or `None` if it is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class SinkContext:
+    """What a sink is given besides its own configuration. All of it is for those that need it.
+
+    data_dir: for what a sink keeps on this machine.
+    reread: asks the source for a row. primary_key: asks it for the columns of a table's primary key, if it has one.
+    """
+
+    source: SourceConfig | None = None
+    data_dir: Path | None = None
+    reread: Reread | None = None
+    primary_key: Callable[[TableName], Sequence[str]] | None = None
 
 
 class Sink(Protocol):
@@ -129,6 +147,26 @@ class Parking(Protocol):
 
         After a `PermanentError` the sink stays open, and the same may be applied again one by one.
         """
+        ...
+
+
+class StreamSink(Sink, Protocol):
+    """A sink that is no mirror: nothing is copied into it, it begins with the stream."""
+
+    def stored_position(self) -> Position | None:
+        """The position stored in the target; `None` if it has not begun. Needs no `open`."""
+        ...
+
+    def begin(self, position: Position) -> None:
+        """Store the position at which it begins. Durable. Needs no `open`."""
+        ...
+
+    def forget(self) -> None:
+        """Remove its position from the target; what it has written stays. Needs no `open`."""
+        ...
+
+    def check(self) -> Iterator[Finding]:
+        """Look for what would keep it from its work. Changes nothing."""
         ...
 
 

@@ -158,6 +158,10 @@ class Source(Protocol):
         """Open a consistent view for copying or verifying, while the stream goes on."""
         ...
 
+    def primary_key(self, table: TableName) -> Sequence[str]:
+        """The columns of a table's primary key; empty where it has none. Uses a connection of its own."""
+        ...
+
     def reread(self, table: Table, image: Image) -> Image | None:
         """Read one row as it is now, by the key in `image`; `None` if it is gone. From any thread."""
         ...

@@ -113,6 +113,11 @@ class MemorySource:
         """Not kept: begin with the first transaction instead."""
         raise FatalError(f"{self.name}: a source in memory has no snapshots")
 
+    def primary_key(self, table: TableName) -> Sequence[str]:
+        """The columns of the key."""
+        found = next(each for each in self._tables if each.qualified == table)
+        return [column.name for column in found.columns if column.is_key]
+
     def reread(self, table: Table, image: Image) -> Image | None:  # noqa: ARG002 - protocol
         """Not kept by key."""
         raise FatalError(f"{self.name}: a source in memory has no rows to read again")

@@ -29,7 +29,7 @@ from cdc.mongodb.moment import moment
 from cdc.mongodb.positions import DURABLE, CollectionState, Positions, Standing
 from cdc.mongodb.target import MongoCopyTarget
 from cdc.position import Position, SourcePosition
-from cdc.sink import Ahead, Applied, Reread, Subject, are_same
+from cdc.sink import Ahead, Applied, SinkContext, Subject, are_same
 
 Work = Mapping[TableName, Folded | list[Change]]
 
@@ -70,9 +70,9 @@ class _Connection(msgspec.Struct):
 class MongodbSink(MongoCopyTarget):
     """A mirror. Implements `cdc.sink.Mirror` and `cdc.sink.Parking`."""
 
-    def __init__(self, config: SinkConfig, *, reread: Reread | None = None) -> None:
+    def __init__(self, config: SinkConfig, context: SinkContext) -> None:
         super().__init__(config)
-        self._reread = reread
+        self._reread = context.reread
         self._connection: _Connection | None = None
         self._through: bytes | None = None
         self._ahead: _Todo | None = None

@@ -23,7 +23,7 @@ from cdc.postgres.fold import FoldError
 from cdc.postgres.schema import read_tables
 from cdc.postgres.steps import Step
 from cdc.postgres.target import CopyTarget
-from cdc.sink import Applied, Reread, are_same
+from cdc.sink import Applied, SinkContext, are_same
 
 FEW_CHANGES = 64
 """Up to so many changes, prepared statements in one pipeline are faster than staging tables."""
@@ -57,9 +57,9 @@ class _Todo(msgspec.Struct, frozen=True):
 class PostgresSink(CopyTarget):
     """A mirror. Implements `cdc.sink.Mirror`."""
 
-    def __init__(self, config: SinkConfig, *, reread: Reread | None = None) -> None:
+    def __init__(self, config: SinkConfig, context: SinkContext) -> None:
         super().__init__(config)
-        self._reread = reread
+        self._reread = context.reread
         self._connection: Connection | None = None
         self._applier: Applier | None = None
         self._position: Lsn | None = None

@@ -16,6 +16,7 @@ from cdc.filling import fill
 from cdc.position import Position
 from cdc.postgres.source import PostgresSource
 from cdc.queue import Queue
+from cdc.sink import SinkContext
 from cdc.status import CaptureStats, DeliveryStats
 from sinks.postgres import PostgresSink
 from tests.servers import Database
@@ -55,7 +56,7 @@ class Mirror:
 
     def _make(self) -> None:
         self.source = PostgresSource(self.config, self.config.sources["shop"], self.queue)
-        self.sink = PostgresSink(self.config.sinks["mirror"], reread=self.source.reread)
+        self.sink = PostgresSink(self.config.sinks["mirror"], SinkContext(reread=self.source.reread))
         self.capture_stats = CaptureStats("shop")
         self.delivery_stats = DeliveryStats("mirror", "shop")
         self.capture = Capture(

@@ -19,6 +19,7 @@ from cdc.mongodb.reread import read_again
 from cdc.mongodb.scope import Scope
 from cdc.position import Position
 from cdc.secret import Secret
+from cdc.sink import SinkContext
 from sinks.mongodb import MongodbSink
 
 RAW: CodecOptions[RawBSONDocument] = CodecOptions(document_class=RawBSONDocument)
@@ -67,7 +68,7 @@ class MongoPair:
 
     def new_sink(self) -> MongodbSink:
         """Another sink of the same name, as after a restart."""
-        return MongodbSink(self.config, reread=self._reread)
+        return MongodbSink(self.config, SinkContext(reread=self._reread))
 
     def events(self) -> list[bytes]:
         """What happened since the last call."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Final, cast
 
 import msgspec
 
+from cdc.config import SinkConfig
+from cdc.feed.options import FeedOptions
 from cdc.feed.store import FeedReader, FeedWriter
+from cdc.preflight import Finding
 from cdc.secret import Secret
 from cdc.urls import kind_of
 
@@ -38,6 +41,18 @@ class Place(msgspec.Struct, frozen=True):
     def file(self) -> Path:
         """The file of an SQLite feed."""
         return self.directory / f"{self.table}.sqlite"
+
+
+def place_of(config: SinkConfig, data_dir: Path) -> Place:
+    """Where a sink of kind `data_changes` writes."""
+    options = config.options if isinstance(config.options, FeedOptions) else FeedOptions()
+    return Place(config.url, data_dir, options.table)
+
+
+def check(place: Place) -> Iterator[Finding]:
+    """Look for what would keep a feed from being written. Changes nothing."""
+    module = import_module(_MODULES[place.kind])
+    yield from cast("Callable[[Place], Iterator[Finding]]", module.check)(place)
 
 
 def writer(place: Place, source: str) -> FeedWriter:

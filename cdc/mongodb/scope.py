@@ -101,7 +101,7 @@ def scope_of(config: Config, source: SourceConfig) -> Scope:
     """
     assert source.url is not None
     hosts = hosts_of(source.url.reveal())
-    foreign: set[str] = set()
+    foreign = {str(table) for table in config.own_tables(source)}
     for sink in config.sinks_of(source.name):
         if sink.url is not None and hosts & hosts_of(sink.url.reveal()):
             foreign |= set(sink.rename.values())

@@ -174,6 +174,10 @@ class MongoSource:
         """A view for copying, while the stream goes on; what it promises is less than a snapshot (see there)."""
         return MongoSnapshot(self._url, self.tables())
 
+    def primary_key(self, table: TableName) -> Sequence[str]:  # noqa: ARG002 - the same for all
+        """Documents have their `_id`."""
+        return ("_id",)
+
     def reread(self, table: Table, image: Image) -> Image | None:
         """Read one document as it is now, by the `_id` in `image`: see `cdc.mongodb.reread`."""
         return read_again(self._asking(), table, image)

@@ -138,7 +138,7 @@ class Applier:
                     f"table {table.qualified} was never copied to the mirror",
                     hint="restart `cdc run`: it copies tables that are new",
                 )
-            plan = self._plans[table] = TablePlan(table, target, self._config.options(table.qualified).columns)
+            plan = self._plans[table] = TablePlan(table, target, self._config.table(table.qualified).columns)
         return plan
 
     def _statement(self, tables: Tables, change: Change) -> Statement | None:

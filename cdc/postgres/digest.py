@@ -292,7 +292,7 @@ def _source_side(name: TableName, tables: Mapping[TableName, SchemaTable], sink:
     table = tables.get(name)
     if table is None:
         raise NotComparable(f"the source has no table {name}")
-    options = sink.options(name)
+    options = sink.table(name)
     columns = tuple(
         column.name for column in table.replicated_columns if options.columns is None or column.name in options.columns
     )

@@ -181,7 +181,7 @@ class Preparation:
 
 def mirrored_columns(config: SinkConfig, table: SchemaTable) -> list[SchemaColumn]:
     """The columns that travel to this sink, in the source's order."""
-    wanted = config.options(table.name).columns
+    wanted = config.table(table.name).columns
     if wanted is None:
         return list(table.replicated_columns)
     if unknown := set(wanted) - {column.name for column in table.replicated_columns}:

@@ -104,7 +104,7 @@ class Coverage(msgspec.Struct, frozen=True):
 
 def _column_list(config: Config, source: SourceConfig, table: SchemaTable) -> tuple[str, ...] | None:
     """The columns that any sink wants, if every sink names its own."""
-    lists = [sink.options(table.name).columns for sink in config.sinks_of(source.name)]
+    lists = [sink.table(table.name).columns for sink in config.sinks_of(source.name)]
     wanted = {column for columns in lists for column in columns or ()}
     known = tuple(column.name for column in table.replicated_columns)
     if not lists or None in lists or wanted >= set(known):

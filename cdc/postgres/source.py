@@ -159,6 +159,11 @@ class PostgresSource:
         filters = {name: where for name in tables if (where := self._config.row_filter(self.name, name)) is not None}
         return open_snapshot(self._url, tables, filters=filters)
 
+    def primary_key(self, table: TableName) -> Sequence[str]:
+        """The columns of a table's primary key."""
+        found = self._schema().get(table)
+        return found.primary_key if found is not None else ()
+
     def reread(self, table: Table, image: Image) -> Image | None:
         """Read one row as it is now, by its key; `None` if it is gone."""
         return reread(self._url, table, image)

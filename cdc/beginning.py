@@ -1,0 +1,51 @@
+"""How a sink that is no mirror begins: with what the queue still has, and never a second time by itself."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import Final
+
+import structlog
+
+from cdc.errors import ResyncRequired
+from cdc.queue import Queue
+from cdc.retry import keep_trying
+from cdc.sink import StreamSink
+from cdc.status import DeliveryStats, State
+
+log = structlog.get_logger()
+
+_BEGUN: Final = "yes"
+
+
+def begun_fact(sink: str) -> str:
+    """The queue's fact that a sink has begun once."""
+    return f"begun:{sink}"
+
+
+def begin(sink: StreamSink, queue: Queue, *, stats: DeliveryStats, stop: threading.Event) -> None:
+    """Let the sink begin, if it has not; return when it has, or `stop` is set. The queue must have begun.
+
+    Retries for ever what is transient. Raises `ResyncRequired` where it had begun, and its target has lost that.
+    """
+    keep_trying(lambda: _begin(sink, queue), stop, partial(_waiting, stats))
+
+
+def _begin(sink: StreamSink, queue: Queue) -> None:
+    fact = begun_fact(sink.name)
+    if sink.stored_position() is None:
+        if queue.get(fact) is not None:
+            raise ResyncRequired(
+                f"sink {sink.name}: its target has no position: it was emptied, or restored from before it began",
+                hint=f"`cdc drop {sink.name}`, then `cdc run`: it begins anew, with what the queue still has",
+            )
+        sink.begin(queue.beginning)
+    queue.set(fact, _BEGUN)
+
+
+def _waiting(stats: DeliveryStats, error: BaseException, seconds: float) -> None:
+    stats.error, stats.hint = str(error), getattr(error, "hint", "")
+    stats.state = State.WAITING
+    stats.retries += 1
+    log.warning("target unavailable", sink=stats.name, error=str(error), retry_in_seconds=round(seconds, 1))

@@ -1,0 +1,205 @@
+"""Changes become records: each entity's versions are counted, and what a change leaves out is taken from what is known.
+
+Two steps: `drafts` needs only the changes, so that it can be done ahead; `Composer.compose` needs the entities' states,
+and goes in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import msgspec
+import structlog
+
+from cdc.change import MESSAGE, Batch, Change, Message, TableName, Transaction
+from cdc.feed.event import Event, Told, Translator, View
+from cdc.feed.options import Entity, FeedOptions
+from cdc.feed.record import ALL, ChangeType, EntityState, Record
+from cdc.position import format_position
+
+CONTEXT_PREFIX: Final = "cdc.context"
+"""Of the logical message by which an application says on whose behalf a transaction is made."""
+
+log = structlog.get_logger()
+
+Key = tuple[str, str]
+"""Of an entity's state: (entity_type, key)."""
+
+
+class Context(msgspec.Struct, frozen=True, rename="camel"):
+    """What a `cdc.context` message holds, as JSON: `{"userId": "u5", "locationId": "north"}`."""
+
+    user_id: str | int | None = None
+    location_id: str | int | None = None
+
+
+NO_CONTEXT: Final = Context()
+
+
+class Draft(NamedTuple):
+    """An event, with what its transaction tells."""
+
+    event: Event
+    change: Change
+    entity: Entity
+    position: str
+    changed_at: int
+    context: Context
+
+    @property
+    def key(self) -> Key:
+        """Of its entity's state."""
+        return (self.entity.type, self.event.key)
+
+
+class Drafter:
+    """Translates batches, in order, and looks for what applications say about their transactions."""
+
+    def __init__(self, options: FeedOptions, translator: Translator) -> None:
+        self._options = options
+        self._translator = translator
+        self._entities: dict[TableName, Entity] = {}
+
+    def drafts(self, batches: Sequence[Batch], context: Context = NO_CONTEXT) -> tuple[list[Draft], Context]:
+        """All events of the batches; and the context that goes on, if they end within a transaction.
+
+        context: of the transaction that the first batch goes on with.
+        """
+        found: list[Draft] = []
+        for batch in batches:
+            for transaction in batch.transactions:
+                if transaction.first_ordinal == 0:
+                    context = NO_CONTEXT
+                context = self._transaction(batch, transaction, context, found)
+        return found, context
+
+    def _transaction(self, batch: Batch, transaction: Transaction, context: Context, found: list[Draft]) -> Context:
+        """A message speaks for what follows it, and the first one also for what came before."""
+        told = [said for change in transaction.changes if (said := _context(change)) is not None]
+        if told and context is NO_CONTEXT:
+            context = told[0]
+        position = format_position(transaction.position)
+        for ordinal, change in enumerate(transaction.changes, transaction.first_ordinal):
+            if change.operation == MESSAGE:
+                context = _context(change) or context
+                continue
+            events = self._translator.events(batch.tables, change)
+            for part, event in enumerate(events):
+                place = f"{position}:{ordinal}" if len(events) == 1 else f"{position}:{ordinal}.{part}"
+                entity = self._entity(event)
+                found.append(Draft(event, change, entity, place, transaction.commit_time, context))
+        return context
+
+    def _entity(self, event: Event) -> Entity:
+        entity = self._entities.get(event.table)
+        if entity is None:
+            entity = self._entities[event.table] = Entity.of(event.table, self._options)
+        return entity
+
+
+class Composer:
+    """Turns drafts into the records of one source."""
+
+    def __init__(self, source: str, options: FeedOptions, translator: Translator) -> None:
+        self._source = source
+        self._largest = options.max_payload_bytes
+        self._translator = translator
+
+    def compose(
+        self, drafts: Iterable[Draft], states: Mapping[Key, EntityState]
+    ) -> tuple[list[Record], list[EntityState]]:
+        """The records, in order, and the states that they leave behind.
+
+        states: of all that `keys_of` names, as far as there are any.
+        """
+        current = dict(states)
+        touched: dict[Key, EntityState] = {}
+        records = []
+        for draft in drafts:
+            before = current.get(draft.key)
+            group = current.get((draft.entity.type, ALL))
+            told = self._translator.complete(draft.event, draft.change, before, group.version if group else 0)
+            record = self._record(draft, told, before)
+            records.append(record)
+            current[draft.key] = touched[draft.key] = _state(draft, record, told)
+        return records, list(touched.values())
+
+    def _record(self, draft: Draft, told: Told, state: EntityState | None) -> Record:
+        event, entity, context = draft.event, draft.entity, draft.context
+        deleted = event.change_type == ChangeType.DELETE
+        view = told.before if deleted else told.after
+        location = _said(context.location_id) or (view.location_id if view else None)
+        if location is None and state is not None and (deleted or not entity.location):
+            location = state.location_id
+        user = _said(context.user_id) or (view.user_id if view and not deleted else None)
+        record = Record(
+            source=self._source,
+            position=draft.position,
+            entity_type=entity.type,
+            entity_id=event.entity_id,
+            channel=entity.channel,
+            change_type=event.change_type,
+            version=state.version + 1 if state else 1,
+            changed_at=draft.changed_at,
+            location_id=location,
+            user_id=user,
+            before=_shown(told.before),
+            after=_shown(told.after),
+            changed=told.changed,
+            delta=told.delta,
+            lookup=told.lookup,
+            scope_before=_scope_before(told, state),
+            scope_after=told.after.scope if told.after else None,
+        )
+        return record if _size(record) <= self._largest else _without_payload(record)
+
+
+def keys_of(drafts: Iterable[Draft]) -> set[Key]:
+    """The states that `Composer.compose` needs: of the entities, and of all entities of their types."""
+    return {key for draft in drafts for key in (draft.key, (draft.entity.type, ALL))}
+
+
+def _state(draft: Draft, record: Record, told: Told) -> EntityState:
+    return EntityState(
+        entity_type=record.entity_type,
+        key=draft.event.key,
+        version=record.version,
+        location_id=record.location_id,
+        scope=record.scope_after or record.scope_before,
+        known=told.known,
+    )
+
+
+def _scope_before(told: Told, state: EntityState | None) -> bytes | None:
+    """What the change does not tell is as it was last known."""
+    if told.before is not None and told.before.whole:
+        return told.before.scope
+    return state.scope if state is not None else None
+
+
+def _shown(view: View | None) -> bytes | None:
+    return None if view is None else view.shown
+
+
+def _size(record: Record) -> int:
+    return sum(len(part) for part in (record.before, record.after, record.delta) if part is not None)
+
+
+def _without_payload(record: Record) -> Record:
+    return msgspec.structs.replace(record, before=None, after=None, delta=None, truncated=True)
+
+
+def _said(value: str | int | None) -> str | None:
+    return None if value is None else str(value)
+
+
+def _context(change: Change) -> Context | None:
+    detail = change.detail
+    if not isinstance(detail, Message) or detail.prefix != CONTEXT_PREFIX:
+        return None
+    try:
+        return msgspec.json.decode(detail.content, type=Context)
+    except msgspec.DecodeError as exc:
+        log.warning("a cdc.context message cannot be read", error=str(exc))
+        return None

@@ -1,0 +1,180 @@
+"""What a change of a row does to an entity: pgoutput's images as JSON. Implements `cdc.feed.event.Translator`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from cdc.change import DELETE, INSERT, MESSAGE, TRUNCATE, UPDATE, Change, Table, TableName, Truncate
+from cdc.errors import DecodeError
+from cdc.feed.event import Event, Told, View, masked
+from cdc.feed.options import Entity, FeedOptions, Mask
+from cdc.feed.record import ALL, ChangeType, EntityState, Json
+from cdc.postgres.json_values import Encode, encoder, text
+from cdc.postgres.row import UNCHANGED, Row, decode_key, decode_row, merge
+from cdc.sink import SinkContext
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class EntityTranslator:
+    """Translates PostgreSQL's changes."""
+
+    def __init__(self, options: FeedOptions, context: SinkContext) -> None:
+        """Asks the source once for the primary key of a table with identity FULL: its changes do not tell."""
+        self._options = options
+        self._primary_key = context.primary_key
+        self._shapes: dict[Table, _Shape] = {}
+
+    def events(self, tables: Sequence[Table], change: Change) -> Sequence[Event]:
+        """A change of a key is two events: one entity ends, and another begins."""
+        if change.operation == TRUNCATE:
+            assert isinstance(change.detail, Truncate)
+            return [_emptied(tables[index].qualified) for index in change.detail.tables]
+        if change.operation == MESSAGE:
+            return ()
+        shape = self._shape(tables[change.table])
+        if change.operation == INSERT:
+            return (shape.event(ChangeType.CREATE, after=_row(change.after)),)
+        if change.operation == UPDATE:
+            return shape.updated(change)
+        if change.operation == DELETE:
+            return (shape.deleted(change),)
+        raise DecodeError(f"a change of an unknown kind: {change.operation}")
+
+    def complete(self, event: Event, _change: Change, state: EntityState | None, _generation: int) -> Told:
+        """Of a deleted row known by its key alone, the last known location and scope."""
+        before = event.before
+        if before is not None and not before.whole and state is not None:
+            before = msgspec.structs.replace(before, location_id=state.location_id, scope=state.scope)
+        return Told(before, event.after, event.changed)
+
+    def _shape(self, table: Table) -> _Shape:
+        shape = self._shapes.get(table)
+        if shape is None:
+            keys = [column.name for column in table.columns if column.is_key]
+            if table.identity == "f" and self._primary_key is not None:
+                keys = list(self._primary_key(table.qualified)) or keys
+            shape = self._shapes[table] = _Shape(table, keys, Entity.of(table.qualified, self._options))
+        return shape
+
+
+class _Column(msgspec.Struct, frozen=True):
+    index: int
+    name: str
+    prefix: bytes
+    encode: Encode
+    mask: Mask | None
+
+    def show(self, value: bytes) -> Json:
+        return masked(value, self.mask) if self.mask else self.encode(value)
+
+
+class _Shape:
+    """One version of a table: where its values are, and how they are shown."""
+
+    def __init__(self, table: Table, keys: Sequence[str], entity: Entity) -> None:
+        at = {column.name: index for index, column in enumerate(table.columns)}
+        self._table = table.qualified
+        self._keys = [at[name] for name in keys if name in at]
+        self._columns = [
+            _Column(index, each.name, _encode(each.name) + b":", encoder(each.type_oid), entity.mask.get(each.name))
+            for index, each in enumerate(table.columns)
+            if entity.shows(each.name)
+        ]
+        self._location, self._user = at.get(entity.location), at.get(entity.user)
+        self._scope = [(_encode(name) + b":", at[name]) for name in entity.scope if name in at]
+
+    def event(self, kind: ChangeType, *, before: Row | None = None, after: Row | None = None) -> Event:
+        """An event about the row that is given."""
+        row = after if after is not None else before
+        assert row is not None
+        name = self._name(row)
+        return Event(
+            table=self._table,
+            change_type=kind,
+            key=name,
+            entity_id=name,
+            before=None if before is None else self._view(before),
+            after=None if after is None else self._view(after),
+        )
+
+    def updated(self, change: Change) -> Sequence[Event]:
+        """An UPDATE, or the end of one entity and the beginning of another."""
+        after = _row(change.after)
+        before = None if change.before is None else decode_row(change.before)
+        if before is not None:
+            after = merge(after, before)
+        old = before if before is not None else decode_key(change.key) if change.key is not None else after
+        if self._name(old) == self._name(after):
+            event = self.event(ChangeType.UPDATE, before=before, after=after)
+            if before is not None:
+                event = msgspec.structs.replace(event, changed=self._changed(before, after))
+            return (event,)
+        ended = self._ended(old, whole=before is not None)
+        return (ended, self.event(ChangeType.CREATE, after=after))
+
+    def deleted(self, change: Change) -> Event:
+        """A DELETE: with identity FULL the whole row is known, else its key."""
+        if change.before is not None:
+            return self._ended(decode_row(change.before), whole=True)
+        if change.key is None:
+            raise DecodeError(f"{self._table}: a DELETE without key")
+        return self._ended(decode_key(change.key), whole=False)
+
+    def _ended(self, row: Row, *, whole: bool) -> Event:
+        event = self.event(ChangeType.DELETE, before=row)
+        if whole or event.before is None:
+            return event
+        return msgspec.structs.replace(event, before=View(event.before.shown, whole=False))
+
+    def _name(self, row: Row) -> str:
+        """The key as text; of several columns (or none that is known) a JSON array of texts."""
+        if len(self._keys) == 1 and isinstance(value := row[self._keys[0]], bytes):
+            return value.decode("utf-8", "replace")
+        values = [row[index] for index in self._keys] or row
+        return _encode([value.decode("utf-8", "replace") if value else value for value in values]).decode()
+
+    def _view(self, row: Row) -> View:
+        return View(
+            shown=b"{%s}" % b",".join(self._shown(row)),
+            location_id=_text(row, self._location),
+            user_id=_text(row, self._user),
+            scope=b"{%s}" % b",".join([name + _json_text(row[index]) for name, index in self._scope])
+            if self._scope
+            else None,
+        )
+
+    def _shown(self, row: Row) -> list[bytes]:
+        """`"name":value` of each column that travelled."""
+        parts = []
+        for column in self._columns:
+            value = row[column.index]
+            if value is UNCHANGED:
+                continue
+            parts.append(column.prefix + (b"null" if value is None else column.show(value)))
+        return parts
+
+    def _changed(self, before: Row, after: Row) -> tuple[str, ...]:
+        return tuple(column.name for column in self._columns if before[column.index] != after[column.index])
+
+
+def _emptied(table: TableName) -> Event:
+    return Event(table=table, change_type=ChangeType.DELETE, key=ALL, entity_id=ALL)
+
+
+def _row(image: bytes | None) -> Row:
+    if image is None:
+        raise DecodeError("a change without its row")
+    return decode_row(image)
+
+
+def _text(row: Row, index: int | None) -> str | None:
+    value = row[index] if index is not None else None
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else None
+
+
+def _json_text(value: bytes | bool | None) -> Json:
+    return b"null" if value is None or isinstance(value, bool) else text(value)

@@ -1,0 +1,132 @@
+"""The feed: every change as a row of one table, in commit order, for applications that poll or listen.
+
+The table is in PostgreSQL, MongoDB, or SQLite inside the data directory (without a url). Rows, the entities' states and
+the position are committed together, in whole source transactions. How changes become rows is in `cdc.feed.composer`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import msgspec
+import structlog
+
+from cdc.change import Batch
+from cdc.config import SinkConfig
+from cdc.errors import TransientError
+from cdc.feed.composer import NO_CONTEXT, Composer, Context, Draft, Drafter, keys_of
+from cdc.feed.event import translator
+from cdc.feed.options import FeedOptions
+from cdc.feed.place import check, place_of, writer
+from cdc.feed.retention import Retention
+from cdc.position import Position, SourcePosition
+from cdc.preflight import Finding
+from cdc.sink import Applied, SinkContext, are_same
+
+PRUNE_SECONDS: Final = 0.5
+"""How long the stream waits for retention at a time."""
+
+log = structlog.get_logger()
+
+
+class _Ahead(msgspec.Struct, frozen=True):
+    """What was drafted ahead. context, next_context: of the transactions that it begins and ends within."""
+
+    batches: Sequence[Batch]
+    context: Context
+    drafts: Sequence[Draft]
+    next_context: Context
+
+
+class DataChangesSink:
+    """Writes the changes of one source. Implements `cdc.sink.StreamSink`."""
+
+    Options = FeedOptions
+    consistent = True
+
+    def __init__(self, config: SinkConfig, context: SinkContext) -> None:
+        options = config.options if isinstance(config.options, FeedOptions) else FeedOptions()
+        assert context.data_dir is not None
+        self.name = config.name
+        self._place = place_of(config, context.data_dir)
+        self._source = config.source
+        self._writer = writer(self._place, config.source)
+        translate = translator(options, context)
+        self._drafter = Drafter(options, translate)
+        self._composer = Composer(config.source, options, translate)
+        self._retention = Retention(options)
+        self._context = NO_CONTEXT
+        self._ahead: _Ahead | None = None
+        self._is_open = False
+
+    def open(self) -> Position | None:
+        """Connect, and return the position stored beside the records."""
+        self.close()
+        position = self._writer.open()
+        self._is_open = True
+        return position
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Translate ahead what `apply` is to get next."""
+        self._ahead = self._draft(batches, NO_CONTEXT)
+
+    def apply(self, batches: Sequence[Batch], position: Position) -> Applied:
+        """Append in order; visible together with `position` when `batches` end with a complete transaction."""
+        if not self._is_open:
+            raise TransientError(f"sink {self.name} is not connected")
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or not are_same(ahead.batches, batches) or ahead.context != self._context:
+            ahead = self._draft(batches, self._context)
+        if ahead.drafts:
+            states = self._writer.states(keys_of(ahead.drafts))
+            self._writer.append(*self._composer.compose(ahead.drafts, states))
+        self._context = ahead.next_context
+        if batches[-1].complete:
+            self._writer.commit(position)
+            self._context = NO_CONTEXT
+        return Applied(changes=sum(batch.change_count for batch in batches))
+
+    def upkeep(self, position: SourcePosition) -> None:  # noqa: ARG002 - retention goes by time
+        """Remove what is older than its retention."""
+        self._retention.enforce(self._writer, until=time.monotonic() + PRUNE_SECONDS)
+
+    def close(self) -> None:
+        """Disconnect; what was not complete is rolled back."""
+        self._is_open = False
+        self._ahead = None
+        self._context = NO_CONTEXT
+        self._writer.close()
+
+    def stored_position(self) -> Position | None:
+        """The position stored beside the records."""
+        try:
+            return self._writer.open()
+        finally:
+            self._writer.close()
+
+    def begin(self, position: Position) -> None:
+        """Store where it begins, and create the tables."""
+        try:
+            self._writer.open()
+            self._writer.begin(position)
+        finally:
+            self._writer.close()
+        log.info("feed begins", sink=self.name, source=self._source, table=self._place.table)
+
+    def forget(self) -> None:
+        """Remove the position; the records stay."""
+        try:
+            self._writer.open()
+            self._writer.forget()
+        finally:
+            self._writer.close()
+
+    def check(self) -> Iterator[Finding]:
+        """Look whether the feed can be reached."""
+        yield from check(self._place)
+
+    def _draft(self, batches: Sequence[Batch], context: Context) -> _Ahead:
+        drafts, next_context = self._drafter.drafts(batches, context)
+        return _Ahead(batches, context, drafts, next_context)
