@@ -1,0 +1,201 @@
+"""A feed in an SQLite file, the embedded store: its writers.
+
+The lock of all writers is SQLite's own, taken by BEGIN IMMEDIATE. Commits are fsynced.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+import msgspec
+
+from cdc.feed.bell import bell_of
+from cdc.feed.cache import Key
+from cdc.feed.place import Place
+from cdc.feed.record import EntityState, Record, iso_time
+from cdc.feed.sqlite_file import microseconds, open_writing, row_of, translated
+from cdc.feed.sqlite_reader import SqliteReader as Reader
+from cdc.feed.tables import COLUMNS, tables_of
+from cdc.feed.writer import Locked, Session, StoreWriter
+from cdc.position import Position, format_position, parse_position
+
+__all__ = ["Reader", "Writer"]
+
+_QUERIES: Final = {
+    "head": "SELECT last_id, recorded_at FROM {state}",
+    "position": "SELECT queue_id, seq, position FROM {positions} WHERE source = ?",
+    "move": """INSERT INTO {positions} VALUES (?, ?, ?, ?) ON CONFLICT (source)
+        DO UPDATE SET queue_id = excluded.queue_id, seq = excluded.seq, position = excluded.position""",
+    "forget": "DELETE FROM {positions} WHERE source = ?",
+    "state": """SELECT entity_type, key, version, location_id, scope, known FROM {entities}
+        WHERE source = ? AND entity_type = ? AND key = ?""",
+    "put_state": """INSERT INTO {entities} VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (source, entity_type, key)
+        DO UPDATE SET version = excluded.version, location_id = excluded.location_id, scope = excluded.scope,
+        known = excluded.known""",
+    "exists": "SELECT 1 FROM {main} WHERE source = ? AND position = ?",
+    "insert": "INSERT INTO {main} ({columns}) VALUES ({places})",
+    "commit": "UPDATE {state} SET last_id = ?, recorded_at = ?",
+    "types": """WITH RECURSIVE found (entity_type) AS (
+        SELECT min(entity_type) FROM {main} UNION ALL
+        SELECT (SELECT min(entity_type) FROM {main} WHERE entity_type > found.entity_type) FROM found
+            WHERE entity_type IS NOT NULL)
+        SELECT entity_type FROM found WHERE entity_type IS NOT NULL""",
+    "old": """SELECT max(id) FROM
+        (SELECT id FROM {main} WHERE recorded_at < ? ORDER BY recorded_at DESC, id DESC LIMIT 1)""",
+    "doomed": "SELECT id, entity_type, recorded_at FROM {main} WHERE id <= ? ORDER BY id LIMIT ?",
+    "doomed_of_type": """SELECT id, entity_type, recorded_at FROM {main} WHERE entity_type = ? AND id <= ?
+        ORDER BY id LIMIT ?""",
+    "delete": "DELETE FROM {main} WHERE id = ?",
+    "pruned": """INSERT INTO {pruned} VALUES (?, ?, ?, ?) ON CONFLICT (entity_type)
+        DO UPDATE SET through_id = max(through_id, excluded.through_id), rows = rows + excluded.rows,
+        through_recorded_at = max(through_recorded_at, excluded.through_recorded_at)""",
+}
+
+
+class Writer(StoreWriter):
+    """`cdc.feed.store.FeedWriter`."""
+
+    def _connect(self) -> Session:
+        return _Session(self._place)
+
+
+class _Session:
+    """One connection. Implements `cdc.feed.writer.Session`."""
+
+    def __init__(self, place: Place) -> None:
+        tables = tables_of(place.table)
+        self._path = place.file
+        self._bell = bell_of(place)
+        columns = ", ".join(f'"{name}"' for name in COLUMNS)
+        names = {**msgspec.structs.asdict(tables), "columns": columns, "places": ", ".join("?" * len(COLUMNS))}
+        self._sql = {name: query.format(**names) for name, query in _QUERIES.items()}
+        self._connection = open_writing(self._path, tables)
+
+    def alive(self) -> bool:
+        """A file does not go away."""
+        return True
+
+    def position(self, source: str) -> Position | None:
+        """The stored position of a source."""
+        with translated(self._path):
+            row = self._connection.execute(self._sql["position"], [source]).fetchone()
+        return None if row is None else Position(row[0], row[1], parse_position(row[2]))
+
+    def lock(self, source: str) -> Locked:
+        """Begin a transaction that may write."""
+        with translated(self._path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            head, recorded_at = self._connection.execute(self._sql["head"]).fetchone()
+        return Locked(head, recorded_at, _now(), self.position(source))
+
+    def states(self, source: str, keys: Sequence[Key]) -> Sequence[EntityState]:
+        """Those of the states that are there."""
+        query, execute = self._sql["state"], self._connection.execute
+        with translated(self._path):
+            rows = [row for key in keys if (row := execute(query, (source, *key)).fetchone()) is not None]
+        return list(map(_state, rows))
+
+    def existing(self, source: str, positions: Sequence[str]) -> set[str]:
+        """Those of the positions of which there are records."""
+        query, execute = self._sql["exists"], self._connection.execute
+        with translated(self._path):
+            return {position for position in positions if execute(query, (source, position)).fetchone()}
+
+    def insert(self, records: Sequence[Record]) -> bool:
+        """Insert records; False, and none of them is there, if the (source, position) of one was there before."""
+        with translated(self._path):
+            self._connection.execute("SAVEPOINT records")
+            try:
+                self._connection.executemany(self._sql["insert"], map(row_of, records))
+            except sqlite3.IntegrityError as exc:
+                if exc.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_UNIQUE:
+                    raise
+                self._connection.execute("ROLLBACK TO records")
+                return False
+            finally:
+                self._connection.execute("RELEASE records")
+        return True
+
+    def put_states(self, source: str, states: Sequence[EntityState]) -> None:
+        """Insert or replace states."""
+        rows = ((source, *_state_row(state)) for state in states)
+        with translated(self._path):
+            self._connection.executemany(self._sql["put_state"], rows)
+
+    def move(self, source: str, position: Position) -> None:
+        """Store a position."""
+        row = (source, position.queue_id, position.seq, format_position(position.source))
+        with translated(self._path):
+            self._connection.execute(self._sql["move"], row)
+
+    def commit(self, head: int, recorded_at: int) -> None:
+        """Store both, commit durably, and wake the readers."""
+        with translated(self._path):
+            self._connection.execute(self._sql["commit"], (head, recorded_at))
+            self._connection.execute("COMMIT")
+        self._bell.ring()
+
+    def rollback(self) -> None:
+        """End the transaction without effect."""
+        with translated(self._path):
+            self._connection.execute("ROLLBACK")
+
+    def prune(self, entity_type: str | None, recorded_before: int, rows: int) -> int:
+        """Remove the oldest, and note it."""
+        execute = self._connection.execute
+        with translated(self._path):
+            execute("BEGIN IMMEDIATE")
+            ((old,),) = execute(self._sql["old"], [iso_time(recorded_before)])
+            if entity_type is None:
+                doomed = execute(self._sql["doomed"], (old, rows)).fetchall()
+            else:
+                doomed = execute(self._sql["doomed_of_type"], (entity_type, old, rows)).fetchall()
+            self._connection.executemany(self._sql["delete"], ((id_,) for id_, *_ in doomed))
+            latest = {name: (id_, microseconds(recorded_at)) for id_, name, recorded_at in doomed}
+            counts = Counter(name for _, name, _ in doomed)
+            for name, (id_, recorded_at) in latest.items():
+                execute(self._sql["pruned"], (name, id_, recorded_at, counts[name]))
+            execute("COMMIT")
+        return len(doomed)
+
+    def entity_types(self) -> Sequence[str]:
+        """All types of which there are records: a jump in the index for each."""
+        with translated(self._path):
+            return [name for (name,) in self._connection.execute(self._sql["types"])]
+
+    def forget(self, source: str) -> None:
+        """Remove a source's position."""
+        with translated(self._path):
+            self._connection.execute(self._sql["forget"], [source])
+
+    def close(self) -> None:
+        """Disconnect."""
+        with suppress(sqlite3.Error):
+            self._connection.close()
+
+
+def _state(row: Sequence[Any]) -> EntityState:
+    entity_type, key, version, location_id, scope, known = row
+    return EntityState(
+        entity_type=entity_type,
+        key=key,
+        version=version,
+        location_id=location_id,
+        scope=None if scope is None else scope.encode(),
+        known=known,
+    )
+
+
+def _state_row(state: EntityState) -> tuple[str, str, int, str | None, str | None, bytes | None]:
+    scope = None if state.scope is None else state.scope.decode()
+    return state.entity_type, state.key, state.version, state.location_id, scope, state.known
+
+
+def _now() -> int:
+    """This machine's clock, in microseconds."""
+    return time.time_ns() // 1000

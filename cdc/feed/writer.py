@@ -1,0 +1,291 @@
+"""What all writers of a feed do alike: take the lock, number what comes, keep position and states with it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import msgspec
+
+from cdc.errors import TransientError
+from cdc.feed.cache import Key, StateCache
+from cdc.feed.place import Place
+from cdc.feed.record import EntityState, Record
+from cdc.position import Position, format_position
+
+
+class Locked(msgspec.Struct, frozen=True):
+    """What a session finds when it has the lock.
+
+    head: the last id given. recorded_at: when it was recorded. now: the store's clock. All times in microseconds.
+    position: of the source. resolution: of the times that the store can keep.
+    """
+
+    head: int
+    recorded_at: int
+    now: int
+    position: Position | None
+    resolution: int = 1
+
+
+class Session(Protocol):
+    """One connection to a store: in this stores differ. Used by one thread at a time; raises `CdcError`s."""
+
+    def alive(self) -> bool:
+        """Whether the store answers on this connection."""
+        ...
+
+    def position(self, source: str) -> Position | None:
+        """The stored position of a source."""
+        ...
+
+    def lock(self, source: str) -> Locked:
+        """Begin a transaction, and take the lock, which ends with it. Waits for it `LOCK_SECONDS` at most."""
+        ...
+
+    def states(self, source: str, keys: Sequence[Key]) -> Sequence[EntityState]:
+        """Those of the states that are there."""
+        ...
+
+    def existing(self, source: str, positions: Sequence[str]) -> set[str]:
+        """Those of the positions of which there are records."""
+        ...
+
+    def insert(self, records: Sequence[Record]) -> bool:
+        """Insert records; False, and none of them is there, if the (source, position) of one was there before.
+
+        A store whose transaction ends with that raises `TransientError`, and looks first the next time.
+        """
+        ...
+
+    def put_states(self, source: str, states: Sequence[EntityState]) -> None:
+        """Insert or replace states; no key comes twice."""
+        ...
+
+    def move(self, source: str, position: Position) -> None:
+        """Store a position."""
+        ...
+
+    def commit(self, head: int, recorded_at: int) -> None:
+        """Store both, commit durably, and wake the readers."""
+        ...
+
+    def rollback(self) -> None:
+        """End the transaction without effect."""
+        ...
+
+    def prune(self, entity_type: str | None, recorded_before: int, rows: int) -> int:
+        """As `FeedWriter.prune`."""
+        ...
+
+    def entity_types(self) -> Sequence[str]:
+        """As `FeedWriter.entity_types`."""
+        ...
+
+    def forget(self, source: str) -> None:
+        """Remove a source's position. Durable."""
+        ...
+
+    def close(self) -> None:
+        """Disconnect; an open transaction ends without effect. Raises nothing."""
+        ...
+
+
+class StoreWriter(ABC):
+    """`cdc.feed.store.FeedWriter` over the sessions of a store.
+
+    What a source writes has a session of its own; publishing and pruning, which other threads may do, share another.
+    """
+
+    def __init__(self, place: Place, source: str) -> None:
+        self._place = place
+        self._source = source
+        self._position: Position | None = None
+        self._session: Session | None = None
+        self._turn: _Turn | None = None
+        self._cache = StateCache()
+        self._other: Session | None = None
+        self._other_lock = threading.Lock()
+
+    @abstractmethod
+    def _connect(self) -> Session:
+        """Connect; create or migrate what is missing."""
+
+    def open(self) -> Position | None:
+        """Connect, create or migrate the tables, and return this source's position; `None` if it has none."""
+        self._leave()
+        self._session = self._connect()
+        with self._leaving_on_error():
+            self._position = self._session.position(self._source)
+        return self._position
+
+    def begin(self, position: Position) -> None:
+        """Store the position at which this source begins. Durable."""
+        with self._leaving_on_error():
+            session, turn = self._begun()
+            session.move(self._source, position)
+            session.commit(turn.head, turn.recorded_at)
+        self._turn, self._position = None, position
+
+    def states(self, keys: Collection[Key]) -> Mapping[Key, EntityState]:
+        """What is known of entities of this source; the first call of a transaction takes the lock."""
+        with self._leaving_on_error():
+            session, _ = self._begun()
+            found, missing = self._cache.find(keys)
+            if missing:
+                read = session.states(self._source, missing)
+                found.update({(state.entity_type, state.key): state for state in read})
+                self._cache.put(read)
+        return found
+
+    def append(self, records: Sequence[Record], states: Sequence[EntityState]) -> None:
+        """Add records, in order, in the open transaction, without those that are there; replace states."""
+        latest = list({(state.entity_type, state.key): state for state in states}.values())
+        with self._leaving_on_error():
+            session, turn = self._begun()
+            if records and not turn.insert(session, records):
+                turn.insert(session, self._new(session, records))
+            if latest:
+                session.put_states(self._source, latest)
+        self._cache.put(latest)
+
+    def commit(self, position: Position) -> None:
+        """Make all that was appended visible at once, durably, together with the position; wake the readers."""
+        with self._leaving_on_error():
+            session, turn = self._begun()
+            session.move(self._source, position)
+            session.commit(turn.head, turn.recorded_at)
+        self._turn, self._position = None, position
+
+    def publish(self, record: Record) -> Record | None:
+        """Store one record with the next version of its entity; `None` if its (source, position) is there already."""
+        source, key = record.source, (record.entity_type, record.entity_id)
+        with self._beside() as session:
+            turn = _Turn(session.lock(source))
+            if session.existing(source, [record.position]):
+                session.rollback()
+                return None
+            version = 1 + max((state.version for state in session.states(source, [key])), default=0)
+            (stored,) = turn.numbered([msgspec.structs.replace(record, version=version)])
+            session.insert([stored])
+            session.put_states(source, [_published(stored)])
+            session.commit(stored.id, stored.recorded_at)
+        return stored
+
+    def prune(self, entity_type: str | None, recorded_before: int, rows: int) -> int:
+        """Remove at most `rows` records older than that, and note it."""
+        with self._beside() as session:
+            return session.prune(entity_type, recorded_before, rows)
+
+    def entity_types(self) -> Sequence[str]:
+        """All types of which there are records."""
+        with self._beside() as session:
+            return session.entity_types()
+
+    def forget(self) -> None:
+        """Remove this source's position; what it wrote stays."""
+        with self._beside() as session:
+            session.forget(self._source)
+        self._position = None
+
+    def close(self) -> None:
+        """Disconnect; what was not committed is rolled back. Safe to call twice."""
+        self._leave()
+        with self._other_lock:
+            if self._other is not None:
+                self._other.close()
+            self._other = None
+
+    def _begun(self) -> tuple[Session, _Turn]:
+        """The open transaction, or a new one."""
+        if self._session is None:
+            raise TransientError(f"the feed is not open for {self._source}")
+        if self._turn is None:
+            locked = self._session.lock(self._source)
+            if locked.position != self._position:
+                stands = " not ".join(f"at {_text(each)}," for each in (locked.position, self._position))
+                raise TransientError(f"the feed has {self._source} {stands} someone else wrote there")
+            self._turn = _Turn(locked)
+        return self._session, self._turn
+
+    def _new(self, session: Session, records: Sequence[Record]) -> list[Record]:
+        """Those that are not there yet, each once."""
+        seen = session.existing(self._source, [record.position for record in records])
+        # not there, and not added to what was seen before either
+        return [each for each in records if each.position not in seen and not seen.add(each.position)]  # type: ignore[func-returns-value]
+
+    @contextmanager
+    def _leaving_on_error(self) -> Iterator[None]:
+        """After an error nobody knows what the transaction holds: it ends, and `open` must come next."""
+        try:
+            yield
+        except BaseException:
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        if self._session is not None:
+            self._session.close()
+        self._session = self._turn = self._position = None
+        self._cache.clear()
+
+    @contextmanager
+    def _beside(self) -> Iterator[Session]:
+        """The session that is not the source's; connected anew where the store was away."""
+        with self._other_lock:
+            if self._other is not None and not self._other.alive():
+                self._other.close()
+                self._other = None
+            if self._other is None:
+                self._other = self._connect()
+            try:
+                yield self._other
+            except BaseException:
+                self._other.close()
+                self._other = None
+                raise
+
+
+class _Turn:
+    """A transaction that has the lock: which id comes next, and what time it is."""
+
+    def __init__(self, locked: Locked) -> None:
+        self.head = locked.head
+        self.recorded_at = locked.recorded_at
+        self._locked = locked
+        self._began = time.monotonic_ns()
+
+    def numbered(self, records: Sequence[Record]) -> list[Record]:
+        """The records as they are to be stored next. The clock never goes back, whatever the store's does."""
+        now = self._locked.now + (time.monotonic_ns() - self._began) // 1000
+        recorded_at = max(self.recorded_at, now - now % self._locked.resolution)
+        replace = msgspec.structs.replace
+        return [replace(each, id=id_, recorded_at=recorded_at) for id_, each in enumerate(records, self.head + 1)]
+
+    def insert(self, session: Session, records: Sequence[Record]) -> bool:
+        """Number and insert records; False, and nothing has happened, if one is there already."""
+        stored = self.numbered(records)
+        if not session.insert(stored):
+            return False
+        if stored:
+            self.head, self.recorded_at = stored[-1].id, stored[-1].recorded_at
+        return True
+
+
+def _published(record: Record) -> EntityState:
+    """What is kept of an entity that was published."""
+    return EntityState(
+        entity_type=record.entity_type,
+        key=record.entity_id,
+        version=record.version,
+        location_id=record.location_id,
+        scope=record.scope_after,
+    )
+
+
+def _text(position: Position | None) -> str | None:
+    return format_position(None if position is None else position.source)
