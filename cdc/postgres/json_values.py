@@ -1,7 +1,7 @@
 """Values as JSON, as PostgreSQL's own `to_jsonb` shows them: from the text of a column to an encoded JSON value.
 
-Numbers keep all their digits: they are never parsed. What has no form in JSON (NaN, infinity, years before Christ,
-types of users) is a string, as the server wrote it.
+Numbers keep all their digits: they are never parsed. What has no form in JSON (NaN, infinity, types of
+users) is a string, as the server wrote it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ Encode = Callable[[bytes], Json]
 
 _encode: Final = msgspec.json.Encoder(decimal_format="number", enc_hook=str).encode
 _NUMBER: Final = re.compile(rb"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-_TIMESTAMP: Final = re.compile(rb"([0-9]{4,}-[0-9]{2}-[0-9]{2}) ([0-9:.]+)([+-][0-9]{2})?(:[0-9]{2})?(:[0-9]{2})?")
+_TIMESTAMP: Final = re.compile(
+    rb"([0-9]{4,}-[0-9]{2}-[0-9]{2}) ([0-9:.]+)([+-][0-9]{2})?(:[0-9]{2})?(:[0-9]{2})?( BC)?"
+)
 
 
 def text(value: bytes) -> Json:
@@ -44,9 +46,9 @@ def timestamp(value: bytes) -> Json:
     match = _TIMESTAMP.fullmatch(value)
     if match is None:
         return text(value)
-    day, time, hours, minutes, rest = match.groups(b"")
+    day, time, hours, minutes, rest, era = match.groups(b"")
     zone = hours + (minutes or b":00") + rest if hours else b""
-    return b'"%sT%s%s"' % (day, time, zone)
+    return b'"%sT%s%s%s"' % (day, time, zone, era)
 
 
 def document(value: bytes) -> Json:
