@@ -59,13 +59,13 @@ class DataChangesSink:
         self._retention = Retention(options)
         self._context = NO_CONTEXT
         self._ahead: _Ahead | None = None
-        self._is_open = False
+        self._is_open = self._may_repeat = False
 
     def open(self) -> Position | None:
         """Connect, and return the position stored beside the records."""
         self.close()
         position = self._writer.open()
-        self._is_open = True
+        self._is_open = self._may_repeat = True
         return position
 
     def prepare(self, batches: Sequence[Batch]) -> None:
@@ -79,9 +79,9 @@ class DataChangesSink:
         ahead, self._ahead = self._ahead, None
         if ahead is None or not are_same(ahead.batches, batches) or ahead.context != self._context:
             ahead = self._draft(batches, self._context)
-        if ahead.drafts:
-            states = self._writer.states(keys_of(ahead.drafts))
-            self._writer.append(*self._composer.compose(ahead.drafts, states))
+        if drafts := self._new(ahead.drafts):
+            states = self._writer.states(keys_of(drafts))
+            self._writer.append(*self._composer.compose(drafts, states))
         self._context = ahead.next_context
         if batches[-1].complete:
             self._writer.commit(position)
@@ -126,6 +126,18 @@ class DataChangesSink:
     def check(self) -> Iterator[Finding]:
         """Look whether the feed can be reached."""
         yield from check(self._place)
+
+    def _new(self, drafts: Sequence[Draft]) -> Sequence[Draft]:
+        """Without what is told already: a feed that was dropped begins with what the queue still has.
+
+        Told twice it would count versions twice. Everything is in order: what follows the first news is news.
+        """
+        if not self._may_repeat or not drafts:
+            return drafts
+        known = self._writer.known([draft.position for draft in drafts])
+        new = [draft for draft in drafts if draft.position not in known]
+        self._may_repeat = not new
+        return new
 
     def _draft(self, batches: Sequence[Batch], context: Context) -> _Ahead:
         drafts, next_context = self._drafter.drafts(batches, context)

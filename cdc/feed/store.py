@@ -41,6 +41,10 @@ class FeedWriter(Protocol):
         """
         ...
 
+    def known(self, positions: Collection[str]) -> Collection[str]:
+        """Those of the positions of which this source has records, open transaction included. Takes the lock, too."""
+        ...
+
     def append(self, records: Sequence[Record], states: Sequence[EntityState]) -> None:
         """Add records, in order, in the open transaction (begun here if none is). `states` replace older ones.
 

@@ -142,6 +142,12 @@ class StoreWriter(ABC):
                 self._cache.put(read)
         return found
 
+    def known(self, positions: Collection[str]) -> Collection[str]:
+        """Those of the positions of which this source has records."""
+        with self._leaving_on_error():
+            session, _ = self._begun()
+            return session.existing(self._source, list(positions))
+
     def append(self, records: Sequence[Record], states: Sequence[EntityState]) -> None:
         """Add records, in order, in the open transaction, without those that are there; replace states."""
         latest = list({(state.entity_type, state.key): state for state in states}.values())

@@ -1,0 +1,110 @@
+"""A daemon with a feed, and what its readers see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cdc.errors import CdcError
+from cdc.feed.place import Place, reader
+from cdc.feed.record import Record
+from cdc.feed.store import SCAN_ROWS, FeedReader, Wanted
+from cdc.secret import Secret
+from tests.command import Cdc
+from tests.processes import wait_until
+
+
+class FeedDaemon(Cdc):
+    """`cdc` with one source `shop` and one sink `changes`, in a store of the test's choice."""
+
+    def __init__(self, folder: Path, source_url: str, feed_url: str | None = None) -> None:
+        super().__init__(folder)
+        self.source_url, self.feed_url = source_url, feed_url
+        self.place = Place(None if feed_url is None else Secret(feed_url), self.data_dir)
+        self.reader: FeedReader = reader(self.place)
+
+    def write(self, options: str = "", *, source: str = "", more: str = "") -> None:
+        """Write the configuration: raw TOML for the sink, the source, and the end of the file."""
+        url = "" if self.feed_url is None else f'url = "{self.feed_url}"'
+        self.file.write_text(
+            f"""
+            [daemon]
+            data_dir = "{self.data_dir}"
+            [http]
+            address = "127.0.0.1:0"
+            [queue]
+            min_free_bytes = 0
+            [sources.shop]
+            url = "{self.source_url}"
+            {source}
+            [sinks.changes]
+            kind = "data_changes"
+            from = "shop"
+            {url}
+            {options}
+            {more}
+            """.replace('[http]\n            address = "127.0.0.1:0"', 'http = "127.0.0.1:0"')
+        )
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Run the daemon, from the moment on at which changes go to the feed."""
+        with self.running():
+            self.wait_running()
+            yield
+
+    def wait_running(self) -> None:
+        """Wait until changes go to the feed."""
+        wait_until(lambda: self.sink["state"] == "running", what=lambda: f"the feed to begin: {self.log}")
+
+    @property
+    def sink(self) -> dict[str, Any]:
+        """The sink's status."""
+        found: dict[str, Any] = self.status()["sinks"]["changes"]
+        return found
+
+    def records(self) -> list[Record]:
+        """Everything that readers see now."""
+        found: list[Record] = []
+        cursor, more = 0, True
+        while more:
+            try:
+                scan = self.reader.scan(cursor, Wanted(), SCAN_ROWS)
+            except CdcError:
+                return []  # it has not begun
+            found += scan.records
+            cursor, more = scan.cursor, scan.more
+        return found
+
+    def wait_for(self, condition: Callable[[list[Record]], object], *, what: str = "records") -> list[Record]:
+        """Wait until what readers see is as it should be; return that."""
+        seen: list[Record] = []
+
+        def look() -> object:
+            seen[:] = self.records()
+            return condition(seen)
+
+        wait_until(
+            look, timeout_seconds=60, what=lambda: f"{what}; there are {len(seen)}: {seen[-3:]}\n{self.log[-3000:]}"
+        )
+        return seen
+
+
+def after(record: Record) -> Any:
+    """A record's later image, decoded."""
+    return None if record.after is None else msgspec.json.decode(record.after)
+
+
+def assert_ordered(records: list[Record]) -> None:
+    """Ids, times and versions only ever go up, and no version is missing or told twice."""
+    assert [record.id for record in records] == sorted({record.id for record in records})
+    assert [record.recorded_at for record in records] == sorted(record.recorded_at for record in records)
+    versions: dict[tuple[str, str, str], int] = {}
+    for record in records:
+        entity = (record.source, record.entity_type, record.entity_id)
+        assert record.version == versions.get(entity, 0) + 1, record
+        versions[entity] = record.version
