@@ -18,7 +18,7 @@ from cdc.feed.bell import bell_of
 from cdc.feed.cache import Key
 from cdc.feed.place import Place
 from cdc.feed.record import EntityState, Record, iso_time
-from cdc.feed.sqlite_file import microseconds, open_writing, row_of, translated
+from cdc.feed.sqlite_file import CODEC, microseconds, open_writing, translated
 from cdc.feed.sqlite_reader import SqliteReader as Reader
 from cdc.feed.tables import COLUMNS, tables_of
 from cdc.feed.writer import Locked, Session, StoreWriter
@@ -111,7 +111,7 @@ class _Session:
         with translated(self._path):
             self._connection.execute("SAVEPOINT records")
             try:
-                self._connection.executemany(self._sql["insert"], map(row_of, records))
+                self._connection.executemany(self._sql["insert"], map(CODEC.row, records))
             except sqlite3.IntegrityError as exc:
                 if exc.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_UNIQUE:
                     raise

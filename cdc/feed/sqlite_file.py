@@ -5,18 +5,18 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from cdc.errors import FatalError, PermanentError, TransientError
-from cdc.feed.record import ChangeType, Record, iso_time
-from cdc.feed.tables import COLUMNS, LOCK_SECONDS, Tables, check_format, not_ours, record_of
+from cdc.feed.record import iso_time
+from cdc.feed.tables import LOCK_SECONDS, Codec, Tables, check_format, not_ours
 
 _PAGE_BYTES: Final = 8 * 1024
 _CHECKPOINT_BYTES: Final = 32 * 1024**2
@@ -136,17 +136,6 @@ def _sync(directory: Path) -> None:
 # rows
 
 
-def row_of(record: Record) -> list[Any]:
-    """A record's values as SQLite keeps them, in the order of `COLUMNS`."""
-    values = msgspec.structs.astuple(record)
-    return [value if kept is None or value is None else kept(value) for kept, value in zip(_KEPT, values, strict=True)]
-
-
-def read_row(row: Sequence[Any]) -> Record:
-    """The record of a row, in the order of `COLUMNS`."""
-    return record_of(value if read is None or value is None else read(value) for read, value in zip(_READ, row))  # noqa: B905 - hot
-
-
 def microseconds(text: str) -> int:
     """What `iso_time` wrote."""
     return (datetime.fromisoformat(text) - _EPOCH) // _MICROSECOND
@@ -156,27 +145,25 @@ def _names(names: Iterable[str]) -> str:
     return msgspec.json.encode(names).decode()
 
 
-def _by_column(**codecs: Callable[[Any], Any]) -> tuple[Callable[[Any], Any] | None, ...]:
-    return tuple(codecs.get(name) for name in COLUMNS)
-
-
 _JSON: Final = ("before", "after", "delta", "scope_before", "scope_after")
 _time: Final = lru_cache(64)(iso_time)  # those of one transaction are the same
 _microseconds: Final = lru_cache(64)(microseconds)
 
-_KEPT: Final = _by_column(
-    changed_at=_time,
-    recorded_at=_time,
-    change_type=str,
-    changed=_names,
-    **dict.fromkeys(_JSON, bytes.decode),
+CODEC: Final = Codec(
+    kept={
+        "changed_at": _time,
+        "recorded_at": _time,
+        "change_type": str,
+        "changed": _names,
+        **dict.fromkeys(_JSON, bytes.decode),
+    },
+    read={
+        "changed_at": _microseconds,
+        "recorded_at": _microseconds,
+        "changed": lambda text: tuple(msgspec.json.decode(text)),
+        "lookup": bool,
+        "truncated": bool,
+        **dict.fromkeys(_JSON, str.encode),
+    },
 )
-_READ: Final = _by_column(
-    changed_at=_microseconds,
-    recorded_at=_microseconds,
-    change_type=ChangeType,
-    changed=lambda text: tuple(msgspec.json.decode(text)),
-    lookup=bool,
-    truncated=bool,
-    **dict.fromkeys(_JSON, str.encode),
-)
+"""Times are ISO 8601, JSON is text, for those who read the file by other means."""

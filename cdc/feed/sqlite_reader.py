@@ -13,7 +13,7 @@ import msgspec
 from cdc.feed.bell import bell_of
 from cdc.feed.place import Place
 from cdc.feed.record import Pruned, Record, iso_time
-from cdc.feed.sqlite_file import check_file, open_reading, read_row, translated
+from cdc.feed.sqlite_file import CODEC, check_file, open_reading, translated
 from cdc.feed.store import Scan, Wanted
 from cdc.feed.tables import COLUMNS, Window, rows_to_look_at, tables_of
 
@@ -64,12 +64,12 @@ class SqliteReader:
             condition, parameters = _condition(wanted)
             query = self._sql["scan"].format(condition)
             found = connection.execute(query, (after, window.end, *parameters, limit + 1)).fetchall()
-        return window.scan([read_row(row) for row in found], limit)
+        return window.scan(list(map(CODEC.record, found)), limit)
 
     def history(self, entity_type: str, entity_id: str, before: int | None, limit: int) -> Sequence[Record]:
         """The newest records of one entity, newest first; with `before`, those with smaller ids."""
         bound = _BEHIND_ALL if before is None else before
-        return [read_row(row) for row in self._query("history", entity_type, entity_id, bound, limit)]
+        return list(map(CODEC.record, self._query("history", entity_type, entity_id, bound, limit)))
 
     def cursor_at(self, recorded_at: int) -> int:
         """The largest cursor behind which are all records recorded at that time (microseconds) or later."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from cdc.errors import ConfigError, FatalError
-from cdc.feed.record import Record
+from cdc.feed.record import ChangeType, Record
 from cdc.feed.store import SCAN_ROWS, Scan, Wanted
 
 FORMAT: Final = 1
@@ -18,8 +18,12 @@ FORMAT: Final = 1
 LOCK_SECONDS: Final = 10
 """How long a writer waits for another one's transaction to end, before it says so by a `TransientError`."""
 
+Convert = Callable[[Any], Any]
+
 COLUMNS: Final = Record.__struct_fields__
 """The columns of the main table have the names of a record's fields."""
+
+_CHANGE_TYPES: Final = {each.value: each for each in ChangeType}
 
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 """Short enough that PostgreSQL's 63 bytes hold it with what is put behind it."""
@@ -73,9 +77,29 @@ def not_ours(where: str) -> FatalError:
     )
 
 
-def record_of(row: Iterable[Any]) -> Record:
-    """The record with these values, in the order of `COLUMNS`."""
-    return Record(**dict(zip(COLUMNS, row, strict=True)))
+class Codec:
+    """Between records and rows, where a store keeps a column's values in another form. NULL is `None` everywhere."""
+
+    def __init__(self, kept: Mapping[str, Convert], read: Mapping[str, Convert]) -> None:
+        """kept, read: by column, to what the store keeps and back. Other columns are kept as they are."""
+        self._kept = [(COLUMNS.index(name), convert) for name, convert in kept.items()]
+        self._read = list(({"change_type": _CHANGE_TYPES.__getitem__} | dict(read)).items())
+
+    def row(self, record: Record) -> list[Any]:
+        """A record's values in the order of `COLUMNS`."""
+        values = list(msgspec.structs.astuple(record))
+        for index, convert in self._kept:
+            if (value := values[index]) is not None:
+                values[index] = convert(value)
+        return values
+
+    def record(self, row: Iterable[Any]) -> Record:
+        """The record with these values, in the order of `COLUMNS`."""
+        values = dict(zip(COLUMNS, row, strict=True))
+        for name, convert in self._read:
+            if (value := values[name]) is not None:
+                values[name] = convert(value)
+        return Record(**values)
 
 
 class Window(msgspec.Struct, frozen=True):

@@ -67,30 +67,33 @@ def connect(url: str, *, application_name: str = "cdc", replication: bool = Fals
     replication: a walsender of the url's database (only the simple query protocol works there).
     settings: more session settings, or others than `SESSION_SETTINGS`.
     """
-    options = " ".join(f"-c {name}={_escape(value)}" for name, value in (SESSION_SETTINGS | settings).items())
     extra: dict[str, Any] = {"replication": "database"} if replication else {}
     with translated_errors():
-        conninfo = make_conninfo(url)
-        given = psycopg.conninfo.conninfo_to_dict(conninfo)
-        merged = f"{given['options']} {options}" if given.get("options") else options
-        connection = psycopg.connect(
-            conninfo,
-            autocommit=True,
-            options=merged,
-            application_name=application_name,
-            connect_timeout=int(given.get("connect_timeout") or 10),
-            keepalives_idle=int(given.get("keepalives_idle") or 30),
-            keepalives_interval=int(given.get("keepalives_interval") or 10),
-            keepalives_count=int(given.get("keepalives_count") or 3),
-            prepare_threshold=None,
-            **extra,
-        )
+        conninfo, arguments = connect_arguments(url, application_name, **settings)
+        connection = psycopg.connect(conninfo, **arguments, **extra)
         try:
-            _lift_later_timeouts(connection)
+            lift_later_timeouts(connection)
         except psycopg.Error:
             connection.close()
             raise
     return connection
+
+
+def connect_arguments(url: str, application_name: str, **settings: str) -> tuple[str, dict[str, Any]]:
+    """What `connect` gives to psycopg, for a pool of such connections (to be configured by `lift_later_timeouts`)."""
+    options = " ".join(f"-c {name}={_escape(value)}" for name, value in (SESSION_SETTINGS | settings).items())
+    conninfo = make_conninfo(url)
+    given = psycopg.conninfo.conninfo_to_dict(conninfo)
+    return conninfo, {
+        "autocommit": True,
+        "options": f"{given['options']} {options}" if given.get("options") else options,
+        "application_name": application_name,
+        "connect_timeout": int(given.get("connect_timeout") or 10),
+        "keepalives_idle": int(given.get("keepalives_idle") or 30),
+        "keepalives_interval": int(given.get("keepalives_interval") or 10),
+        "keepalives_count": int(given.get("keepalives_count") or 3),
+        "prepare_threshold": None,
+    }
 
 
 @contextmanager
@@ -151,7 +154,8 @@ def sorted_error(state: str | None, text: str, *, connection_lost: bool) -> CdcE
     return FatalError(f"{text} ({state})")
 
 
-def _lift_later_timeouts(connection: Connection) -> None:
+def lift_later_timeouts(connection: Connection) -> None:
+    """Switch off the time-outs that only newer servers know."""
     version = connection.info.server_version
     known = [name for name, since in _LATER_TIMEOUTS.items() if version >= since]
     if known:
