@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,32 +11,47 @@ from typing import Final
 import uvicorn
 from starlette.types import ASGIApp
 
+from cdc.api.connections import Connections, Http, WebSocket
+from cdc.api.crowd import Crowd
+from cdc.api.websocket import MAX_MESSAGE_BYTES
 from cdc.errors import FatalError
 
-MAX_CONNECTIONS: Final = 100
+MAX_CONNECTIONS: Final = 2_000
 MAX_HEADER_BYTES: Final = 64 * 1024
+
+RESERVE: Final = 100
+"""Connections beyond the limit: for what an operator asks, and for those who are still asking."""
+
+PING_SECONDS: Final = 20.0
+"""Between two pings of a WebSocket, and for the answer: so that a client that has vanished is noticed."""
 
 
 class Server:
     """Listens from the moment it is made; `serve` answers until `stop`."""
 
-    def __init__(self, app: ASGIApp, address: tuple[str, int]) -> None:
+    def __init__(self, app: ASGIApp, address: tuple[str, int], *, max_connections: int = MAX_CONNECTIONS) -> None:
         """Raises `FatalError` where the address cannot be listened on."""
         self._socket = _listen(address)
+        _allow_files(max_connections + 2 * RESERVE)
+        connections = Connections(max_connections + RESERVE)
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                app,
-                http="h11",
-                ws="none",
+                Crowd(app, max_connections),
+                http=type("WatchedHttp", (Http,), {"watched_by": connections}),
+                ws=WebSocket,
+                ws_max_size=MAX_MESSAGE_BYTES,
+                ws_ping_interval=PING_SECONDS,
+                ws_ping_timeout=PING_SECONDS,
+                ws_per_message_deflate=False,  # one compression for each client, and 100 KB of memory, would be its price
                 lifespan="off",
                 access_log=False,
                 log_config=None,
                 server_header=False,
-                limit_concurrency=MAX_CONNECTIONS,
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 timeout_keep_alive=5,
                 timeout_graceful_shutdown=1,
-            )
+            ),
+            connections,
         )
 
     @property
@@ -58,6 +74,16 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+        super().__init__(config)
+        self._connections = connections
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if counter % 10 == 0:
+            self._connections.sweep(self.server_state.connections)
+        return await super().on_tick(counter)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals alone: they are the daemon's, which drains first."""
@@ -73,3 +99,11 @@ def _listen(address: tuple[str, int]) -> socket.socket:
             f"cannot listen on {address[0]}:{address[1]}: {exc.strerror or exc}",
             hint="set daemon.http to a free address of this machine",
         ) from exc
+
+
+def _allow_files(wanted: int) -> None:
+    """Raise the limit of open files, as far as that is allowed: often it is 1,024, and a client takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted += 1_000  # for all else that the process has open
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
