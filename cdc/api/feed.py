@@ -35,6 +35,10 @@ class Watcher(Protocol):
         """
         ...
 
+    def stop(self) -> None:
+        """The feed ends."""
+        ...
+
 
 class Feed:
     """A feed, for an event loop: `start` it there, and `stop` it there."""
@@ -98,7 +102,9 @@ class Feed:
         self._follower.start()
 
     async def stop(self) -> None:
-        """End the follower, and disconnect."""
+        """End the streams and the follower, and disconnect."""
+        for watcher in self._watchers:
+            watcher.stop()
         if self._follower is not None:
             self._follower.stop()
             await asyncio.to_thread(self._follower.join)

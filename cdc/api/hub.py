@@ -15,7 +15,7 @@ import structlog
 from cdc.api.feed import Feed
 from cdc.api.frames import Frames
 from cdc.api.principal import Principal
-from cdc.api.topic import Encode, Topic
+from cdc.api.topic import ALL_CHANNELS, Encode, Topic
 from cdc.feed.record import Record
 from cdc.feed.store import Wanted
 from cdc.feed.visibility import Limits
@@ -84,7 +84,8 @@ class Hub:
         self.stats = Stats()
         self._max_clients = max_clients
         self._max_clients_each = max_clients_each
-        self._clients: dict[Client, str] = {}
+        self._clients: set[Client] = set()
+        self._running: asyncio.Task[None] | None = None
         self._names: Counter[str] = Counter()
         self._topics: dict[Hashable, Topic] = {}
         self._audiences: dict[Topic, set[Client]] = {}
@@ -101,7 +102,8 @@ class Hub:
         """How many streams there are of each channel."""
         found: Counter[str] = Counter()
         for topic, audience in self._audiences.items():
-            found[topic.channel] += len(audience)
+            for channel in topic.wanted.channels or (ALL_CHANNELS,):
+                found[channel] += len(audience)
         return found
 
     def check_room(self, principal: Principal) -> None:
@@ -113,13 +115,18 @@ class Hub:
     def joined(self, client: Client) -> Iterator[None]:
         """Count a client while it is connected."""
         name = client.principal.name
-        self._clients[client] = name
+        self._clients.add(client)
         self._names[name] += 1
+        if self._running is None:
+            self._running = asyncio.create_task(self._run(), name="realtime")
         try:
             yield
         finally:
-            del self._clients[client]
+            self._clients.remove(client)
             self._names -= Counter([name])
+            if not self._clients:
+                self._running.cancel()
+                self._running = None
 
     def join_topic(self, client: Client, channel: str, wanted: Wanted, limits: Limits, encode: Encode) -> Topic:
         """The topic of a new stream; the client is woken from now on when something of it is new."""
@@ -127,7 +134,9 @@ class Hub:
         key = (channel, wanted, limits.channels, where, encode)
         topic = self._topics.get(key)
         if topic is None:
-            topic = self._topics[key] = Topic(key, channel, wanted, limits, encode, self.feed.head)
+            topic = self._topics[key] = Topic(
+                key, channel, wanted, limits, encode=encode, head=self.feed.head
+            )
         self._audiences.setdefault(topic, set()).add(client)
         return topic
 
@@ -158,14 +167,15 @@ class Hub:
         self._topics.clear()  # what they know is of the old place
         self._end(self._clients, 1012, "the feed has lost its place")
 
-    async def run(self) -> None:
-        """Wake the clients of what is new, and look after those who are slow, idle or expired. Until cancelled."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._rounds(), name="realtime:rounds")
-                tasks.create_task(self._ticks(), name="realtime:ticks")
-        finally:
-            self._end(self._clients, 1012, "the service restarts")
+    def stop(self) -> None:
+        """End all streams, as the feed ends."""
+        self._end(self._clients, 1012, "the service restarts")
+
+    async def _run(self) -> None:
+        """As long as there are clients."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._rounds(), name="realtime:rounds")
+            tasks.create_task(self._ticks(), name="realtime:ticks")
 
     async def _rounds(self) -> None:
         loop = asyncio.get_running_loop()

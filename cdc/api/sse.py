@@ -19,6 +19,9 @@ from cdc.feed.store import Wanted
 KEEP_ALIVE_SECONDS: Final = 15.0
 """Proxies end a connection on which nothing travels, many after 30 or 60 seconds."""
 
+STREAM: Final = "stream"
+"""The name of the only one."""
+
 _HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -50,13 +53,15 @@ class EventStream(Subscriber):
         super().__init__(hub, principal, encode_events, send)
         self._receive = receive
 
-    async def run(self, name: str, wanted: Wanted, cursor: int) -> None:
-        """Begin the response, and send events until one side ends it. name: of the stream, for statistics."""
+    async def run(self, wanted: Wanted, cursor: int, gap: Gap | None) -> None:
+        """Begin the response, and send events until one side ends it. gap: what is missing behind the cursor."""
         try:
             with self.running():
                 await self.put({"type": "http.response.start", "status": 200, "headers": _HEADERS})
                 await self._put(b": behind %d\n\n" % cursor)
-                self.add(name, wanted, cursor)
+                self.add(STREAM, wanted, cursor)
+                if gap is not None:
+                    await self.deliver_gap(STREAM, gap)
                 async with asyncio.TaskGroup() as tasks:
                     others = [tasks.create_task(each) for each in (self.pull(), self._keep_alive())]
                     while (await self._receive())["type"] != "http.disconnect":

@@ -133,11 +133,11 @@ class WebSocketClient(Subscriber):
     async def _subscribe(self, message: Subscribe) -> None:
         allowed = [channel for channel in dict.fromkeys(message.channels) if await self._allows(channel)]
         if len(self.streams.keys() | allowed) > MAX_SUBSCRIPTIONS:
-            await self._refuse(f"more than {MAX_SUBSCRIPTIONS} subscriptions", "unsubscribe, or use several connections")
+            await self._refuse(
+                f"more than {MAX_SUBSCRIPTIONS} subscriptions", "unsubscribe from others first"
+            )
             return
         since = {channel: int(message.since[channel]) for channel in allowed if channel in message.since}
-        for channel in allowed:
-            self.remove(channel)
         feed = self.hub.feed
         try:
             cursors = dict.fromkeys(allowed, feed.head) | since
@@ -145,6 +145,8 @@ class WebSocketClient(Subscriber):
         except TransientError as exc:
             await self._refuse(str(exc), exc.hint or "subscribe again later")
             return
+        for channel in allowed:
+            self.remove(channel)
         for channel, gap in gaps.items():
             del cursors[channel]
             await self.deliver_gap(channel, gap)
