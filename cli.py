@@ -121,7 +121,7 @@ class Session:
             address = (self.data_dir / daemon.ADDRESS_FILE).read_text(encoding="ascii")
         except OSError as exc:
             raise DaemonUnreachable("the daemon is not running", hint="start it with `cdc run`") from exc
-        return Client(address, self.config.daemon.http_token)
+        return Client(address, self.config.http.admin_token)
 
     def status(self) -> DaemonStatus:
         """From the daemon, or from the data directory where it is down."""
@@ -155,7 +155,7 @@ class Session:
             client.status()
         except DaemonUnreachable:
             return NoBarrier(lambda: kinds.pair(sink.kind).stored_position(sink))
-        token = self.config.daemon.http_token
+        token = self.config.http.admin_token
         return HttpBarrier(client.url, sink.name, token.reveal() if token else None)
 
     def mirroring(self, sink: SinkConfig) -> Mirroring:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import tomllib
@@ -14,12 +13,14 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
+from cdc import http_config
 from cdc.change import TableName
 from cdc.errors import ConfigError
-from cdc.secret import Secret, Token
+from cdc.http_config import Http
+from cdc.secret import Secret, Token, from_file
 from cdc.urls import KINDS, MONGODB, POSTGRES, backup_of, database_of, hosts_of, kind_of, redact
 
-__all__ = ["Config", "Secret", "Token", "load", "parse", "redact"]  # with what is written in terms of it
+__all__ = ["Config", "Http", "Secret", "Token", "load", "parse", "redact"]  # with what is written in terms of it
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=0)]
@@ -32,18 +33,9 @@ class Daemon(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """`[daemon]`: what belongs to the process."""
 
     data_dir: str = "/var/lib/cdc"
-    http: str = "127.0.0.1:8642"
-    http_token: Token | None = None
-    http_token_file: str | None = None
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_seconds: Seconds = 20.0
-
-    @property
-    def http_address(self) -> tuple[str, int]:
-        """Host and port to listen on; port 0 takes a free one."""
-        host, _, port = self.http.rpartition(":")
-        return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 class QueueOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -178,6 +170,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A whole configuration file."""
 
     daemon: Daemon = Daemon()
+    http: Http = Http()
     queue: QueueOptions = QueueOptions()
     sources: dict[Identifier, SourceConfig]
     sinks: dict[Identifier, SinkConfig] = {}
@@ -232,10 +225,10 @@ def parse(raw: dict[str, Any], environment: Mapping[str, str], *, options_of: Op
         config = msgspec.convert(expanded, Config, dec_hook=_decode_hook)
     except msgspec.ValidationError as exc:
         raise ConfigError(_readable(str(exc), raw), hint=_ALL_OPTIONS) from exc
-    daemon = _complete_daemon(config.daemon)
+    http = http_config.complete(config.http)
     sources = {name: _complete_source(name, source) for name, source in config.sources.items()}
     sinks = {name: _complete_sink(name, sink, options.get(name), sources) for name, sink in config.sinks.items()}
-    config = msgspec.structs.replace(config, daemon=daemon, sources=sources, sinks=sinks)
+    config = msgspec.structs.replace(config, http=http, sources=sources, sinks=sinks)
     _check_filters(config)
     return msgspec.structs.replace(
         config, sources={name: _without(source, config.own_tables(source)) for name, source in sources.items()}
@@ -330,31 +323,8 @@ def _culprit(members: dict[str, Any], section: str, reason: str) -> str:
     return "|".join(map(str, members))
 
 
-def _complete_daemon(daemon: Daemon) -> Daemon:
-    secret = _secret("daemon.http_token", daemon.http_token, daemon.http_token_file)
-    token = Token(secret.reveal()) if secret is not None else None
-    if token is not None and not token.reveal():
-        raise ConfigError("daemon.http_token: empty", hint="a token that nobody knows is a long random string")
-    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):\d{1,5}", daemon.http) or daemon.http_address[1] > 65535:
-        raise ConfigError(f"daemon.http: {daemon.http!r} is not host:port", hint='for example "127.0.0.1:8642"')
-    if token is None and not is_loopback(daemon.http_address[0]):
-        raise ConfigError(
-            f"daemon.http: {daemon.http} can be reached from other machines, and there is no http_token",
-            hint="set daemon.http_token (or http_token_file), or listen on 127.0.0.1",
-        )
-    return msgspec.structs.replace(daemon, http_token=token)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _complete_source(name: str, source: SourceConfig) -> SourceConfig:
-    url = _secret(f"sources.{name}.url", source.url, source.url_file)
+    url = from_file(Secret, f"sources.{name}.url", source.url, source.url_file)
     if url is None:
         raise ConfigError(f"sources.{name}.url: missing", hint="set url or url_file")
     if kind_of(url.reveal()) is None:
@@ -413,7 +383,7 @@ def _complete_sink(
         )
     if sink.options is not None:
         raise ConfigError(f"sinks.{name}.options: unknown option", hint=_ALL_OPTIONS)
-    url = _secret(f"sinks.{name}.url", sink.url, sink.url_file)
+    url = from_file(Secret, f"sinks.{name}.url", sink.url, sink.url_file)
     source = sources[sink.source]
     sink = msgspec.structs.replace(sink, name=name, kind=sink.kind or source.kind, url=url, options=options)
     return _complete_mirror(sink, source) if sink.is_mirror else _complete_follower(sink)
@@ -464,18 +434,6 @@ def _complete_mongodb_sink(sink: SinkConfig, source: SourceConfig) -> SinkConfig
     if ours is None or theirs is None or ours == theirs:
         return sink
     return msgspec.structs.replace(sink, rename={ours: theirs, **sink.rename})
-
-
-def _secret(key: str, text: Secret | None, file: str | None) -> Secret | None:
-    if text is not None and file is not None:
-        raise ConfigError(f"{key}: excludes {key.rpartition('.')[2]}_file", hint="keep one of them")
-    if file is None:
-        return text
-    try:
-        return Secret(Path(file).read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "not text"
-        raise ConfigError(f"{key}_file: {file}: {reason}", hint="it must be readable by this user") from exc
 
 
 def _backup_url(name: str, source: SourceConfig) -> Secret:

@@ -123,7 +123,7 @@ class Daemon:
         """
         with ExitStack() as stack:
             stack.enter_context(lock_directory(self._directory))
-            server = Server(create_app(self, self._config.daemon.http_token), self._config.daemon.http_address)
+            server = Server(create_app(self, self._config.http), self._config.http.host_and_port)
             stack.callback(server.close)
             stack.enter_context(_address_file(self._directory / ADDRESS_FILE, server.address))
             self._assemble()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TypeVar
+
+from cdc.errors import ConfigError
 from cdc.urls import redact
 
 
@@ -37,3 +41,22 @@ class Token(Secret):
 
     def __str__(self) -> str:
         return "***"
+
+
+_S = TypeVar("_S", bound=Secret)
+
+
+def from_file(kind: type[_S], key: str, secret: _S | None, file: str | None) -> _S | None:
+    """The secret itself, or what `file` holds; `None` if neither is given.
+
+    key: the option's name, for the `ConfigError` where both are given or the file cannot be read.
+    """
+    if secret is not None and file is not None:
+        raise ConfigError(f"{key}: excludes {key.rpartition('.')[2]}_file", hint="keep one of them")
+    if file is None:
+        return secret
+    try:
+        return kind(Path(file).read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "not text"
+        raise ConfigError(f"{key}_file: {file}: {reason}", hint="it must be readable by this user") from exc

@@ -36,7 +36,9 @@ CDC: Final = Path(sys.executable).with_name("cdc")
 CONFIG: Final = """\
 [daemon]
 data_dir = {data_dir}
-http = {http}
+
+[http]
+address = {http}
 
 [queue]
 min_free_bytes = 100_000_000

@@ -34,8 +34,10 @@ class Cdc:
             f"""
             [daemon]
             data_dir = "{self.data_dir}"
-            http = "127.0.0.1:0"
             {options.get("daemon", "")}
+            [http]
+            address = "127.0.0.1:0"
+            {options.get("http", "")}
             [queue]
             min_free_bytes = 0
             [sources.shop]

@@ -2,48 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Protocol
 
-import msgspec
 import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute
 
 from cdc.api.backend import Backend, UnknownName
+from cdc.api.changes import Changes
 from cdc.api.control import Control
+from cdc.api.feed import Feed
 from cdc.api.guard import Guard
+from cdc.api.keyring import Keyring
 from cdc.api.observe import Observe
+from cdc.api.openapi import Document
+from cdc.api.origins import Origins
+from cdc.api.publish import Publish
+from cdc.api.requests import BadRequest
 from cdc.api.responses import failure
-from cdc.config import Token
+from cdc.api.service import Service
+from cdc.api.tickets import Tickets
+from cdc.config import Http
 from cdc.errors import CdcError, DecodeError, TransientError
 
 log = structlog.get_logger()
 
 
-def create_app(backend: Backend, token: Token | None = None) -> Starlette:
-    """Build the application; with a token, everything but `/health` asks for it."""
+class Group(Protocol):
+    """Routes that belong together."""
+
+    def routes(self) -> list[BaseRoute]:
+        """Each endpoint declares what it is (`cdc.api.operation`)."""
+        ...
+
+
+def create_app(backend: Backend | None = None, http: Http = Http(), feed: Feed | None = None) -> Starlette:  # noqa: B008
+    """Build the application.
+
+    backend: the daemon; `None` for a gateway that has none. feed: what applications read; `None` where there is none.
+    """
+    tickets = Tickets()
+    groups: list[Group] = [Service(), tickets]
+    if backend is not None:
+        groups += [Observe(backend), Control(backend)]
+    if feed is not None:
+        groups += [Changes(feed), Publish(feed)]
+    routes = [route for group in groups for route in group.routes()]
+    routes += Document(routes, guarded=http.guarded).routes()
     return Starlette(
-        routes=[*Observe(backend).routes(), *Control(backend).routes()],
-        middleware=[Middleware(Guard, token=token)],
-        exception_handlers={
-            HTTPException: _http_error,
-            msgspec.DecodeError: _bad_body,
-            CdcError: _refused,
-            Exception: _unexpected,
-        },
+        routes=routes,
+        middleware=[
+            Middleware(Origins, allowed=http.origins, local=not http.guarded),
+            *([_cors(http)] if http.origins else []),
+            Middleware(Guard, routes=routes, keyring=Keyring(http), tickets=tickets),
+        ],
+        exception_handlers={HTTPException: _http_error, CdcError: _refused, Exception: _unexpected},
+    )
+
+
+def _cors(http: Http) -> Middleware:
+    """Credentials are headers that a page sets itself, and never cookies."""
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=http.origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"),
+        max_age=600,
     )
 
 
 async def _http_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return failure(error.status_code, error.detail)
-
-
-async def _bad_body(_request: Request, error: Exception) -> Response:
-    return failure(400, f"the body is not what is expected: {error}", hint='for example {"until": "16/B374D848"}')
+    answer = failure(error.status_code, error.detail)
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 async def _refused(_request: Request, error: Exception) -> Response:
@@ -51,7 +88,7 @@ async def _refused(_request: Request, error: Exception) -> Response:
     return failure(_STATUS.get(type(error), 409), str(error), error.hint)
 
 
-_STATUS: Final = {UnknownName: 404, DecodeError: 400, TransientError: 504}
+_STATUS: Final = {UnknownName: 404, BadRequest: 400, DecodeError: 400, TransientError: 503}
 """Whatever else is refused conflicts with the state that things are in."""
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Annotated, Final
+from typing import Annotated
 
 import msgspec
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from cdc.api.backend import Backend
+from cdc.api.operation import operation
+from cdc.api.requests import read_body
 from cdc.api.responses import answer
 from cdc.position import format_position, parse_position
-
-MAX_BODY_BYTES: Final = 64 * 1024
-BODY_TIMEOUT_SECONDS: Final = 10.0
 
 
 class HoldRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,13 +28,26 @@ class HoldRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seconds: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 60.0
 
 
+class Paused(msgspec.Struct, frozen=True):
+    """Whether the source or sink is paused now."""
+
+    paused: bool
+
+
+class Held(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Whether the sink is held now, and where."""
+
+    held: bool
+    position: str | msgspec.UnsetType = msgspec.UNSET
+
+
 class Control:
     """Each route calls one method of the daemon, in a thread: it may wait for a pipeline."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[BaseRoute]:
         """The routes of this group."""
         return [
             Route("/pause/{name}", self.pause, methods=["POST"]),
@@ -46,38 +56,28 @@ class Control:
             Route("/sinks/{name}/release", self.release, methods=["POST"]),
         ]
 
+    @operation("admin", {200: Paused}, errors=(404, 409))
     async def pause(self, request: Request) -> Response:
         """Pause a source or a sink; said to a paused one, nothing changes."""
         await run_in_threadpool(self._backend.pause, request.path_params["name"])
-        return answer({"paused": True})
+        return answer(Paused(True))
 
+    @operation("admin", {200: Paused}, errors=(404, 409))
     async def resume(self, request: Request) -> Response:
         """Let a paused one go on."""
         await run_in_threadpool(self._backend.resume, request.path_params["name"])
-        return answer({"paused": False})
+        return answer(Paused(False))
 
+    @operation("admin", {200: Held}, body=HoldRequest, errors=(404, 409))
     async def hold(self, request: Request) -> Response:
         """Make a sink stand still at a position, until it is released or the time is over."""
-        wanted = msgspec.json.decode(await _body(request), type=HoldRequest)
+        wanted = await read_body(request, HoldRequest)
         until = None if wanted.until is None else parse_position(wanted.until)
         position = await run_in_threadpool(self._backend.hold, request.path_params["name"], until, wanted.seconds)
-        return answer({"held": True, "position": format_position(position)})
+        return answer(Held(True, format_position(position) or msgspec.UNSET))
 
+    @operation("admin", {200: Held}, errors=(404, 409))
     async def release(self, request: Request) -> Response:
         """Let a held sink go on."""
         await run_in_threadpool(self._backend.release, request.path_params["name"])
-        return answer({"held": False})
-
-
-async def _body(request: Request) -> bytes:
-    """The request's body; 413 for a large one, 408 for one that does not come."""
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
-            async for block in request.stream():
-                body += block
-                if len(body) > MAX_BODY_BYTES:
-                    raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-    except TimeoutError:
-        raise HTTPException(408, "the body did not come in time") from None
-    return bytes(body)
+        return answer(Held(False))

@@ -83,6 +83,11 @@ class Feed:
         async with self._publishing:
             return await self.call(self.publisher.publish, record)
 
+    async def prune(self, entity_type: str | None, recorded_before: int, rows: int) -> int:
+        """Remove old records, as `FeedWriter.prune` does."""
+        async with self._publishing:
+            return await self.call(self.publisher.prune, entity_type, recorded_before, rows)
+
     async def news(self, after: int, timeout_seconds: float) -> bool:
         """Wait until the feed is beyond `after`; False if it is not in time.
 

@@ -1,73 +1,77 @@
-"""Who may talk to the daemon: tokens, and protection from web pages that a browser on this machine has open."""
+"""Who may do what: nothing of a request is read, and no WebSocket is accepted, before that is clear."""
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
-from urllib.parse import urlsplit
+from collections.abc import Sequence
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cdc.api.keyring import Keyring, Unauthorized
+from cdc.api.operation import UNDECLARED, Operation, declared_by
+from cdc.api.principal import PRINCIPAL, Principal
 from cdc.api.responses import failure
-from cdc.config import Token
+from cdc.api.tickets import Tickets
 
-_SAFE_METHODS = frozenset({"GET", "HEAD"})
+_SOMEWHERE = Operation(access="any")
+"""Where no route is, or none of that method: whoever has a token may know."""
 
 
 class Guard:
-    """ASGI middleware that answers 401 or 403 before anything else looks at a request.
+    """ASGI middleware that answers 401 or 403, or leaves the principal in the scope and passes on.
 
-    With a token, everything but `/health` needs `Authorization: Bearer TOKEN`. Without one the address is loopback, and
-    a browser is the way in from outside: requests from other origins and for DNS names are refused.
+    What a route demands stands beside it (`cdc.api.operation`); one that says nothing is for admins.
     """
 
-    def __init__(self, app: ASGIApp, token: Token | None) -> None:
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], keyring: Keyring, tickets: Tickets) -> None:
         self._app = app
-        self._token = token
+        self._routes = routes
+        self._keyring = keyring
+        self._tickets = tickets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or pass on."""
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        if self._token is not None and scope["path"] != "/health" and not self._authorized(headers):
-            answer = failure(401, "the token is missing or wrong", hint="send Authorization: Bearer TOKEN")
+        if scope["type"] != "lifespan":
+            refusal = self._refusal(scope)
+            if refusal is not None:
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        operation = self._operation(scope)
+        if operation.access == "public":
+            return None
+        try:
+            principal = self._principal(scope, operation)
+        except Unauthorized as exc:
+            answer = failure(401, str(exc), exc.hint)
             answer.headers["WWW-Authenticate"] = "Bearer"
-        elif self._token is None and not _is_address(_host(headers)):
-            # a web page may have pointed its own name at 127.0.0.1, and is then no "other origin"
-            answer = failure(403, "the Host header is no IP address and not localhost", hint="or set a http_token")
-        elif scope.get("method") not in _SAFE_METHODS and _cross_origin(headers):
-            answer = failure(403, "a web page of another origin must not do this")
-        else:
-            await self._app(scope, receive, send)
-            return
-        await answer(scope, receive, send)
+            return answer
+        if not operation.allows(principal):
+            return failure(403, "the token does not allow this", hint=_NEEDS[operation.access])
+        scope[PRINCIPAL] = principal
+        return None
 
-    def _authorized(self, headers: Headers) -> bool:
-        assert self._token is not None
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode(), self._token.reveal().encode())
-        return same and scheme.lower() == "bearer"
+    def _operation(self, scope: Scope) -> Operation:
+        for route in self._routes:
+            if route.matches(scope)[0] is Match.FULL:
+                return declared_by(route) or UNDECLARED
+        return _SOMEWHERE
 
-
-def _host(headers: Headers) -> str:
-    try:
-        return urlsplit(f"//{headers.get('host', '')}").hostname or ""
-    except ValueError:
-        return ""
+    def _principal(self, scope: Scope, operation: Operation) -> Principal:
+        authorization = Headers(scope=scope).get("authorization")
+        ticket = QueryParams(scope["query_string"]).get("ticket") if operation.tickets else None
+        if authorization is None and ticket is not None and self._keyring.guarded:
+            return self._tickets.redeem(ticket)
+        return self._keyring.principal(authorization)
 
 
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost"
-    return True
-
-
-def _cross_origin(headers: Headers) -> bool:
-    """Whether a browser says that another site's page sends this. Programs send no Origin."""
-    origin = headers.get("origin")
-    return origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower()
+_NEEDS = {
+    "read": "it takes the scope read",
+    "overview": "it takes the scope read, without channels and where",
+    "publish": "it takes the scope publish",
+    "admin": "it takes the scope admin",
+}

@@ -134,9 +134,7 @@ class Hub:
         key = (channel, wanted, limits.channels, where, encode)
         topic = self._topics.get(key)
         if topic is None:
-            topic = self._topics[key] = Topic(
-                key, channel, wanted, limits, encode=encode, head=self.feed.head
-            )
+            topic = self._topics[key] = Topic(key, channel, wanted, limits, encode=encode, head=self.feed.head)
         self._audiences.setdefault(topic, set()).add(client)
         return topic
 

@@ -1,17 +1,26 @@
-"""Routes that only look: `/health`, `/ready`, `/status`, `/metrics`."""
+"""Routes that only look: `/ready`, `/status`, `/metrics`."""
 
 from __future__ import annotations
 
+import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from cdc.api.backend import Backend
+from cdc.api.operation import operation
 from cdc.api.responses import answer
 from cdc.metrics import registry
 from cdc.status import DaemonStatus, to_json
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """Whether all sources are connected, and the state of each."""
+
+    ready: bool
+    sources: dict[str, str]
 
 
 class Observe:
@@ -21,28 +30,26 @@ class Observe:
         self._backend = backend
         self._registry: CollectorRegistry = registry(backend.status)
 
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[BaseRoute]:
         """The routes of this group."""
         return [
-            Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/status", self.status),
             Route("/metrics", self.metrics),
         ]
 
-    async def health(self, _request: Request) -> Response:
-        """200 as long as the process lives and its event loop turns."""
-        return answer({"alive": True})
-
+    @operation("overview", {200: Ready, 503: Ready})
     async def ready(self, _request: Request) -> Response:
         """200 once all sources are connected, 503 otherwise, with the states of those that are not."""
         status = self._backend.status()
-        return answer({"ready": status.ready, "sources": _states(status)}, 200 if status.ready else 503)
+        return answer(Ready(status.ready, _states(status)), 200 if status.ready else 503)
 
+    @operation("overview", {200: DaemonStatus})
     async def status(self, _request: Request) -> Response:
         """The whole snapshot. 200 also when unhealthy: `healthy` says so."""
         return Response(to_json(self._backend.status()), media_type="application/json")
 
+    @operation("overview", {200: "text/plain"})
     async def metrics(self, request: Request) -> Response:
         """Prometheus's text format, or OpenMetrics where that is asked for."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))

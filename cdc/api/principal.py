@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
 from cdc.feed.visibility import Limits
-
-Right = Literal["read", "publish", "admin"]
+from cdc.http_config import Right
 
 PRINCIPAL: Final = "cdc.principal"
 """Where the guard leaves the principal, in the ASGI scope."""
@@ -28,3 +27,7 @@ class Principal(msgspec.Struct, frozen=True):
     def may(self, right: Right) -> bool:
         """Whether a scope covers it."""
         return right in self.scopes or "admin" in self.scopes
+
+
+LOCAL: Final = Principal("local", frozenset({"admin"}))
+"""Whoever reaches a loopback address, where no token is needed."""

@@ -97,7 +97,7 @@ def _listen(address: tuple[str, int]) -> socket.socket:
     except OSError as exc:
         raise FatalError(
             f"cannot listen on {address[0]}:{address[1]}: {exc.strerror or exc}",
-            hint="set daemon.http to a free address of this machine",
+            hint="set http.address to a free address of this machine",
         ) from exc
 
 

@@ -133,9 +133,7 @@ class WebSocketClient(Subscriber):
     async def _subscribe(self, message: Subscribe) -> None:
         allowed = [channel for channel in dict.fromkeys(message.channels) if await self._allows(channel)]
         if len(self.streams.keys() | allowed) > MAX_SUBSCRIPTIONS:
-            await self._refuse(
-                f"more than {MAX_SUBSCRIPTIONS} subscriptions", "unsubscribe from others first"
-            )
+            await self._refuse(f"more than {MAX_SUBSCRIPTIONS} subscriptions", "unsubscribe from others first")
             return
         since = {channel: int(message.since[channel]) for channel in allowed if channel in message.since}
         feed = self.hub.feed

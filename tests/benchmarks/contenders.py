@@ -21,7 +21,9 @@ CDC: Final = (sys.executable, str(Path(__file__).parents[2] / "cli.py"))
 _CONFIG: Final = """\
 [daemon]
 data_dir = {data_dir}
-http = "127.0.0.1:0"
+
+[http]
+address = "127.0.0.1:0"
 
 [queue]
 min_free_bytes = 100_000_000

@@ -25,7 +25,9 @@ TIMEOUT_SECONDS: Final = 600
 _CONFIG: Final = """\
 [daemon]
 data_dir = {data_dir}
-http = "127.0.0.1:0"
+
+[http]
+address = "127.0.0.1:0"
 
 [queue]
 min_free_bytes = 100_000_000

@@ -19,8 +19,10 @@ CHECKOUT: Final = Path(__file__).parents[2]
 _CONFIG: Final = """\
 [daemon]
 data_dir = {data_dir}
-http = "127.0.0.1:0"
 log_format = "json"
+
+[http]
+address = "127.0.0.1:0"
 
 [queue]
 min_free_bytes = 0

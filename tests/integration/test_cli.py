@@ -118,7 +118,11 @@ def test_status_survives_a_damaged_queue_and_a_stale_address(cdc: Cdc) -> None:
 
 
 def test_f113_passwords_stay_secret_when_the_server_is_away(cdc: Cdc) -> None:
-    cdc.configure(NOWHERE, daemon='http_token = "geheim-token"\nlog_level = "debug"')
+    cdc.configure(
+        NOWHERE,
+        daemon='log_level = "debug"',
+        http='tokens = [{name = "ops", token = "geheim-token", scopes = ["admin"]}]',
+    )
     for arguments in (["check"], ["verify"], ["copy", "--dry-run"], ["drop", "shop", "--yes"], ["--debug", "verify"]):
         result = cdc(*arguments)
         assert result.returncode == 1

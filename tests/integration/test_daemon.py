@@ -49,10 +49,11 @@ class World:
         self.copying = threading.Event()
         self.copying.set()
 
-    def config(self, **daemon: object) -> Config:
+    def config(self, address: str = "127.0.0.1:0", **daemon: object) -> Config:
         return configuration.parse(
             {
-                "daemon": {"data_dir": str(self.data_dir), "http": "127.0.0.1:0", "drain_seconds": 5.0} | daemon,
+                "daemon": {"data_dir": str(self.data_dir), "drain_seconds": 5.0} | daemon,
+                "http": {"address": address},
                 "queue": {"min_free_bytes": 0},
                 "sources": {name: {"url": "postgresql://nowhere/db"} for name in self.sources},
                 "sinks": {"mirror": {"from": "shop"}, "copy": {"from": "stock"}},
@@ -317,8 +318,8 @@ def test_address_in_use_is_a_clear_error_and_nothing_is_touched(world: World, tm
         taken = (world.data_dir / ADDRESS_FILE).read_text().removeprefix("http://")
         other = World(tmp_path / "other")
         with pytest.raises(FatalError, match="cannot listen on 127") as caught:
-            asyncio.run(Daemon(other.config(http=taken), other.parts()).run())
-    assert "daemon.http" in caught.value.hint
+            asyncio.run(Daemon(other.config(taken), other.parts()).run())
+    assert "http.address" in caught.value.hint
     assert [file.name for file in other.data_dir.iterdir()] == ["lock"]
 
 

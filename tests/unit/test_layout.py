@@ -20,7 +20,16 @@ ONLY: Final = {
     "cdc.change": VALUES,
     "cdc.position": VALUES,
     "cdc.errors": VALUES,
-    "cdc.api": (*VALUES, "cdc.api", "cdc.status", "cdc.metrics", "cdc.queue", "cdc.config", "cdc.feed"),
+    "cdc.api": (
+        *VALUES,
+        "cdc.api",
+        "cdc.status",
+        "cdc.metrics",
+        "cdc.queue",
+        "cdc.config",
+        "cdc.http_config",
+        "cdc.feed",
+    ),
     "sinks": (*VALUES, "sinks", "cdc.sink", "cdc.config", "cdc.feed", "cdc.postgres", "cdc.mongodb", "cdc.preflight"),
 }
 """Who may import only these of ours. (Of `cdc.config` they take the frozen structs of their own options.)"""

@@ -173,7 +173,7 @@ def test_the_daemon_is_asked_to_hold_and_to_release(daemon: str) -> None:
 @pytest.mark.parametrize(
     ("status", "body", "kind", "message", "hint"),
     [
-        (504, b'{"error": "too late", "hint": "wait"}', TransientError, "too late", "wait"),
+        (503, b'{"error": "too late", "hint": "wait"}', TransientError, "too late", "wait"),
         (409, b'{"error": "the sink is past it"}', TransientError, "the sink is past it", ""),
         (404, b'{"error": "no such sink"}', FatalError, "no such sink", ""),
         (401, b"", FatalError, "the daemon answered with status 401", ""),

@@ -1,0 +1,98 @@
+"""A change as HTTP shows it, and where a reader stands: for the document, and for what routes take."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final
+
+import msgspec
+
+from cdc.api.requests import BadRequest
+from cdc.feed.record import ChangeType
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+MAX_CURSOR: Final = 2**63 - 1
+
+Cursor = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,19}$", description="Opaque: give it back as it is.")]
+
+Since = Annotated[
+    str,
+    msgspec.Meta(
+        min_length=1,
+        max_length=100,
+        description="A cursor; a time, which means `recordedAt`; or `now`. Left out: the oldest change that is kept.",
+        extra_json_schema={
+            "anyOf": [{"pattern": "^[0-9]{1,19}$"}, {"format": "date-time"}, {"const": "now"}],
+            "examples": ["4711", "2026-11-21T10:15:30Z", "now"],
+        },
+    ),
+]
+
+Name = Annotated[
+    str,
+    msgspec.Meta(
+        min_length=1,
+        max_length=200,
+        pattern=r"^[^\u0000-\u001f\u007f,]+(?!\n)$",
+        description="No control characters, no comma.",
+    ),
+]
+
+Names = Annotated[
+    tuple[Name, ...], msgspec.Meta(min_length=1, max_length=100, description="Separated by commas. Left out: all.")
+]
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """One change of one entity. An `entityId` of `*` means all of that type.
+
+    `event` is there for what was published under a name of its own. `lookup`: `after` was looked up later, and may show
+    what happened since. `truncated`: `before` and `after` were too large.
+    """
+
+    id: int
+    entity_type: str
+    entity_id: str
+    change_type: ChangeType
+    channel: str
+    location_id: str | None
+    user_id: str | None
+    changed_at: datetime
+    recorded_at: datetime
+    source: str
+    position: str
+    version: int
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    changed: tuple[str, ...] | None
+    delta: dict[str, Any] | None
+    event: str | msgspec.UnsetType = msgspec.UNSET
+    lookup: bool | msgspec.UnsetType = msgspec.UNSET
+    truncated: bool | msgspec.UnsetType = msgspec.UNSET
+
+
+class GapFailure(msgspec.Struct, frozen=True):
+    """Some of what was asked for is not kept. oldest: the smallest id that can be there. cursor: goes on with it."""
+
+    error: str
+    hint: str
+    oldest: str
+    cursor: str
+
+
+def cursor_of(text: str) -> int:
+    """The id that a cursor stands for. One that is too large for any feed is as large as can be."""
+    return min(int(text), MAX_CURSOR)
+
+
+def moment_of(name: str, text: str) -> int:
+    """Microseconds since 1970 of an ISO 8601 time; without an offset it is UTC. Raises `BadRequest`."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as exc:
+        raise BadRequest(
+            f"{name}: {text[:40]!r} is neither a cursor nor an ISO 8601 time",
+            hint="for example 2026-11-21T10:15:30Z; a + in a URL is written %2B",
+        ) from exc
+    return ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH) // timedelta(microseconds=1)

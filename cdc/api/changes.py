@@ -1,0 +1,245 @@
+"""Routes that read the feed by polling, show the history of one entity, and clean up."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Final
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from cdc.api.change import Change, Cursor, GapFailure, Name, Names, Since, cursor_of, moment_of
+from cdc.api.feed import Feed
+from cdc.api.operation import operation
+from cdc.api.principal import PRINCIPAL, Principal
+from cdc.api.requests import BadRequest, read_body, read_query
+from cdc.api.responses import answer
+from cdc.feed.gap import Gap, find_gap, find_gap_at
+from cdc.feed.record import Record, as_json, iso_time
+from cdc.feed.store import FeedReader, Wanted
+from cdc.feed.visibility import Limits, view
+
+MAX_CHANGES: Final = 1_000
+PRUNED_AT_ONCE: Final = 5_000
+"""Rows in one transaction of a clean-up: it keeps writers waiting for milliseconds only."""
+
+Limit = Annotated[int, msgspec.Meta(ge=1, le=MAX_CHANGES, description="How many changes at most.")]
+
+
+class PollQuery(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """What `GET /api/changes/poll` takes. wait: seconds."""
+
+    since: Since | msgspec.UnsetType = msgspec.UNSET
+    entity_types: Names | msgspec.UnsetType = msgspec.UNSET
+    channels: Names | msgspec.UnsetType = msgspec.UNSET
+    location_id: Name | msgspec.UnsetType = msgspec.UNSET
+    limit: Limit = 100
+    wait: Annotated[float, msgspec.Meta(ge=0, le=60, description="Seconds to wait for something.")] = 0.0
+
+    def wanted(self, limits: Limits) -> Wanted:
+        """Raises 403 for a channel beyond the limits, which is no mistake to be silent about."""
+        channels = frozenset(self.channels) if self.channels else limits.channels
+        if channels is not None and limits.channels is not None and not channels <= limits.channels:
+            raise HTTPException(403, "channels: the token does not allow all of them")
+        return Wanted(frozenset(self.entity_types) if self.entity_types else None, channels, self.location_id or None)
+
+
+class Polled(msgspec.Struct, frozen=True, rename="camel"):
+    """cursor: how far the feed was looked through; give it back as `since`. hasMore: ask again at once."""
+
+    changes: tuple[Change, ...]
+    cursor: Cursor
+    has_more: bool
+    timestamp: datetime
+
+
+class HistoryQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `GET /api/changes/{entityType}/{entityId}` takes. before: the `cursor` of the page before."""
+
+    limit: Limit = 100
+    before: Cursor | msgspec.UnsetType = msgspec.UNSET
+
+
+class History(msgspec.Struct, frozen=True, rename="camel"):
+    """The newest first. cursor: give it back as `before`, as long as `hasMore`; `null` where nothing was found."""
+
+    changes: tuple[Change, ...]
+    cursor: Cursor | None
+    has_more: bool
+
+
+class CleanupRequest(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """What to remove: all that was recorded earlier; of one entity type, or of all."""
+
+    hours_to_keep: Annotated[float, msgspec.Meta(ge=0, le=1_000_000)]
+    entity_type: Name | msgspec.UnsetType = msgspec.UNSET
+
+
+class Removed(msgspec.Struct, frozen=True):
+    """How many changes."""
+
+    removed: int
+
+
+class _Page(msgspec.Struct, frozen=True):
+    """Changes as JSON, and the id up to (or, backwards, down to) which was looked."""
+
+    changes: tuple[msgspec.Raw, ...]
+    cursor: int
+    more: bool
+
+
+class Changes:
+    """The feed, by request and answer."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    def routes(self) -> list[BaseRoute]:
+        """The routes of this group."""
+        return [
+            Route("/api/changes/poll", self.poll),
+            Route("/api/changes/poll/cleanup", self.cleanup, methods=["POST"]),
+            Route("/api/changes/{entityType}/{entityId:path}", self.history),
+        ]
+
+    @operation("read", {200: Polled, 410: GapFailure}, query=PollQuery)
+    async def poll(self, request: Request) -> Response:
+        """Changes behind a cursor, in order; with `wait`, as soon as there are some."""
+        query = read_query(request, PollQuery)
+        principal: Principal = request.scope[PRINCIPAL]
+        search = _Search(self._feed.reader, query.wanted(principal.limits), query.limit, principal.limits)
+        deadline = time.monotonic() + query.wait
+        found = await self._feed.call(search.first, query.since or "")
+        while isinstance(found, _Page) and not found.changes and await self._go_on(request, found, deadline):
+            found = await self._feed.call(search.behind, found.cursor)
+        return _gone(found) if isinstance(found, Gap) else _polled(found)
+
+    async def _go_on(self, request: Request, found: _Page, deadline: float) -> bool:
+        """Whether there is something more to look at in time, for somebody who still waits for it."""
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            return False
+        if found.more:
+            return not await request.is_disconnected()
+        tasks = [
+            asyncio.create_task(self._feed.news(found.cursor, remaining), name="news"),
+            asyncio.create_task(_disconnected(request), name="disconnected"),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return all(task.result() for task in done)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    @operation("admin", {200: Removed}, body=CleanupRequest)
+    async def cleanup(self, request: Request) -> Response:
+        """Remove old changes now, whatever retention says."""
+        wanted = await read_body(request, CleanupRequest)
+        before = time.time_ns() // 1_000 - round(wanted.hours_to_keep * 3_600_000_000)
+        removed = 0
+        while gone := await self._feed.prune(wanted.entity_type or None, before, PRUNED_AT_ONCE):
+            removed += gone
+            if await request.is_disconnected():
+                break
+        return answer(Removed(removed))
+
+    @operation("read", {200: History}, query=HistoryQuery)
+    async def history(self, request: Request) -> Response:
+        """The changes of one entity that are kept, the newest first."""
+        query = read_query(request, HistoryQuery)
+        entity_type, entity_id = (_checked(request, name) for name in ("entityType", "entityId"))
+        entity = _Entity(self._feed.reader, entity_type, entity_id, request.scope[PRINCIPAL].limits)
+        page = await self._feed.call(entity.page, cursor_of(query.before) if query.before else None, query.limit)
+        cursor = str(page.cursor) if page.cursor else None
+        return answer({"changes": page.changes, "cursor": cursor, "hasMore": page.more})
+
+
+class _Search(msgspec.Struct, frozen=True):
+    """What somebody polls for. Its methods block."""
+
+    reader: FeedReader
+    wanted: Wanted
+    limit: int
+    limits: Limits
+
+    def first(self, since: str) -> _Page | Gap:
+        """Look from where the client says. Raises `BadRequest` where that cannot be understood."""
+        if not since:
+            return self._look(0)  # whatever is kept: nothing can be missing
+        if since == "now":
+            return _Page((), self.reader.head(), more=False)
+        if since.isascii() and since.isdigit():
+            return self.behind(cursor_of(since))
+        recorded_at = moment_of("since", since)
+        page = self._look(self.reader.cursor_at(recorded_at))
+        return find_gap_at(self.reader, recorded_at, self.wanted.entity_types) or page
+
+    def behind(self, cursor: int) -> _Page | Gap:
+        """Look behind a cursor, and then whether something was removed before it could be seen."""
+        page = self._look(cursor)
+        return find_gap(self.reader, cursor, self.wanted.entity_types) or page
+
+    def _look(self, cursor: int) -> _Page:
+        scan = self.reader.scan(cursor, self.wanted, self.limit)
+        return _Page(_encoded(scan.records, self.limits), scan.cursor, scan.more)
+
+
+class _Entity(msgspec.Struct, frozen=True):
+    """Whose history is asked for. Its method blocks."""
+
+    reader: FeedReader
+    entity_type: str
+    entity_id: str
+    limits: Limits
+
+    def page(self, before: int | None, limit: int) -> _Page:
+        """The newest changes, or the newest behind `before`."""
+        records = self.reader.history(self.entity_type, self.entity_id, before, limit + 1)
+        shown = records[:limit]
+        return _Page(_encoded(shown, self.limits), shown[-1].id if shown else 0, more=len(records) > limit)
+
+
+def _encoded(records: Sequence[Record], limits: Limits) -> tuple[msgspec.Raw, ...]:
+    """What may be seen, as JSON; made in the feed's thread, where it keeps nobody waiting."""
+    seen = (view(record, limits) for record in records)
+    return tuple(msgspec.Raw(msgspec.json.encode(as_json(record))) for record in seen if record is not None)
+
+
+def _polled(page: _Page) -> Response:
+    now = iso_time(time.time_ns() // 1_000)
+    return answer({"changes": page.changes, "cursor": str(page.cursor), "hasMore": page.more, "timestamp": now})
+
+
+def _gone(gap: Gap) -> Response:
+    return answer(
+        GapFailure(
+            "changes behind this cursor are not kept any more",
+            "read the entities anew, and go on with `cursor`",
+            str(gap.oldest),
+            str(gap.cursor),
+        ),
+        410,
+    )
+
+
+def _checked(request: Request, name: str) -> str:
+    """A part of the path. No store knows the character NUL, and some do not even want to hear it."""
+    text: str = request.path_params[name]
+    if not text or "\0" in text:
+        raise BadRequest(f"{name}: empty, or with a NUL character")
+    return text
+
+
+async def _disconnected(request: Request) -> bool:
+    """Return False when the client is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    return False

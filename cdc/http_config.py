@@ -1,0 +1,163 @@
+"""`[http]`: where the daemon and the gateway answer, and to whom."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Final, Literal
+
+import jwt
+import msgspec
+
+from cdc.errors import ConfigError
+from cdc.feed.visibility import Limits
+from cdc.secret import Token, from_file
+
+Right = Literal["read", "publish", "admin"]
+
+Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512"]
+
+_ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):\d{1,5}")
+_ORIGIN: Final = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
+_VISIBLE: Final = re.compile(r"[\x21-\x7e]+")
+"""Of what a token consists: all else is changed or refused on its way through a header."""
+
+_MIN_HMAC_BYTES: Final = 32
+"""RFC 7518, section 3.2: a key at least as long as the hash of HS256."""
+
+
+class TokenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[[http.tokens]]`: somebody who may talk to us, and what he may do and see."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
+    token: Token | None = None
+    token_file: str | None = None
+    scopes: Annotated[tuple[Right, ...], msgspec.Meta(min_length=1)]
+    channels: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] | None = None
+    where: Annotated[dict[str, str], msgspec.Meta(min_length=1)] | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """What of the feed it sees."""
+        return Limits(None if self.channels is None else frozenset(self.channels), self.where)
+
+
+class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[http.jwt]`: whose JSON web tokens are taken. key: a secret for HS*, a public key in PEM for RS* and ES*."""
+
+    key: Token | None = None
+    key_file: str | None = None
+    algorithms: Annotated[tuple[Algorithm, ...], msgspec.Meta(min_length=1)]
+    audience: str | None = None
+    issuer: str | None = None
+
+
+class Http(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[http]`. max_clients: WebSockets and event streams together."""
+
+    address: str = "127.0.0.1:8642"
+    origins: tuple[str, ...] = ()
+    max_connections: Annotated[int, msgspec.Meta(ge=1)] = 2_000
+    max_clients: Annotated[int, msgspec.Meta(ge=0)] = 1_500
+    tokens: tuple[TokenConfig, ...] = ()
+    jwt: JwtConfig | None = None
+
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        """What to listen on; port 0 takes a free one."""
+        host, _, port = self.address.rpartition(":")
+        return host.removeprefix("[").removesuffix("]"), int(port)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a token is needed."""
+        return bool(self.tokens) or self.jwt is not None
+
+    @property
+    def admin_token(self) -> Token | None:
+        """What the command line shows to its daemon."""
+        return next((entry.token for entry in self.tokens if "admin" in entry.scopes), None)
+
+
+def complete(http: Http) -> Http:
+    """Read the secrets that are in files, and check what one option means for another. Raises `ConfigError`."""
+    tokens = tuple(_complete_token(f"http.tokens[{at}]", entry) for at, entry in enumerate(http.tokens))
+    http = msgspec.structs.replace(http, tokens=tokens, jwt=None if http.jwt is None else _complete_jwt(http.jwt))
+    _check_unique("name", [entry.name for entry in tokens])
+    _check_unique("token", [entry.token.reveal() if entry.token else "" for entry in tokens])
+    _check_address(http)
+    for origin in http.origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"http.origins: {origin!r} is no origin", hint='for example "https://app.example.com", in lower case'
+            )
+    return http
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_address(http: Http) -> None:
+    if not _ADDRESS.fullmatch(http.address) or http.host_and_port[1] > 65535:
+        raise ConfigError(f"http.address: {http.address!r} is not host:port", hint='for example "127.0.0.1:8642"')
+    if not http.guarded and not is_loopback(http.host_and_port[0]):
+        raise ConfigError(
+            f"http.address: {http.address} can be reached from other machines, and there are no tokens",
+            hint="add [[http.tokens]] or [http.jwt], or listen on 127.0.0.1",
+        )
+
+
+def _check_unique(what: str, values: Sequence[str]) -> None:
+    for at, value in enumerate(values):
+        if value in values[:at]:
+            raise ConfigError(
+                f"http.tokens[{at}].{what}: the same as that of http.tokens[{values.index(value)}]",
+                hint="it must be clear who somebody is",
+            )
+
+
+def _complete_token(key: str, entry: TokenConfig) -> TokenConfig:
+    token = from_file(Token, f"{key}.token", entry.token, entry.token_file)
+    if token is None:
+        raise ConfigError(f"{key}.token: missing", hint="set token or token_file")
+    if not token.reveal():
+        raise ConfigError(f"{key}.token: empty", hint="a token that nobody knows is a long random string")
+    if not _VISIBLE.fullmatch(token.reveal()):
+        raise ConfigError(f"{key}.token: has a space or a character beyond ASCII", hint="`openssl rand -hex 32`")
+    if "admin" in entry.scopes and entry.limits != Limits():
+        raise ConfigError(f"{key}: admin may do everything, and has limits", hint="remove channels and where")
+    return msgspec.structs.replace(entry, token=token)
+
+
+def _complete_jwt(options: JwtConfig) -> JwtConfig:
+    key = from_file(Token, "http.jwt.key", options.key, options.key_file)
+    if key is None:
+        raise ConfigError("http.jwt.key: missing", hint="set key or key_file")
+    for name in options.algorithms:
+        _check_key(name, key.reveal())
+    return msgspec.structs.replace(options, key=key)
+
+
+def _check_key(algorithm: str, key: str) -> None:
+    """A key that fits no algorithm would be noticed with the first request only."""
+    if algorithm.startswith("HS") and len(key.encode()) < _MIN_HMAC_BYTES:
+        raise ConfigError(f"http.jwt.key: shorter than {_MIN_HMAC_BYTES} bytes", hint="`openssl rand -hex 32`")
+    try:
+        prepared = jwt.get_algorithm_by_name(algorithm).prepare_key(key)
+    except (jwt.PyJWTError, ValueError, TypeError) as exc:
+        raise ConfigError(f"http.jwt.key: does not fit {algorithm}", hint=_KEYS[algorithm[:2]]) from exc
+    if not algorithm.startswith("HS") and not hasattr(prepared, "verify"):
+        raise ConfigError("http.jwt.key: a private key", hint="give the public one: it is enough to check tokens")
+
+
+_KEYS: Final[Mapping[str, str]] = {
+    "HS": "HS* takes a secret, and never a public key",
+    "RS": "RS* takes an RSA public key in PEM",
+    "ES": "ES* takes a public key in PEM, of the algorithm's curve",
+}
