@@ -72,7 +72,7 @@ class Follower(Thread):
             except TransientError as exc:
                 attempts = 1 if self.connected else attempts + 1
                 self._wait(exc, attempts)
-            except Exception as exc:  # noqa: BLE001 - the thread's outer edge: the gateway goes on as if it were away
+            except Exception as exc:
                 attempts += 1
                 log.error("following the feed failed", exc_info=not isinstance(exc, CdcError), error=str(exc))
                 self._wait(exc, attempts)

@@ -42,7 +42,7 @@ class Server:
                 ws_max_size=MAX_MESSAGE_BYTES,
                 ws_ping_interval=PING_SECONDS,
                 ws_ping_timeout=PING_SECONDS,
-                ws_per_message_deflate=False,  # one compression for each client, and 100 KB of memory, would be its price
+                ws_per_message_deflate=False,  # each client would take CPU, and 100 KB, of its own
                 lifespan="off",
                 access_log=False,
                 log_config=None,

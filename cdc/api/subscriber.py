@@ -114,7 +114,7 @@ class Subscriber(ABC):
                 if self._due:
                     self._due = False
                     await self._tell()
-        except Exception as exc:  # noqa: BLE001 - the stream's outer edge: the client comes back, the others go on
+        except Exception as exc:
             log.error("a stream failed", exc_info=exc)
             self.end(1011, "unexpected")
 

@@ -60,7 +60,9 @@ class Topic:
     last: no record behind it, up to the feed's head, is of this topic (`where` apart).
     """
 
-    def __init__(self, key: Hashable, channel: str, wanted: Wanted, limits: Limits, encode: Encode, head: int) -> None:
+    def __init__(
+        self, key: Hashable, channel: str, wanted: Wanted, limits: Limits, *, encode: Encode, head: int
+    ) -> None:
         """key: for whoever keeps topics. head: of the feed, as it is now; what comes later is to be told to `note`."""
         self.key = key
         self.channel = channel

@@ -1,0 +1,193 @@
+"""A gateway of a feed for tests: the real server on a real port, in a thread with an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import count
+from typing import Any, Final
+
+import httpx
+from starlette.applications import Starlette
+from starlette.types import ASGIApp, Receive, Scope, Send
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+from cdc.api.feed import Feed
+from cdc.api.principal import PRINCIPAL, Principal
+from cdc.api.realtime import Realtime
+from cdc.api.server import Server
+from cdc.feed.record import ChangeType, Record
+from cdc.feed.store import FeedWriter
+from cdc.position import Position
+
+EVERYBODY: Final = Principal("everybody", frozenset({"admin"}))
+
+_numbers = count(1)
+
+
+class Gateway:
+    """Runs from `with` on. principal: on whose behalf all requests are made."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        principal: Principal = EVERYBODY,
+        *,
+        max_clients: int = 1_500,
+        max_clients_each: int | None = None,
+        max_connections: int = 2_000,
+    ) -> None:
+        self.feed = feed
+        self.realtime = Realtime(feed, version="1", max_clients=max_clients, max_clients_each=max_clients_each)
+        app = _As(Starlette(routes=self.realtime.routes()), principal)
+        self._server = Server(app, ("127.0.0.1", 0), max_connections=max_connections)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._stop: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ready = threading.Event()
+
+    def __enter__(self) -> Gateway:
+        self._thread.start()
+        assert self._ready.wait(30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """As the daemon stops it: first the feed, then the server. Safe to call twice."""
+        assert self._loop is not None
+        assert self._stop is not None
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(30)
+        self._server.close()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self._server.address
+
+    @property
+    def url(self) -> str:
+        return "http://{}:{}".format(*self.address)
+
+    def stats(self) -> Any:
+        return httpx.get(f"{self.url}/stats").json()
+
+    @contextmanager
+    def websocket(self) -> Iterator[ClientConnection]:
+        """A connection that has got its welcome."""
+        with connect(f"ws://{self.url[7:]}/ws", proxy=None, max_size=None) as client:
+            assert receive(client)["type"] == "welcome"
+            yield client
+
+    async def _run(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self.feed.start()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._server.serve())
+            while not self.feed.connected:  # the follower reports to nobody
+                await asyncio.sleep(0.01)
+            self._ready.set()
+            await self._stop.wait()
+            await self.feed.stop()
+            self._server.stop()
+
+
+class _As:
+    """Stands where the guard does."""
+
+    def __init__(self, app: ASGIApp, principal: Principal) -> None:
+        self._app = app
+        self._principal = principal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[PRINCIPAL] = self._principal
+        await self._app(scope, receive, send)
+
+
+def record(channel: str, entity_id: object = 1, version: int = 1, **more: Any) -> Record:
+    """A change that is no other's replay."""
+    values: dict[str, Any] = {
+        "source": "shop",
+        "position": str(next(_numbers)),
+        "entity_type": channel.capitalize(),
+        "entity_id": str(entity_id),
+        "channel": channel,
+        "change_type": ChangeType.UPDATE,
+        "version": version,
+        "changed_at": 1_700_000_000_000_000,
+        "after": json.dumps({"id": entity_id, "version": version}).encode(),
+    }
+    return Record(**(values | more))
+
+
+class Source:
+    """Whoever commits to a feed."""
+
+    def __init__(self, writer: FeedWriter) -> None:
+        self._writer = writer
+        writer.open()
+        writer.begin(Position("queue", 0, 0))
+
+    def commit(self, *records: Record) -> None:
+        """One transaction."""
+        number = next(_numbers)
+        self._writer.append(records, ())
+        self._writer.commit(Position("queue", number, number))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def closed(client: ClientConnection) -> int | None:
+    """The close code that a client gets, behind whatever else it gets."""
+    with suppress(ConnectionClosed):
+        while True:
+            client.recv(30)
+    return client.close_code
+
+
+def receive(client: ClientConnection, timeout_seconds: float = 30) -> Any:
+    return json.loads(client.recv(timeout_seconds))
+
+
+def subscribe(client: ClientConnection, *channels: str, since: dict[str, str] | None = None) -> Any:
+    """Subscribe, and return the answer, whatever it is."""
+    client.send(json.dumps({"type": "subscribe", "channels": channels, "since": since or {}}))
+    return receive(client)
+
+
+def events(client: ClientConnection, number: int) -> Sequence[Any]:
+    """The next events, from as many frames as they take; other frames are passed over."""
+    found: list[Any] = []
+    while len(found) < number:
+        found += receive(client).get("events", [])
+    return found
+
+
+@contextmanager
+def event_stream(gateway: Gateway, query: str = "", **headers: str) -> Iterator[Iterator[dict[str, str]]]:
+    """Server-sent events, as dictionaries of their fields; it is connected when this returns."""
+    with httpx.stream("GET", f"{gateway.url}/api/changes/stream{query}", headers=headers, timeout=30) as answer:
+        assert answer.status_code == 200, answer.read()
+        lines = answer.iter_lines()
+        assert next(lines).startswith(":")
+        yield _events(lines)
+
+
+def _events(lines: Iterator[str]) -> Iterator[dict[str, str]]:
+    fields: dict[str, str] = {}
+    for line in lines:
+        if line.startswith(":"):
+            continue
+        if line:
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        elif fields:
+            yield fields
+            fields = {}
