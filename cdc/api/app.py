@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
+from cdc import __version__
 from cdc.api.backend import Backend, UnknownName
 from cdc.api.changes import Changes
 from cdc.api.control import Control
@@ -23,6 +24,7 @@ from cdc.api.observe import Observe
 from cdc.api.openapi import Document
 from cdc.api.origins import Origins
 from cdc.api.publish import Publish
+from cdc.api.realtime import Realtime
 from cdc.api.requests import BadRequest
 from cdc.api.responses import failure
 from cdc.api.service import Service
@@ -51,9 +53,10 @@ def create_app(backend: Backend | None = None, http: Http = Http(), feed: Feed |
     if backend is not None:
         groups += [Observe(backend), Control(backend)]
     if feed is not None:
-        groups += [Changes(feed), Publish(feed)]
+        realtime = Realtime(feed, version=__version__, max_clients=http.max_clients)
+        groups += [realtime, Changes(feed), Publish(feed)]
     routes = [route for group in groups for route in group.routes()]
-    routes += Document(routes, guarded=http.guarded).routes()
+    routes += Document(routes, version=__version__, guarded=http.guarded).routes()
     return Starlette(
         routes=routes,
         middleware=[

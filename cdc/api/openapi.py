@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from cdc import __version__
 from cdc.api.operation import Operation, declared_by, operation
 from cdc.api.responses import Failure
 
@@ -24,8 +23,9 @@ _ERRORS: Final = {"public": (), "any": (401, 403)}
 class Document:
     """The description of a set of routes, and of its own."""
 
-    def __init__(self, routes: Sequence[BaseRoute], *, guarded: bool) -> None:
+    def __init__(self, routes: Sequence[BaseRoute], *, version: str, guarded: bool) -> None:
         self._routes = [*routes, *self.routes()]
+        self._version = version
         self._guarded = guarded
         self._encoded = msgspec.json.encode(self._describe())
 
@@ -50,7 +50,7 @@ class Document:
                     paths.setdefault(route.path_format, {})[method.lower()] = self._operation(route, found, schemas)
         return {
             "openapi": "3.1.0",
-            "info": {"title": "cdc", "version": __version__},
+            "info": {"title": "cdc", "version": self._version},
             "paths": paths,
             "components": {
                 "schemas": schemas.components,

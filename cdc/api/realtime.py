@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
 from starlette.requests import Request
@@ -12,15 +12,16 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from cdc.api.change import Cursor, Name, Names, cursor_of
 from cdc.api.feed import Feed
 from cdc.api.hub import Hub, TooMany
+from cdc.api.operation import operation
 from cdc.api.principal import PRINCIPAL, Principal
-from cdc.api.requests import read_query
+from cdc.api.requests import read_headers, read_query
 from cdc.api.responses import answer, failure
 from cdc.api.sse import EventStream
 from cdc.api.topic import ALL_CHANNELS
 from cdc.api.websocket import WebSocketClient
-from cdc.errors import DecodeError
 from cdc.feed.gap import find_gap
 from cdc.feed.store import Wanted
 from cdc.feed.visibility import Limits
@@ -28,17 +29,21 @@ from cdc.feed.visibility import Limits
 MAX_CHANNELS_SHOWN: Final = 1_000
 """In `/stats`: those with the most subscribers."""
 
-Names = Annotated[frozenset[str], msgspec.Meta(min_length=1, max_length=100)]
 
-
-class StreamQuery(msgspec.Struct, frozen=True, rename="camel"):
+class StreamQuery(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """`GET /api/changes/stream`. since: a cursor; left out: from now on."""
 
-    channels: Names | None = None
-    entity_types: Names | None = None
-    location_id: str | None = None
-    since: str | None = None
-    ticket: str | None = None
+    channels: Names | msgspec.UnsetType = msgspec.UNSET
+    entity_types: Names | msgspec.UnsetType = msgspec.UNSET
+    location_id: Name | msgspec.UnsetType = msgspec.UNSET
+    since: Cursor | msgspec.UnsetType = msgspec.UNSET
+    ticket: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class StreamHeaders(msgspec.Struct, frozen=True, rename={"last_event_id": "Last-Event-ID"}):
+    """What an EventSource sends when it comes back."""
+
+    last_event_id: Cursor | msgspec.UnsetType = msgspec.UNSET
 
 
 class StatsAnswer(msgspec.Struct, frozen=True):
@@ -74,6 +79,7 @@ class Realtime:
             Route("/stats", self.stats, methods=["GET"]),
         ]
 
+    @operation("read", {}, tickets=True)
     async def websocket(self, websocket: WebSocket) -> None:
         """Subscriptions to channels, over a WebSocket."""
         principal: Principal = websocket.scope[PRINCIPAL]
@@ -84,13 +90,15 @@ class Realtime:
             return
         await WebSocketClient(self.hub, principal, websocket.receive, websocket.send).run(self._version)
 
+    @operation("read", {200: "text/event-stream"}, query=StreamQuery, headers=StreamHeaders, tickets=True)
     async def stream(self, request: Request) -> Response:
         """Changes as server-sent events, as they happen. `Last-Event-ID` wins over `since`."""
         hub, feed = self.hub, self.hub.feed
         principal: Principal = request.scope[PRINCIPAL]
         query = read_query(request, StreamQuery)
         wanted = _wanted(query, principal.limits)
-        since = _cursor(request.headers.get("last-event-id") or query.since)
+        given = read_headers(request, StreamHeaders).last_event_id or query.since
+        since = cursor_of(given) if given else None
         gap = None if since is None else await feed.call(find_gap, feed.reader, since, wanted.entity_types)
         cursor = feed.head if since is None else since
         try:
@@ -103,6 +111,7 @@ class Realtime:
 
         return _StreamResponse(stream)
 
+    @operation("read", {200: StatsAnswer})
     async def stats(self, request: Request) -> Response:
         """What the live streams do."""
         hub, limits = self.hub, request.scope[PRINCIPAL].limits
@@ -130,18 +139,10 @@ class _StreamResponse(Response):
 
 
 def _wanted(query: StreamQuery, limits: Limits) -> Wanted:
-    channels = query.channels
+    channels = frozenset(query.channels) if query.channels else None
     if channels is None or ALL_CHANNELS in channels:
         channels = limits.channels
-    return Wanted(query.entity_types, channels, query.location_id)
-
-
-def _cursor(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise DecodeError(f"since: {text[:100]!r} is no cursor", hint="give back one that you were given")
-    return int(text)
+    return Wanted(frozenset(query.entity_types) if query.entity_types else None, channels, query.location_id or None)
 
 
 def _visible(channels: dict[str, int], limits: Limits) -> dict[str, int]:

@@ -38,3 +38,16 @@ def find_gap(reader: FeedReader, cursor: int, entity_types: frozenset[str] | Non
         oldest = reader.oldest() or head + 1
         return Gap(oldest=max(oldest, through + 1), cursor=max(oldest - 1, through))
     return None
+
+
+def find_gap_at(reader: FeedReader, recorded_at: int, entity_types: frozenset[str] | None) -> Gap | None:
+    """The same for a time in microseconds: whether something that was recorded then or later was removed."""
+    through = max(
+        (
+            pruned.through_id
+            for entity_type, pruned in reader.pruned().items()
+            if pruned.through_recorded_at >= recorded_at and (entity_types is None or entity_type in entity_types)
+        ),
+        default=0,
+    )
+    return Gap(oldest=through + 1, cursor=through) if through else None

@@ -22,6 +22,7 @@ ONLY: Final = {
     "cdc.errors": VALUES,
     "cdc.api": (
         *VALUES,
+        "cdc.__version__",
         "cdc.api",
         "cdc.status",
         "cdc.metrics",
