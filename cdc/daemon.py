@@ -123,11 +123,8 @@ class Daemon:
         """
         with ExitStack() as stack:
             stack.enter_context(lock_directory(self._directory))
-            server = Server(
-                create_app(self, self._config.http),
-                self._config.http.host_and_port,
-                max_connections=self._config.http.max_connections,
-            )
+            http = self._config.http
+            server = Server(create_app(self, http), http.host_and_port, max_connections=http.max_connections)
             stack.callback(server.close)
             stack.enter_context(_address_file(self._directory / ADDRESS_FILE, server.address))
             self._assemble()

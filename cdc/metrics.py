@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from cdc.status import DaemonStatus, SinkStatus, SourceStatus, State
+from cdc.status import DaemonStatus, SinkStatus, SourceStatus, State, StreamsStatus
 
 APPLY_SECONDS: Final = Histogram(
     "cdc_apply_seconds",
@@ -32,12 +32,20 @@ LATENCY_SECONDS: Final = Histogram(
 )
 
 
-def registry(status: Callable[[], DaemonStatus]) -> CollectorRegistry:
-    """A registry of all metrics: the snapshot's, the histograms, and the process's own (memory, CPU, files)."""
+def registry(
+    status: Callable[[], DaemonStatus] | None, streams: Callable[[], StreamsStatus] | None = None
+) -> CollectorRegistry:
+    """A registry of all metrics: the snapshots', the histograms, and the process's own (memory, CPU, files).
+
+    status: of a daemon; streams: of a feed's gateway.
+    """
     result = CollectorRegistry()
-    result.register(StatusCollector(status))
-    result.register(APPLY_SECONDS)
-    result.register(LATENCY_SECONDS)
+    if status is not None:
+        result.register(StatusCollector(status))
+        result.register(APPLY_SECONDS)
+        result.register(LATENCY_SECONDS)
+    if streams is not None:
+        result.register(StreamsCollector(streams))
     ProcessCollector(registry=result)
     PlatformCollector(registry=result)
     return result
@@ -58,6 +66,23 @@ class StatusCollector(Collector):
         yield from _slots(status.sources)
         yield from _sinks(status.sinks)
         yield from _copies(status.sinks)
+
+
+class StreamsCollector(Collector):
+    """The same for the live streams. (Channels are no label: there may be any number of them.)."""
+
+    def __init__(self, status: Callable[[], StreamsStatus]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterable[Metric]:
+        """Take one snapshot; all families come from it."""
+        status = self._status()
+        yield _gauge("cdc_stream_clients", "WebSockets and event streams.", (), [((), status.connections)])
+        yield _counter("cdc_stream_events", "Events sent, times clients.", (), [((), status.sent)])
+        yield _counter("cdc_stream_frames", "Frames sent.", (), [((), status.frames)])
+        yield _counter("cdc_stream_dropped", "Clients cut off as they did not read.", (), [((), status.dropped)])
+        yield _gauge("cdc_feed_cursor", "The newest change seen.", (), [((), int(status.cursor))])
+        yield _gauge("cdc_feed_connected", "1 while the feed's store answers.", (), [((), status.connected)])
 
 
 Samples = Iterable[tuple[tuple[str, ...], float | None]]

@@ -394,3 +394,20 @@ def _problem(name: str, state: State, error: str | None) -> str:
     if state not in _TROUBLE:
         return ""
     return f"{name}: {state}: {error}" if error else f"{name}: {state}"
+
+
+class StreamsStatus(msgspec.Struct, frozen=True):
+    """The live streams of this process, since it started.
+
+    connections: open streams. channels: subscribers by name. sent: events, times the clients that got them; frames:
+    what they travelled in. dropped: clients that were disconnected as they did not read. cursor: the newest change
+    seen. connected: whether the feed's store answers.
+    """
+
+    connections: int
+    channels: dict[str, int]
+    sent: int
+    frames: int
+    dropped: int
+    cursor: str
+    connected: bool

@@ -8,43 +8,31 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
-from typing import Any, Final
+from typing import Any
 
 import httpx
-from starlette.applications import Starlette
-from starlette.types import ASGIApp, Receive, Scope, Send
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from cdc.api.app import create_app
 from cdc.api.feed import Feed
-from cdc.api.principal import PRINCIPAL, Principal
-from cdc.api.realtime import Realtime
 from cdc.api.server import Server
 from cdc.feed.record import ChangeType, Record
 from cdc.feed.store import FeedWriter
+from cdc.http_config import Http
 from cdc.position import Position
-
-EVERYBODY: Final = Principal("everybody", frozenset({"admin"}))
 
 _numbers = count(1)
 
 
 class Gateway:
-    """Runs from `with` on. principal: on whose behalf all requests are made."""
+    """Runs from `with` on. token: what all requests are made with."""
 
-    def __init__(
-        self,
-        feed: Feed,
-        principal: Principal = EVERYBODY,
-        *,
-        max_clients: int = 1_500,
-        max_clients_each: int | None = None,
-        max_connections: int = 2_000,
-    ) -> None:
+    def __init__(self, feed: Feed, http: Http = Http(), token: str | None = None) -> None:  # noqa: B008 - frozen
         self.feed = feed
-        self.realtime = Realtime(feed, version="1", max_clients=max_clients, max_clients_each=max_clients_each)
-        app = _As(Starlette(routes=self.realtime.routes()), principal)
-        self._server = Server(app, ("127.0.0.1", 0), max_connections=max_connections)
+        self.headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        app = create_app(None, http, feed)
+        self._server = Server(app, ("127.0.0.1", 0), max_connections=http.max_connections)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self._stop: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -76,12 +64,12 @@ class Gateway:
         return "http://{}:{}".format(*self.address)
 
     def stats(self) -> Any:
-        return httpx.get(f"{self.url}/stats").json()
+        return httpx.get(f"{self.url}/stats", headers=self.headers).json()
 
     @contextmanager
     def websocket(self) -> Iterator[ClientConnection]:
         """A connection that has got its welcome."""
-        with connect(f"ws://{self.url[7:]}/ws", proxy=None, max_size=None) as client:
+        with connect(f"ws://{self.url[7:]}/ws", proxy=None, max_size=None, additional_headers=self.headers) as client:
             assert receive(client)["type"] == "welcome"
             yield client
 
@@ -96,18 +84,6 @@ class Gateway:
             await self._stop.wait()
             await self.feed.stop()
             self._server.stop()
-
-
-class _As:
-    """Stands where the guard does."""
-
-    def __init__(self, app: ASGIApp, principal: Principal) -> None:
-        self._app = app
-        self._principal = principal
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[PRINCIPAL] = self._principal
-        await self._app(scope, receive, send)
 
 
 def record(channel: str, entity_id: object = 1, version: int = 1, **more: Any) -> Record:
@@ -173,7 +149,9 @@ def events(client: ClientConnection, number: int) -> Sequence[Any]:
 @contextmanager
 def event_stream(gateway: Gateway, query: str = "", **headers: str) -> Iterator[Iterator[dict[str, str]]]:
     """Server-sent events, as dictionaries of their fields; it is connected when this returns."""
-    with httpx.stream("GET", f"{gateway.url}/api/changes/stream{query}", headers=headers, timeout=30) as answer:
+    with httpx.stream(
+        "GET", f"{gateway.url}/api/changes/stream{query}", headers=gateway.headers | headers, timeout=30
+    ) as answer:
         assert answer.status_code == 200, answer.read()
         lines = answer.iter_lines()
         assert next(lines).startswith(":")

@@ -20,7 +20,7 @@ from cdc.api.control import Control
 from cdc.api.feed import Feed
 from cdc.api.guard import Guard
 from cdc.api.keyring import Keyring
-from cdc.api.observe import Observe
+from cdc.api.observe import Metrics, Observe
 from cdc.api.openapi import Document
 from cdc.api.origins import Origins
 from cdc.api.publish import Publish
@@ -31,6 +31,7 @@ from cdc.api.service import Service
 from cdc.api.tickets import Tickets
 from cdc.config import Http
 from cdc.errors import CdcError, DecodeError, TransientError
+from cdc.metrics import registry
 
 log = structlog.get_logger()
 
@@ -50,11 +51,14 @@ def create_app(backend: Backend | None = None, http: Http = Http(), feed: Feed |
     """
     tickets = Tickets()
     groups: list[Group] = [Service(), tickets]
+    realtime = None
     if backend is not None:
         groups += [Observe(backend), Control(backend)]
     if feed is not None:
-        realtime = Realtime(feed, version=__version__, max_clients=http.max_clients)
+        realtime = Realtime(feed, http)
         groups += [realtime, Changes(feed), Publish(feed)]
+    status = None if backend is None else backend.status
+    groups.append(Metrics(registry(status, None if realtime is None else realtime.status)))
     routes = [route for group in groups for route in group.routes()]
     routes += Document(routes, version=__version__, guarded=http.guarded).routes()
     return Starlette(

@@ -9,13 +9,13 @@ from datetime import datetime
 from typing import Annotated, Final
 
 import msgspec
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from cdc.api.change import Change, Cursor, GapFailure, Name, Names, Since, cursor_of, moment_of
+from cdc.api.change import Change, Cursor, GapFailure, Name, Since, cursor_of, moment_of
 from cdc.api.feed import Feed
+from cdc.api.filters import Filters
 from cdc.api.operation import operation
 from cdc.api.principal import PRINCIPAL, Principal
 from cdc.api.requests import BadRequest, read_body, read_query
@@ -32,22 +32,12 @@ PRUNED_AT_ONCE: Final = 5_000
 Limit = Annotated[int, msgspec.Meta(ge=1, le=MAX_CHANGES, description="How many changes at most.")]
 
 
-class PollQuery(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+class PollQuery(Filters, frozen=True, rename="camel", forbid_unknown_fields=True):
     """What `GET /api/changes/poll` takes. wait: seconds."""
 
     since: Since | msgspec.UnsetType = msgspec.UNSET
-    entity_types: Names | msgspec.UnsetType = msgspec.UNSET
-    channels: Names | msgspec.UnsetType = msgspec.UNSET
-    location_id: Name | msgspec.UnsetType = msgspec.UNSET
     limit: Limit = 100
     wait: Annotated[float, msgspec.Meta(ge=0, le=60, description="Seconds to wait for something.")] = 0.0
-
-    def wanted(self, limits: Limits) -> Wanted:
-        """Raises 403 for a channel beyond the limits, which is no mistake to be silent about."""
-        channels = frozenset(self.channels) if self.channels else limits.channels
-        if channels is not None and limits.channels is not None and not channels <= limits.channels:
-            raise HTTPException(403, "channels: the token does not allow all of them")
-        return Wanted(frozenset(self.entity_types) if self.entity_types else None, channels, self.location_id or None)
 
 
 class Polled(msgspec.Struct, frozen=True, rename="camel"):

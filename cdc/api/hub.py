@@ -13,9 +13,10 @@ import msgspec
 import structlog
 
 from cdc.api.feed import Feed
+from cdc.api.filters import ALL_CHANNELS
 from cdc.api.frames import Frames
 from cdc.api.principal import Principal
-from cdc.api.topic import ALL_CHANNELS, Encode, Topic
+from cdc.api.topic import Encode, Topic
 from cdc.feed.record import Record
 from cdc.feed.store import Wanted
 from cdc.feed.visibility import Limits
@@ -34,10 +35,6 @@ IDLE_SECONDS: Final = 10.0
 """So often an idle stream is told its cursors."""
 
 log = structlog.get_logger()
-
-
-class TooMany(Exception):
-    """No place for another client."""
 
 
 class Client(Protocol):
@@ -106,10 +103,9 @@ class Hub:
                 found[channel] += len(audience)
         return found
 
-    def check_room(self, principal: Principal) -> None:
-        """Raise `TooMany` if there is no place for another client of this principal."""
-        if len(self._clients) >= self._max_clients or self._names[principal.name] >= self._max_clients_each:
-            raise TooMany
+    def has_room(self, principal: Principal) -> bool:
+        """Whether there is a place for another client of this principal."""
+        return len(self._clients) < self._max_clients and self._names[principal.name] < self._max_clients_each
 
     @contextmanager
     def joined(self, client: Client) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Routes that only look: `/ready`, `/status`, `/metrics`."""
+"""Routes that only look: `/ready` and `/status` of a daemon, `/metrics` of any process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from starlette.routing import BaseRoute, Route
 from cdc.api.backend import Backend
 from cdc.api.operation import operation
 from cdc.api.responses import answer
-from cdc.metrics import registry
 from cdc.status import DaemonStatus, to_json
 
 
@@ -28,14 +27,12 @@ class Observe:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._registry: CollectorRegistry = registry(backend.status)
 
     def routes(self) -> list[BaseRoute]:
         """The routes of this group."""
         return [
             Route("/ready", self.ready),
             Route("/status", self.status),
-            Route("/metrics", self.metrics),
         ]
 
     @operation("overview", {200: Ready, 503: Ready})
@@ -48,6 +45,17 @@ class Observe:
     async def status(self, _request: Request) -> Response:
         """The whole snapshot. 200 also when unhealthy: `healthy` says so."""
         return Response(to_json(self._backend.status()), media_type="application/json")
+
+
+class Metrics:
+    """All numbers of a registry, for Prometheus."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def routes(self) -> list[BaseRoute]:
+        """The routes of this group."""
+        return [Route("/metrics", self.metrics)]
 
     @operation("overview", {200: "text/plain"})
     async def metrics(self, request: Request) -> Response:

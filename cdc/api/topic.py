@@ -11,8 +11,6 @@ from cdc.feed.record import EVENTS, ChangeType, Record, iso_time
 from cdc.feed.store import Wanted
 from cdc.feed.visibility import Limits, view
 
-ALL_CHANNELS: Final = "*"
-
 MAX_EVENTS: Final = 200
 MAX_FRAME_BYTES: Final = 128 * 1024
 """One event may be larger; it then travels alone."""

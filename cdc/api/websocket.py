@@ -10,10 +10,12 @@ from typing import Annotated, Final
 import msgspec
 from starlette.types import Receive, Send
 
+from cdc import __version__
+from cdc.api.filters import ALL_CHANNELS
 from cdc.api.hub import Hub
 from cdc.api.principal import Principal
 from cdc.api.subscriber import Ended, Subscriber
-from cdc.api.topic import ALL_CHANNELS, Event
+from cdc.api.topic import Event
 from cdc.errors import TransientError
 from cdc.feed.gap import Gap, find_gap
 from cdc.feed.store import FeedReader, Wanted
@@ -73,13 +75,13 @@ class WebSocketClient(Subscriber):
         self._messages = 0
         self._counting_since = 0.0
 
-    async def run(self, version: str) -> None:
+    async def run(self) -> None:
         """Accept it, and serve it until one side ends it."""
         try:
             with self.running():
                 await self._receive()  # websocket.connect
                 await self.put({"type": "websocket.accept"})
-                await self._say({"type": "welcome", "version": version})
+                await self._say({"type": "welcome", "version": __version__})
                 async with asyncio.TaskGroup() as tasks:
                     pulling = tasks.create_task(self.pull(), name="websocket:pull")
                     await self._listen()
