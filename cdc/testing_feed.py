@@ -83,6 +83,12 @@ class MemoryWriter:
         known = self._feed.states | self._states
         return {key: known[self._source, *key] for key in keys if (self._source, *key) in known}
 
+    def known(self, positions: Collection[str]) -> Collection[str]:
+        """Those that are stored, or pending."""
+        self._feed.check()
+        told = {each.position for each in (*self._feed.records, *self._pending) if each.source == self._source}
+        return told & set(positions)
+
     def append(self, records: Sequence[Record], states: Sequence[EntityState]) -> None:
         """Keep them for `commit`."""
         self._feed.check()

@@ -47,7 +47,7 @@ class FeedDaemon(Cdc):
             {url}
             {options}
             {more}
-            """.replace('[http]\n            address = "127.0.0.1:0"', 'http = "127.0.0.1:0"')
+            """
         )
 
     @contextmanager
