@@ -26,6 +26,7 @@ class FeedDaemon(Cdc):
         self.source_url, self.feed_url = source_url, feed_url
         self.place = Place(None if feed_url is None else Secret(feed_url), self.data_dir)
         self.reader: FeedReader = reader(self.place)
+        self._opened = False
 
     def write(self, options: str = "", *, source: str = "", more: str = "") -> None:
         """Write the configuration: raw TOML for the sink, the source, and the end of the file."""
@@ -69,16 +70,20 @@ class FeedDaemon(Cdc):
 
     def records(self) -> list[Record]:
         """Everything that readers see now."""
-        found: list[Record] = []
+        try:
+            if not self._opened:
+                self.reader.open()
+                self._opened = True
+            return list(self._scan())
+        except CdcError:
+            return []  # it has not begun, or is away
+
+    def _scan(self) -> Iterator[Record]:
         cursor, more = 0, True
         while more:
-            try:
-                scan = self.reader.scan(cursor, Wanted(), SCAN_ROWS)
-            except CdcError:
-                return []  # it has not begun
-            found += scan.records
+            scan = self.reader.scan(cursor, Wanted(), SCAN_ROWS)
+            yield from scan.records
             cursor, more = scan.cursor, scan.more
-        return found
 
     def wait_for(self, condition: Callable[[list[Record]], object], *, what: str = "records") -> list[Record]:
         """Wait until what readers see is as it should be; return that."""
