@@ -80,7 +80,7 @@ class _Session:
         """A file does not go away."""
         return True
 
-    def position(self, source: str) -> Position | None:
+    def take_over(self, source: str) -> Position | None:
         """The stored position of a source."""
         with translated(self._path):
             row = self._connection.execute(self._sql["position"], [source]).fetchone()
@@ -91,7 +91,7 @@ class _Session:
         with translated(self._path):
             self._connection.execute("BEGIN IMMEDIATE")
             head, recorded_at = self._connection.execute(self._sql["head"]).fetchone()
-        return Locked(head, recorded_at, _now(), self.position(source))
+        return Locked(head, recorded_at, _now(), self.take_over(source))
 
     def states(self, source: str, keys: Sequence[Key]) -> Sequence[EntityState]:
         """Those of the states that are there."""

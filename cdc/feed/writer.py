@@ -39,8 +39,8 @@ class Session(Protocol):
         """Whether the store answers on this connection."""
         ...
 
-    def position(self, source: str) -> Position | None:
-        """The stored position of a source."""
+    def take_over(self, source: str) -> Position | None:
+        """Become the writer of a source: end what an earlier one has left open, and return the stored position."""
         ...
 
     def lock(self, source: str) -> Locked:
@@ -120,7 +120,7 @@ class StoreWriter(ABC):
         self._leave()
         self._session = self._connect()
         with self._leaving_on_error():
-            self._position = self._session.position(self._source)
+            self._position = self._session.take_over(self._source)
         return self._position
 
     def begin(self, position: Position) -> None:

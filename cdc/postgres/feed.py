@@ -106,7 +106,7 @@ class _Session:
             return False
         return True
 
-    def position(self, source: str) -> Position | None:
+    def take_over(self, source: str) -> Position | None:
         """The stored position of a source."""
         with translated_errors():
             row = self._connection.execute(self._sql["position"], [source]).fetchone()
