@@ -7,15 +7,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
-from cdc.errors import TransientError
+from cdc.errors import FatalError, TransientError
 from cdc.feed.cache import Key, StateCache
 from cdc.feed.place import Place
 from cdc.feed.record import EntityState, Record
 from cdc.position import Position, format_position
+
+_DAMAGED: Final = "were its tables changed or restored in part? a feed under another name begins anew"
 
 
 class Locked(msgspec.Struct, frozen=True):
@@ -154,7 +156,9 @@ class StoreWriter(ABC):
         with self._leaving_on_error():
             session, turn = self._begun()
             if records and not turn.insert(session, records):
-                turn.insert(session, self._new(session, records))
+                new = self._new(session, records)
+                if new and not turn.insert(session, new):
+                    raise FatalError(f"the feed refuses what it does not have of {self._source}", hint=_DAMAGED)
             if latest:
                 session.put_states(self._source, latest)
         self._cache.put(latest)
@@ -177,7 +181,8 @@ class StoreWriter(ABC):
                 return None
             version = 1 + max((state.version for state in session.states(source, [key])), default=0)
             (stored,) = turn.numbered([msgspec.structs.replace(record, version=version)])
-            session.insert([stored])
+            if not session.insert([stored]):
+                raise FatalError("the feed refuses what it does not have", hint=_DAMAGED)
             session.put_states(source, [_published(stored)])
             session.commit(stored.id, stored.recorded_at)
         return stored

@@ -126,7 +126,7 @@ class _Session:
             try:
                 self._collections.main.insert_many(map(document_of, records), session=self._session)
             except BulkWriteError as exc:
-                if any(failed.get("code") in DUPLICATE_KEY for failed in exc.details.get("writeErrors", ())):
+                if any(map(_is_replay, exc.details.get("writeErrors", ()))):
                     raise TransientError("the feed holds some of this already: it is looked at first") from exc
                 raise
         return True
@@ -224,6 +224,10 @@ class _Session:
     def _transaction(self) -> Iterator[None]:
         with self._session.start_transaction(write_concern=DURABLE):
             yield
+
+
+def _is_replay(failed: Document) -> bool:
+    return failed.get("code") in DUPLICATE_KEY and "index: _id_" not in str(failed.get("errmsg"))
 
 
 def _entity(source: str, key: Key) -> Document:

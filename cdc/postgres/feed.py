@@ -89,6 +89,7 @@ class _Session:
         assert place.url is not None
         tables = tables_of(place.table, schemas=True)
         self._channel = tables.main
+        self._unique = f"{tables.main}_source"
         self._sql = composed(tables, _QUERIES)
         self._connection = connect(place.url.reveal(), application_name="cdc feed", replication=False, **SETTINGS)
         try:
@@ -158,7 +159,9 @@ class _Session:
                     copy.set_types(COLUMN_TYPES)
                     for record in records:
                         copy.write_row(CODEC.row(record))
-            except psycopg.errors.UniqueViolation:
+            except psycopg.errors.UniqueViolation as exc:
+                if exc.diag.constraint_name != self._unique:
+                    raise
                 self._connection.execute("ROLLBACK TO SAVEPOINT records")
                 return False
             self._connection.execute("RELEASE SAVEPOINT records")
