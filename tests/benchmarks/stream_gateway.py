@@ -1,0 +1,28 @@
+"""A gateway of a PostgreSQL feed, as a process of its own: URL as argument, its port on standard output."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import uvloop
+
+from cdc.api.app import create_app
+from cdc.api.feed import Feed
+from cdc.api.server import Server
+from cdc.feed.place import Place
+from cdc.http_config import Http
+from cdc.secret import Secret
+
+
+async def serve(url: str) -> None:
+    feed = Feed.at(Place(Secret(url), Path.cwd()))
+    feed.start()
+    server = Server(create_app(None, Http(), feed), ("127.0.0.1", 0))
+    print(server.address[1], flush=True)
+    await server.serve()
+
+
+if __name__ == "__main__":
+    uvloop.run(serve(sys.argv[1]))
