@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections.abc import Collection, Hashable
+from http import HTTPStatus
 from typing import Any, Final
 
 import structlog
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.frames import Frame
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Request
+
+from cdc.api.websocket import WRITE_TEXT
 
 REQUEST_SECONDS: Final = 10.0
 """For the head of a request to arrive."""
@@ -98,6 +104,23 @@ class WebSocket(WebSocketsSansIOProtocol):
             self.writable.set()
         await super().send(message)
 
+    def handle_connect(self, event: Request) -> None:
+        """Offer `write_text` to the application."""
+        super().handle_connect(event)
+        if self.response.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
+            extensions: dict[str, object] = {**(self.scope["extensions"] or {}), WRITE_TEXT: self.write_text}
+            self.scope["extensions"] = extensions  # type: ignore[typeddict-item]
+
+    async def write_text(self, payload: bytes) -> None:
+        """Send a text message that is encoded already, as thousands of clients may get the same.
+
+        Waits as `send` does. Raises `ClientDisconnected`, which is an `OSError`.
+        """
+        await self.writable.wait()
+        if self.close_sent or self.transport.is_closing():
+            raise ClientDisconnected
+        self.transport.writelines((_text_header(len(payload)), payload))
+
     def handle_ping(self) -> None:
         """Answer, unless the client does not read its answers."""
         if self.writable.is_set():
@@ -112,3 +135,13 @@ class WebSocket(WebSocketsSansIOProtocol):
         elif not self.close_sent:
             self.conn.fail(1009, "too many fragments")
             self.handle_parser_exception()
+
+
+def _text_header(size: int) -> bytes:
+    """RFC 6455, section 5.2: of a whole text message of that many bytes, as a server sends it."""
+    first = 0x80 | Opcode.TEXT
+    if size < 126:
+        return struct.pack("!BB", first, size)
+    if size < 65536:
+        return struct.pack("!BBH", first, 126, size)
+    return struct.pack("!BBQ", first, 127, size)

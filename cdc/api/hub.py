@@ -25,7 +25,7 @@ SLICE: Final = 50
 """How many clients are woken at once; between two slices the event loop does what else there is to do."""
 
 SHARE: Final = 3
-"""The next round begins no sooner than so many times what the last one took: sending leaves time for the rest."""
+"""The next round begins no sooner than so many times the CPU time of the last one: that leaves time for the rest."""
 
 SEND_SECONDS: Final = 10.0
 """Who has not taken a frame after this time is disconnected."""
@@ -172,18 +172,17 @@ class Hub:
             tasks.create_task(self._ticks(), name="realtime:ticks")
 
     async def _rounds(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._news.wait()
             self._news.clear()
-            started = loop.time()
+            started = time.thread_time()
             stirred, self._stirred = self._stirred, set()
             clients = list(dict.fromkeys(client for topic in stirred for client in self._audiences.get(topic, ())))
             for first in range(0, len(clients), SLICE):
                 for client in clients[first : first + SLICE]:
                     client.wake()
                 await asyncio.sleep(0)  # they send now
-            await asyncio.sleep((SHARE - 1) * (loop.time() - started))
+            await asyncio.sleep((SHARE - 1) * (time.thread_time() - started))
 
     async def _ticks(self) -> None:
         ticks = 0

@@ -80,7 +80,7 @@ class Realtime:
         if not self._hub.has_room(principal):
             await websocket.send_denial_response(_too_many())
             return
-        await WebSocketClient(self._hub, principal, websocket.receive, websocket.send).run()
+        await WebSocketClient(self._hub, websocket).run()
 
     @operation("read", {200: "text/event-stream"}, query=StreamQuery, headers=StreamHeaders, tickets=True)
     async def stream(self, request: Request) -> Response:

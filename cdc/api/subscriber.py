@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
 import structlog
 from starlette.types import Message, Send
+from starlette.websockets import WebSocketDisconnect
 
 from cdc.api.hub import Hub
 from cdc.api.principal import Principal
@@ -132,9 +133,13 @@ class Subscriber(ABC):
 
     async def put(self, message: Message) -> None:
         """Give a message to the server, which waits as long as the client has not taken what was sent before."""
+        await self.sent(self._send(message))
+
+    async def sent(self, sending: Awaitable[None]) -> None:
+        """Await what gives something to the server, for others to see how long that takes."""
         self.sending_since = time.monotonic()
-        with suppress(OSError):  # it is gone: whoever receives hears of it, too
-            await self._send(message)
+        with suppress(OSError, WebSocketDisconnect):  # it is gone: whoever receives hears of it, too
+            await sending
         self.sending_since = None
 
     async def _catch_up(self) -> None:
@@ -175,4 +180,4 @@ class Subscriber(ABC):
             await self.deliver(found.payload)
             self.hub.stats.frames += 1
             self.hub.stats.sent += found.events
-        return found.cursor > before
+        return before < found.cursor < stream.topic.last

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Final
 
 import msgspec
-from starlette.types import Receive, Send
+from starlette.websockets import WebSocket
 
 from cdc import __version__
 from cdc.api.filters import ALL_CHANNELS
 from cdc.api.hub import Hub
-from cdc.api.principal import Principal
+from cdc.api.principal import PRINCIPAL
 from cdc.api.subscriber import Ended, Subscriber
 from cdc.api.topic import Event
 from cdc.errors import TransientError
@@ -27,6 +27,11 @@ MAX_MESSAGE_BYTES: Final = 64 * 1024
 MAX_MESSAGES: Final = 100
 PER_SECONDS: Final = 5.0
 """A client that sends more messages in this time is disconnected."""
+
+WRITE_TEXT: Final = "cdc.write_text"
+"""An extension of ASGI: the scope has a function that sends a text message which is encoded already."""
+
+WriteText = Callable[[bytes], Awaitable[None]]
 
 Channel = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 Channels = Annotated[tuple[Channel, ...], msgspec.Meta(min_length=1, max_length=MAX_SUBSCRIPTIONS)]
@@ -69,9 +74,10 @@ def encode_events(channel: str, events: Sequence[Event]) -> bytes:
 class WebSocketClient(Subscriber):
     """One connection, from its acceptance to its end."""
 
-    def __init__(self, hub: Hub, principal: Principal, receive: Receive, send: Send) -> None:
-        super().__init__(hub, principal, encode_events, send)
-        self._receive = receive
+    def __init__(self, hub: Hub, websocket: WebSocket) -> None:
+        super().__init__(hub, websocket.scope[PRINCIPAL], encode_events, websocket.send)
+        self._receive = websocket.receive
+        self._write: WriteText | None = websocket.scope.get("extensions", {}).get(WRITE_TEXT)
         self._messages = 0
         self._counting_since = 0.0
 
@@ -90,8 +96,11 @@ class WebSocketClient(Subscriber):
             await self.put({"type": "websocket.close", "code": ended.code, "reason": ended.reason})
 
     async def deliver(self, payload: bytes) -> None:
-        """Send events."""
-        await self.put({"type": "websocket.send", "text": payload.decode()})
+        """Send events: as they are, where the server can do that."""
+        if self._write is not None:
+            await self.sent(self._write(payload))
+        else:
+            await self.put({"type": "websocket.send", "text": payload.decode()})
 
     async def deliver_cursors(self, cursors: dict[str, int]) -> None:
         """Say how far idle channels are."""

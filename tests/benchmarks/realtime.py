@@ -98,7 +98,9 @@ def _commit(feed: FeedWriter, load: Load) -> float:
     for first in range(0, load.changes, each):
         time.sleep(max(0.0, started + first / load.rate - time.perf_counter()))
         at = time.time_ns()
-        feed.append([_record(number, at, load.channels) for number in range(first, min(first + each, load.changes))], ())
+        feed.append(
+            [_record(number, at, load.channels) for number in range(first, min(first + each, load.changes))], ()
+        )
         feed.commit(Position("bench", first + 1, first + 1))
     return load.changes / (time.perf_counter() - started)
 

@@ -127,7 +127,12 @@ class Receiver:
         delays = sorted(self._delays.elements()) or [0]
         percentiles = quantiles(delays, n=100, method="inclusive") if len(delays) > 1 else delays * 99
         return Received(
-            self._delivered, self._frames, percentiles[49] / 10, percentiles[98] / 10, delays[-1] / 10, time.process_time()
+            self._delivered,
+            self._frames,
+            percentiles[49] / 10,
+            percentiles[98] / 10,
+            delays[-1] / 10,
+            time.process_time(),
         )
 
     def _take(self, client: Client, payload: bytes) -> None:
