@@ -23,9 +23,6 @@ _ORIGIN: Final = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?
 _VISIBLE: Final = re.compile(r"[\x21-\x7e]+")
 """Of what a token consists: all else is changed or refused on its way through a header."""
 
-_MIN_HMAC_BYTES: Final = 32
-"""RFC 7518, section 3.2: a key at least as long as the hash of HS256."""
-
 
 class TokenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[[http.tokens]]`: somebody who may talk to us, and what he may do and see."""
@@ -147,8 +144,9 @@ def _complete_jwt(options: JwtConfig) -> JwtConfig:
 
 def _check_key(algorithm: str, key: str) -> None:
     """A key that fits no algorithm would be noticed with the first request only."""
-    if algorithm.startswith("HS") and len(key.encode()) < _MIN_HMAC_BYTES:
-        raise ConfigError(f"http.jwt.key: shorter than {_MIN_HMAC_BYTES} bytes", hint="`openssl rand -hex 32`")
+    hash_bytes = int(algorithm[2:]) // 8
+    if algorithm.startswith("HS") and len(key.encode()) < hash_bytes:  # RFC 7518, section 3.2
+        raise ConfigError(f"http.jwt.key: shorter than the {hash_bytes} bytes of {algorithm}", hint=_KEYS["HS"])
     try:
         prepared = jwt.get_algorithm_by_name(algorithm).prepare_key(key)
     except (jwt.PyJWTError, ValueError, TypeError) as exc:
@@ -158,7 +156,7 @@ def _check_key(algorithm: str, key: str) -> None:
 
 
 _KEYS: Final[Mapping[str, str]] = {
-    "HS": "HS* takes a secret, and never a public key",
+    "HS": "HS* takes a secret, and never a public key: `openssl rand -hex 64`",
     "RS": "RS* takes an RSA public key in PEM",
     "ES": "ES* takes a public key in PEM, of the algorithm's curve",
 }

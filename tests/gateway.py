@@ -15,6 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from cdc.api.app import create_app
+from cdc.api.backend import Backend
 from cdc.api.feed import Feed
 from cdc.api.server import Server
 from cdc.feed.record import ChangeType, Record
@@ -26,12 +27,18 @@ _numbers = count(1)
 
 
 class Gateway:
-    """Runs from `with` on. token: what all requests are made with."""
+    """Runs from `with` on. token: what all requests are made with. backend: of a daemon; without, it is a gateway."""
 
-    def __init__(self, feed: Feed, http: Http = Http(), token: str | None = None) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        feed: Feed,
+        http: Http = Http(),  # noqa: B008 - frozen
+        token: str | None = None,
+        backend: Backend | None = None,
+    ) -> None:
         self.feed = feed
         self.headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        app = create_app(None, http, feed)
+        app = create_app(backend, http, feed)
         self._server = Server(app, ("127.0.0.1", 0), max_connections=http.max_connections)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self._stop: asyncio.Event | None = None

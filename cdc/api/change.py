@@ -12,6 +12,8 @@ from cdc.feed.record import ChangeType
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
+_LAST: Final = datetime.max.replace(tzinfo=UTC) - _EPOCH
+
 MAX_CURSOR: Final = 2**63 - 1
 
 Cursor = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,19}$", description="Opaque: give it back as it is.")]
@@ -87,7 +89,10 @@ def cursor_of(text: str) -> int:
 
 
 def moment_of(name: str, text: str) -> int:
-    """Microseconds since 1970 of an ISO 8601 time; without an offset it is UTC. Raises `BadRequest`."""
+    """Microseconds since 1970 of an ISO 8601 time; without an offset it is UTC. Raises `BadRequest`.
+
+    What was recorded is neither older than that nor younger than the year 9999.
+    """
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as exc:
@@ -95,4 +100,5 @@ def moment_of(name: str, text: str) -> int:
             f"{name}: {text[:40]!r} is neither a cursor nor an ISO 8601 time",
             hint="for example 2026-11-21T10:15:30Z; a + in a URL is written %2B",
         ) from exc
-    return ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH) // timedelta(microseconds=1)
+    since_epoch = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH
+    return max(timedelta(0), min(since_epoch, _LAST)) // timedelta(microseconds=1)

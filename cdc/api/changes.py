@@ -106,20 +106,25 @@ class Changes:
         principal: Principal = request.scope[PRINCIPAL]
         search = _Search(self._feed.reader, query.wanted(principal.limits), query.limit, principal.limits)
         deadline = time.monotonic() + query.wait
+        head = self._feed.ring.head
         found = await self._feed.call(search.first, query.since or "")
-        while isinstance(found, _Page) and not found.changes and await self._go_on(request, found, deadline):
+        while isinstance(found, _Page) and not found.changes and await self._go_on(request, found, head, deadline):
+            head = self._feed.ring.head
             found = await self._feed.call(search.behind, found.cursor)
         return _gone(found) if isinstance(found, Gap) else _polled(found)
 
-    async def _go_on(self, request: Request, found: _Page, deadline: float) -> bool:
-        """Whether there is something more to look at in time, for somebody who still waits for it."""
+    async def _go_on(self, request: Request, found: _Page, head: int, deadline: float) -> bool:
+        """Whether there is something more to look at in time, for somebody who still waits for it.
+
+        head: of the feed when it was looked at last. The page's cursor may be behind it, where all else was removed.
+        """
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             return False
         if found.more:
             return not await request.is_disconnected()
         tasks = [
-            asyncio.create_task(self._feed.news(found.cursor, remaining), name="news"),
+            asyncio.create_task(self._feed.news(max(found.cursor, head), remaining), name="news"),
             asyncio.create_task(_disconnected(request), name="disconnected"),
         ]
         try:

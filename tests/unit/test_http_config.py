@@ -73,7 +73,7 @@ def test_loopback_needs_none(address: str, parts: tuple[str, int]) -> None:
         ({"jwt": {"algorithms": ["HS256"]}}, "http.jwt.key: missing"),
         ({"jwt": {"key": SECRET, "algorithms": []}}, "http.jwt.algorithms: Expected `array` of length >= 1"),
         ({"jwt": {"key": SECRET, "algorithms": ["none"]}}, "http.jwt.algorithms[0]: Invalid enum value 'none'"),
-        ({"jwt": {"key": "short", "algorithms": ["HS256"]}}, "http.jwt.key: shorter than 32 bytes"),
+        ({"jwt": {"key": "short", "algorithms": ["HS256"]}}, "http.jwt.key: shorter than the 32 bytes of HS256"),
         ({"jwt": {"key": SECRET, "algorithms": ["RS256"]}}, "http.jwt.key: does not fit RS256"),
     ],
 )
