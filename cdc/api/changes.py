@@ -57,7 +57,7 @@ class HistoryQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class History(msgspec.Struct, frozen=True, rename="camel"):
-    """The newest first. cursor: give it back as `before`, as long as `hasMore`; `null` where nothing was found."""
+    """The newest first. cursor: give it back as `before` if `hasMore`; else `null`."""
 
     changes: tuple[Change, ...]
     cursor: Cursor | None
@@ -153,7 +153,7 @@ class Changes:
         entity_type, entity_id = (_checked(request, name) for name in ("entityType", "entityId"))
         entity = _Entity(self._feed.reader, entity_type, entity_id, request.scope[PRINCIPAL].limits)
         page = await self._feed.call(entity.page, cursor_of(query.before) if query.before else None, query.limit)
-        cursor = str(page.cursor) if page.cursor else None
+        cursor = str(page.cursor) if page.more else None
         return answer({"changes": page.changes, "cursor": cursor, "hasMore": page.more})
 
 
