@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import pytest
 
-from cdc.api.app import create_app
 from cdc.api.feed import Feed
 from cdc.api.requests import MAX_BODY_BYTES
 from cdc.config import Http, Token
@@ -53,7 +52,7 @@ def source(place: Place) -> Iterator[Source]:
 @pytest.fixture
 def gateway(place: Place, source: Source) -> Iterator[Gateway]:
     feed = Feed.at(place)
-    with Gateway(feed, app=create_app(http=HTTP, feed=feed)) as gateway:
+    with Gateway(feed, HTTP) as gateway:
         yield gateway
 
 
@@ -70,7 +69,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]
     Source(writer(place, "shop")).close()
     feed = Feed.at(place)
     with (
-        Gateway(feed, app=create_app(http=HTTP, feed=feed)) as gateway,
+        Gateway(feed, HTTP) as gateway,
         httpx.Client(base_url=gateway.url, headers=ADMIN, timeout=30) as client,
     ):
         yield client
@@ -320,7 +319,7 @@ def test_f104_what_is_removed_while_one_waits_is_a_gap(gateway: Gateway, client:
 def companies(source: Source) -> Source:
     def change(number: int, before: str | None, after: str | None) -> Any:
         sides = {"before": before, "after": after}
-        images = {
+        images: dict[str, Any] = {
             name: None if side is None else f'{{"company_id": "{side}"}}'.encode() for name, side in sides.items()
         }
         kind = ChangeType.CREATE if before is None else ChangeType.DELETE if after is None else ChangeType.UPDATE
