@@ -145,14 +145,14 @@ class SinkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if kind_of(ours) != source.kind or not hosts_of(ours) & hosts_of(theirs):
             return
         if source.kind == MONGODB:
-            database = database_of(ours)
+            database = database_of(ours) or "cdc"
         elif database_of(ours) == database_of(theirs):
             database = "public"
         else:
             return
         for name in getattr(self.options, "own_tables", ()):
             schema, dot, table = name.rpartition(".")
-            yield TableName(schema if dot else database or "", table)
+            yield TableName(schema if dot else database, table)
 
     def target_name(self, table: TableName) -> TableName:
         """Where a source table is mirrored to: renamed as a table, else by its schema, else unchanged."""

@@ -8,9 +8,6 @@ could do anything, the daemon ends with that error. HTTP and signals stay with t
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +21,7 @@ from typing import Any, Final
 import structlog
 
 from cdc import __version__
-from cdc.api.app import create_app
 from cdc.api.backend import UnknownName
-from cdc.api.server import Server
 from cdc.capture import Capture
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.delivery import Delivery
@@ -34,10 +29,12 @@ from cdc.errors import CdcError, FatalError
 from cdc.parking import Parker, ParkingBounds, can_park
 from cdc.pipeline import AnyPipeline, FillThenDeliver, Pipeline, contained
 from cdc.position import SourcePosition
+from cdc.process import on_signals, run_in_loop
 from cdc.queue import Queue, lock_directory
 from cdc.sink import Sink
 from cdc.source import Source
 from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, State, snapshot
+from cdc.web import Web, listening
 
 log = structlog.get_logger()
 
@@ -65,19 +62,7 @@ def run(config: Config, parts: Parts) -> bool:
     Returns whether everything ended within `drain_seconds`; if not, threads are still at work, and only leaving
     the process ends them. (Nothing is lost by that: what was not confirmed comes again.)
     """
-    _collect_garbage_rarely()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_run_until_signalled(Daemon(config, parts)))
-
-
-def _collect_garbage_rarely() -> None:
-    """What flows through has no reference cycles, but its lists make the collector look at everything again and again.
-
-    Measured: a fifth of the CPU of a drain with Python's default of 700 new containers, next to nothing with this.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
+    return run_in_loop(Daemon(config, parts).run_until_signalled())
 
 
 def queue_path(data_dir: Path, source: str) -> Path:
@@ -115,6 +100,11 @@ class Daemon:
         self._deliveries: dict[str, Delivery] = {}
         self._stopping = asyncio.Event()
 
+    async def run_until_signalled(self) -> bool:
+        """Run until SIGTERM or SIGINT."""
+        on_signals(self._stopping)
+        return await self.run()
+
     async def run(self) -> bool:
         """Run until `stop`, and drain; returns what `cdc.daemon.run` does.
 
@@ -123,13 +113,11 @@ class Daemon:
         """
         with ExitStack() as stack:
             stack.enter_context(lock_directory(self._directory))
-            http = self._config.http
-            server = Server(create_app(self, http), http.host_and_port, max_connections=http.max_connections)
-            stack.callback(server.close)
-            stack.enter_context(_address_file(self._directory / ADDRESS_FILE, server.address))
+            web = stack.enter_context(listening(self._config, self))
+            stack.enter_context(_address_file(self._directory / ADDRESS_FILE, web.url))
             self._assemble()
-            log.info("started", version=__version__, data_dir=str(self._directory), http=_url(server.address))
-            drained = await self._main_loop(server)
+            log.info("started", version=__version__, data_dir=str(self._directory), http=web.url)
+            drained = await self._main_loop(web)
             if drained:
                 self._close_queues()
             log.info("stopped", drained=drained)
@@ -206,7 +194,7 @@ class Daemon:
         known = [position for position in positions if isinstance(position, int)]
         return min(known) if known and len(known) == len(positions) else None
 
-    async def _main_loop(self, server: Server) -> bool:
+    async def _main_loop(self, web: Web) -> bool:
         stop = threading.Event()
         pipelines: list[AnyPipeline] = [*self._sources.values(), *self._sinks.values()]
         threads = ThreadPoolExecutor(max_workers=len(pipelines), thread_name_prefix="pipeline")
@@ -216,14 +204,14 @@ class Daemon:
             await loop.run_in_executor(threads, pipeline.run, stop)
 
         async with asyncio.TaskGroup() as group:
-            group.create_task(_serve(server), name="http")
+            group.create_task(web.serve(), name="http")
             tasks = [group.create_task(work(pipeline), name=pipeline.stats.name) for pipeline in pipelines]
             await self._stopped_or_useless(tasks)
             log.info("draining", at_most_seconds=self._config.daemon.drain_seconds)
             stop.set()
             self._wake_all()
             drained = await _drain(tasks, self._config.daemon.drain_seconds)
-            server.stop()
+            web.stop()
         threads.shutdown(wait=drained)
         return drained
 
@@ -287,20 +275,6 @@ def _parker(config: SinkConfig, sink: Sink, queue: Queue, stats: DeliveryStats) 
     return Parker(sink, queue, stats, ParkingBounds(config.max_parked, config.max_parked_bytes))
 
 
-async def _run_until_signalled(daemon: Daemon) -> bool:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, daemon, number)
-    return await daemon.run()
-
-
-def _on_signal(daemon: Daemon, number: signal.Signals) -> None:
-    if daemon.stopping:
-        log.warning("second signal: ending at once", signal=number.name)
-        os._exit(128 + number)
-    daemon.stop()
-
-
 async def _drain(tasks: Sequence[asyncio.Task[None]], seconds: float) -> bool:
     """Wait for the pipelines' threads; those that do not end in time are left alone."""
     _, late = await asyncio.wait(tasks, timeout=seconds)
@@ -310,34 +284,13 @@ async def _drain(tasks: Sequence[asyncio.Task[None]], seconds: float) -> bool:
     return not late
 
 
-async def _serve(server: Server) -> None:
-    """Serve HTTP; replication does not notice if that fails."""
-    try:
-        await server.serve()
-    except Exception as exc:  # the task's outer edge
-        log.error("HTTP failed", exc_info=exc)
-
-
 @contextmanager
-def _address_file(path: Path, address: tuple[str, int]) -> Iterator[None]:
+def _address_file(path: Path, url: str) -> Iterator[None]:
     """Tell the command line where to ask, as long as the daemon runs."""
     partial_file = path.with_name(f"{path.name}.new")
-    partial_file.write_text(_url(address), encoding="ascii")
+    partial_file.write_text(url, encoding="ascii")
     partial_file.replace(path)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-
-
-def _url(address: tuple[str, int]) -> str:
-    host, port = address
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop  # noqa: PLC0415 - not on every platform
-    except ImportError:
-        return None
-    return uvloop.new_event_loop

@@ -51,11 +51,12 @@ class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Http(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[http]`. max_clients: WebSockets and event streams together; max_clients_each: those of one token."""
+    """`[http]`. feed: the sink whose feed is served; empty: that of the only one. max_clients: WebSockets and event streams together; max_clients_each: those of one token."""
 
     address: str = "127.0.0.1:8642"
     origins: tuple[str, ...] = ()
     max_connections: Annotated[int, msgspec.Meta(ge=1)] = 2_000
+    feed: str = ""
     max_clients: Annotated[int, msgspec.Meta(ge=0)] = 1_500
     max_clients_each: Annotated[int, msgspec.Meta(ge=0)] = 1_500
     tokens: tuple[TokenConfig, ...] = ()

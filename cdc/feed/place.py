@@ -9,7 +9,8 @@ from typing import Final, cast
 
 import msgspec
 
-from cdc.config import SinkConfig
+from cdc.config import Config, SinkConfig
+from cdc.errors import ConfigError
 from cdc.feed.options import FeedOptions
 from cdc.feed.store import FeedReader, FeedWriter
 from cdc.preflight import Finding
@@ -47,6 +48,23 @@ def place_of(config: SinkConfig, data_dir: Path) -> Place:
     """Where a sink of kind `data_changes` writes."""
     options = config.options if isinstance(config.options, FeedOptions) else FeedOptions()
     return Place(config.url, data_dir, options.table)
+
+
+def served(config: Config) -> Place | None:
+    """The feed that is served over HTTP; `None` where there is none. Raises `ConfigError` where it is not clear which."""
+    feeds = {name: sink for name, sink in config.sinks.items() if isinstance(sink.options, FeedOptions)}
+    if config.http.feed and config.http.feed not in feeds:
+        raise ConfigError(
+            f"http.feed: no sink of kind data_changes is called {config.http.feed!r}",
+            hint=f"one of: {', '.join(feeds) or 'none'}",
+        )
+    chosen = [feeds[config.http.feed]] if config.http.feed else list(feeds.values())
+    places = {place_of(sink, Path(config.daemon.data_dir)) for sink in chosen}
+    if len(places) > 1:
+        raise ConfigError(
+            f"http.feed: the sinks {', '.join(feeds)} write to different feeds", hint="name the one that is served"
+        )
+    return next(iter(places), None)
 
 
 def check(place: Place) -> Iterator[Finding]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from typing import Any, Final
 
 import msgspec
@@ -18,13 +18,14 @@ from cdc.feed.bell import bell_of
 from cdc.feed.cache import Key
 from cdc.feed.place import Place
 from cdc.feed.record import EntityState, Record, iso_time
-from cdc.feed.sqlite_file import CODEC, microseconds, open_writing, translated
+from cdc.feed.sqlite_file import CODEC, check_file, microseconds, open_reading, open_writing, translated
 from cdc.feed.sqlite_reader import SqliteReader as Reader
 from cdc.feed.tables import COLUMNS, tables_of
 from cdc.feed.writer import Locked, Session, StoreWriter
 from cdc.position import Position, format_position, parse_position
+from cdc.preflight import Finding
 
-__all__ = ["Reader", "Writer"]
+__all__ = ["Reader", "Writer", "check"]
 
 _QUERIES: Final = {
     "head": "SELECT last_id, recorded_at FROM {state}",
@@ -55,6 +56,16 @@ _QUERIES: Final = {
         DO UPDATE SET through_id = max(through_id, excluded.through_id), rows = rows + excluded.rows,
         through_recorded_at = max(through_recorded_at, excluded.through_recorded_at)""",
 }
+
+
+def check(place: Place) -> Iterator[Finding]:
+    """Whether the file is there; its folder is looked at with the rest of the data directory."""
+    if not place.file.exists():
+        yield Finding("ok", "feed", f"{place.file} can be made")
+        return
+    with translated(place.file), closing(open_reading(place.file)) as connection:
+        check_file(connection, place.file, tables_of(place.table))
+    yield Finding("ok", "feed", f"{place.file} is there")
 
 
 class Writer(StoreWriter):

@@ -30,13 +30,26 @@ from cdc.mongodb.feed_reader import MongoReader as Reader
 from cdc.mongodb.positions import DURABLE
 from cdc.mongodb.writes import DUPLICATE_KEY
 from cdc.position import Position, format_position, parse_position
+from cdc.preflight import Finding
 
-__all__ = ["Reader", "Writer"]
+__all__ = ["Reader", "Writer", "check"]
 
 _WRITE_CONFLICT: Final = 112
 _RETRY_SECONDS: Final = 0.05
 
 log = structlog.get_logger()
+
+
+def check(place: Place) -> Iterator[Finding]:
+    """Whether the server can hold a feed. (What this user may do shows when it is made.)"""
+    collections = Collections(place, tables_of(place.table))
+    try:
+        with translated_errors():
+            collections.check_server()
+            found = "is there" if collections.is_there() else "can be made"
+    finally:
+        collections.client.close()
+    yield Finding("ok", "feed", f"{collections.main.full_name} {found}")
 
 
 class Writer(StoreWriter):

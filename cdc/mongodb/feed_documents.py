@@ -78,14 +78,18 @@ class Collections:
         Raises `FatalError` for what no feed has made, or one of another version, and for a server without transactions.
         """
         with translated_errors():
-            hello = self.client.admin.command("hello")
-            if hello.get("setName") is None and hello.get("msg") != "isdbgrid":
-                raise FatalError("a standalone server cannot hold a feed: no transactions", hint=REPLICA_SET_HINT)
+            self.check_server()
             if not self.is_there():
                 self._claim()
             for collection in (self.main, self.entities, self.positions, self.pruned):
                 self._create(collection)
             self.main.create_indexes(list(_INDEXES))
+
+    def check_server(self) -> None:
+        """Raise `FatalError` for a server without transactions."""
+        hello = self.client.admin.command("hello")
+        if hello.get("setName") is None and hello.get("msg") != "isdbgrid":
+            raise FatalError("a standalone server cannot hold a feed: no transactions", hint=REPLICA_SET_HINT)
 
     def is_there(self) -> bool:
         """Whether the feed is there. Raises `FatalError` for another version's."""

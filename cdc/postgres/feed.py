@@ -6,7 +6,7 @@ that has the table's name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -20,9 +20,20 @@ from cdc.feed.writer import Locked, Session, StoreWriter
 from cdc.position import Position, format_position, parse_position
 from cdc.postgres.connection import connect, translated_errors
 from cdc.postgres.feed_reader import PostgresReader as Reader
-from cdc.postgres.feed_tables import CODEC, COLUMN_TYPES, adapt, composed, create_tables, moment, text
+from cdc.postgres.feed_tables import (
+    CODEC,
+    COLUMN_TYPES,
+    adapt,
+    check_tables,
+    composed,
+    create_tables,
+    moment,
+    schema_of,
+    text,
+)
+from cdc.preflight import Finding
 
-__all__ = ["Reader", "Writer"]
+__all__ = ["Reader", "Writer", "check"]
 
 SETTINGS: Final = {
     "synchronous_commit": "on",
@@ -33,6 +44,9 @@ SETTINGS: Final = {
     "enable_mergejoin": "off",
     "jit": "off",
 }
+
+_MAY_CREATE: Final = """SELECT CASE WHEN EXISTS (SELECT FROM pg_namespace WHERE nspname = %(schema)s)
+    THEN has_schema_privilege(%(schema)s, 'CREATE') ELSE has_database_privilege(current_database(), 'CREATE') END"""
 
 _QUERIES: Final = {
     "lock": "SELECT last_id, recorded_at FROM {state} FOR UPDATE",
@@ -73,6 +87,22 @@ _QUERIES: Final = {
             rows = {pruned}.rows + excluded.rows)
         SELECT count(*) FROM removed""",
 }
+
+
+def check(place: Place) -> Iterator[Finding]:
+    """Whether the feed is there, or this role may make it."""
+    assert place.url is not None
+    tables = tables_of(place.table, schemas=True)
+    with connect(place.url.reveal(), application_name="cdc check") as connection, translated_errors():
+        if check_tables(connection, tables):
+            yield Finding("ok", "feed", f"{place.table} is there")
+            return
+        schema = schema_of(tables)
+        row = connection.execute(_MAY_CREATE, {"schema": schema}).fetchone()
+    if row is not None and row[0]:
+        yield Finding("ok", "feed", f"{place.table} can be made")
+    else:
+        yield Finding("error", "feed", f"this role may not make tables in {schema}", f"GRANT CREATE ON SCHEMA {schema}")
 
 
 class Writer(StoreWriter):

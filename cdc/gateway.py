@@ -1,0 +1,39 @@
+"""A gateway: serves a feed without capturing anything. As many as are needed may serve the same one."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from cdc import __version__
+from cdc.config import Config
+from cdc.errors import FatalError
+from cdc.feed.place import served
+from cdc.process import on_signals, run_in_loop
+from cdc.web import listening
+
+log = structlog.get_logger()
+
+
+def run(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT. Raises `FatalError` where there is no feed to serve."""
+    if served(config) is None:
+        raise FatalError(
+            "there is no feed to serve", hint='configure a sink of kind = "data_changes", as the daemon has it'
+        )
+    run_in_loop(_serve(config))
+
+
+async def _serve(config: Config) -> None:
+    stopping = asyncio.Event()
+    on_signals(stopping)
+    with listening(config, None) as web:
+        log.info("gateway started", version=__version__, http=web.url)
+        serving = asyncio.create_task(web.serve(), name="http")
+        stopped = asyncio.create_task(stopping.wait(), name="stopping")
+        await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        web.stop()
+        await serving
+        log.info("gateway stopped")

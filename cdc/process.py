@@ -1,0 +1,55 @@
+"""What a long-running process of ours does alike: its event loop, its signals, its garbage collector."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import structlog
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+
+def run_in_loop(main: Coroutine[Any, Any, T]) -> T:
+    """Run in an event loop of the fastest kind there is."""
+    _collect_garbage_rarely()
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(main)
+
+
+def on_signals(stopping: asyncio.Event) -> None:
+    """Set the event on SIGTERM and SIGINT; a second signal ends the process at once. Call it in the event loop."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, stopping, number)
+
+
+def _on_signal(stopping: asyncio.Event, number: signal.Signals) -> None:
+    if stopping.is_set():
+        log.warning("second signal: ending at once", signal=number.name)
+        os._exit(128 + number)
+    stopping.set()
+
+
+def _collect_garbage_rarely() -> None:
+    """What flows through has no reference cycles, but its lists make the collector look at everything again and again.
+
+    Measured: a fifth of the CPU of a drain with Python's default of 700 new containers, next to nothing with this.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop  # noqa: PLC0415 - not on every platform
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

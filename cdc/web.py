@@ -1,0 +1,64 @@
+"""All that answers over HTTP, for the daemon and for a gateway alike: the server, its routes, and the feed behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from cdc.api.app import create_app
+from cdc.api.backend import Backend
+from cdc.api.feed import Feed
+from cdc.api.server import Server
+from cdc.config import Config
+from cdc.feed.place import served
+
+log = structlog.get_logger()
+
+
+class Web:
+    """Listens from the moment it is made, and answers while `serve` runs."""
+
+    def __init__(self, config: Config, backend: Backend | None) -> None:
+        """backend: the daemon; `None` for a gateway. Raises `FatalError` where the address cannot be listened on."""
+        place = served(config)
+        self._feed = None if place is None else Feed.at(place)
+        app = create_app(backend, config.http, self._feed)
+        self._server = Server(app, config.http.host_and_port, max_connections=config.http.max_connections)
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches it."""
+        host, port = self._server.address
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def serve(self) -> None:
+        """Answer until `stop`. Replication does not notice if that fails."""
+        try:
+            if self._feed is not None:
+                self._feed.start()
+            await self._server.serve()
+        except Exception as exc:  # the task's outer edge
+            log.error("HTTP failed", exc_info=exc)
+        finally:
+            if self._feed is not None:
+                await self._feed.stop()
+
+    def stop(self) -> None:
+        """Let `serve` end: requests at hand get a second."""
+        self._server.stop()
+
+    def close(self) -> None:
+        """Stop listening. Safe to call twice."""
+        self._server.close()
+
+
+@contextmanager
+def listening(config: Config, backend: Backend | None) -> Iterator[Web]:
+    """A `Web` that no longer listens afterwards."""
+    web = Web(config, backend)
+    try:
+        yield web
+    finally:
+        web.close()
