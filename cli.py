@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from cdc import __version__, daemon, kinds, logs, preflight, status_table, verify_report
+from cdc import __version__, daemon, gateway, kinds, logs, preflight, status_table, verify_report
 from cdc.api.client import Client, DaemonUnreachable
 from cdc.barrier import Barrier, HttpBarrier, NoBarrier
 from cdc.beginning import begin, begun_fact
@@ -28,6 +28,7 @@ from cdc.copy import Copy, CopyProgress, PlannedTable, reported
 from cdc.daemon import Parts
 from cdc.errors import CdcError, DirectoryInUse, FatalError
 from cdc.filling import capturing, fill, filled_fact
+from cdc.http_config import listening_on
 from cdc.kinds import build_source
 from cdc.mirroring import Mirroring
 from cdc.offline import offline_status
@@ -39,6 +40,7 @@ from cdc.sink import Mirror, Sink, SinkContext, StreamSink
 from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, to_json
 from sinks import load as load_sink
 from sinks import options_of
+from sinks.data_changes import DataChangesSink
 
 app = typer.Typer(
     help="Capture every change of a database, and mirror it.",
@@ -194,6 +196,7 @@ def build_sink(config: Config, sink: SinkConfig) -> Sink:
         data_dir=Path(config.daemon.data_dir),
         reread=source.reread,
         primary_key=source.primary_key,
+        row_limits=config.http.row_limits,
     )
     return cast("Sink", load_sink(sink.kind)(sink, context))
 
@@ -274,6 +277,44 @@ def run(context: typer.Context) -> None:
     drained = daemon.run(config, build_parts(config))
     sys.stderr.flush()
     os._exit(0 if drained else 1)  # the interpreter would wait for threads that did not end in time
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    *,
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT, instead of the configured one.")] = None,
+) -> None:
+    """Serve the feed over HTTP and WebSocket until SIGTERM, and capture nothing. There may be many such gateways."""
+    session = context.ensure_object(Session)
+    config = session.config
+    if listen is not None:
+        config = msgspec.structs.replace(config, http=listening_on(config.http, listen))
+    session.log_as_configured()
+    gateway.run(config)
+
+
+@app.command()
+def prune(
+    context: typer.Context,
+    sink: AnySink = None,
+    *,
+    hours_to_keep: Annotated[
+        float | None, typer.Option(min=0, help="Remove what is older, whatever the retention of its type says.")
+    ] = None,
+    entity_type: Annotated[str | None, typer.Option("--type", help="With --hours-to-keep: of this type alone.")] = None,
+) -> None:
+    """Remove old changes from the feed now; the daemon does so by itself."""
+    session = context.ensure_object(Session)
+    chosen = [each for each in session.sinks(sink) if not each.is_mirror]
+    if not chosen:
+        raise FatalError("there is no feed to prune", hint='name a sink of kind = "data_changes"')
+    if entity_type is not None and hours_to_keep is None:
+        raise FatalError("--type goes with --hours-to-keep", hint="without, every type has its own retention")
+    seconds = None if hours_to_keep is None else hours_to_keep * 3600
+    for each in chosen:
+        removed = cast("DataChangesSink", build_sink(session.config, each)).prune(seconds, entity_type)
+        print(f"{each.name}: {removed:,} changes removed")
 
 
 @app.command()

@@ -51,7 +51,11 @@ class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Http(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[http]`. feed: the sink whose feed is served; empty: that of the only one. max_clients: WebSockets and event streams together; max_clients_each: those of one token."""
+    """`[http]`.
+
+    feed: the sink whose feed is served; empty: that of the only one.
+    max_clients: WebSockets and event streams together; max_clients_each: those of one token.
+    """
 
     address: str = "127.0.0.1:8642"
     origins: tuple[str, ...] = ()
@@ -74,9 +78,21 @@ class Http(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return bool(self.tokens) or self.jwt is not None
 
     @property
+    def row_limits(self) -> tuple[str, ...]:
+        """The fields by which tokens are limited to rows."""
+        return tuple(sorted({field for entry in self.tokens for field in entry.where or ()}))
+
+    @property
     def admin_token(self) -> Token | None:
         """What the command line shows to its daemon."""
         return next((entry.token for entry in self.tokens if "admin" in entry.scopes), None)
+
+
+def listening_on(http: Http, address: str) -> Http:
+    """The same on another address. Raises `ConfigError` as `complete` does."""
+    http = msgspec.structs.replace(http, address=address)
+    _check_address(http)
+    return http
 
 
 def complete(http: Http) -> Http:

@@ -51,12 +51,14 @@ class SinkContext:
 
     data_dir: for what a sink keeps on this machine.
     reread: asks the source for a row. primary_key: asks it for the columns of a table's primary key, if it has one.
+    row_limits: fields by which tokens of the HTTP interface are limited to rows.
     """
 
     source: SourceConfig | None = None
     data_dir: Path | None = None
     reread: Reread | None = None
     primary_key: Callable[[TableName], Sequence[str]] | None = None
+    row_limits: tuple[str, ...] = ()
 
 
 class Sink(Protocol):

@@ -117,14 +117,18 @@ class MemoryWriter:
             self._feed.states[key] = EntityState(entity_type=key[1], key=key[2], version=version)
         return stored[0]
 
-    def prune(self, entity_type: str | None, recorded_before: int, rows: int) -> int:
+    def prune(
+        self, entity_type: str | None, recorded_before: int, rows: int, sources: Collection[str] | None = None
+    ) -> int:
         """Remove the oldest, and note it."""
         self._feed.check()
         with self._feed.news:
             gone = [
                 record
                 for record in self._feed.records
-                if record.recorded_at < recorded_before and entity_type in (None, record.entity_type)
+                if record.recorded_at < recorded_before
+                and entity_type in (None, record.entity_type)
+                and (sources is None or record.source in sources)
             ][:rows]
             for record in gone:
                 before = self._feed.pruned.get(record.entity_type, Pruned(0, 0, 0))

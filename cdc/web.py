@@ -1,4 +1,4 @@
-"""All that answers over HTTP, for the daemon and for a gateway alike: the server, its routes, and the feed behind them."""
+"""All that answers over HTTP, for the daemon and for a gateway alike: server, routes, and the feed behind them."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from cdc.feed.composer import NO_CONTEXT, Composer, Context, Draft, Drafter, key
 from cdc.feed.event import translator
 from cdc.feed.options import FeedOptions
 from cdc.feed.place import check, place_of, writer
-from cdc.feed.retention import Retention
+from cdc.feed.retention import Retention, remove
 from cdc.position import Position, SourcePosition
 from cdc.preflight import Finding
 from cdc.sink import Applied, SinkContext, are_same
@@ -48,6 +48,8 @@ class DataChangesSink:
 
     def __init__(self, config: SinkConfig, context: SinkContext) -> None:
         options = config.options if isinstance(config.options, FeedOptions) else FeedOptions()
+        scope = tuple(dict.fromkeys((*options.scope, *context.row_limits)))
+        options = msgspec.structs.replace(options, scope=scope)
         assert context.data_dir is not None
         self.name = config.name
         self._place = place_of(config, context.data_dir)
@@ -56,7 +58,7 @@ class DataChangesSink:
         translate = translator(options, context)
         self._drafter = Drafter(options, translate)
         self._composer = Composer(config.source, options, translate)
-        self._retention = Retention(options)
+        self._retention = Retention(config.source, options)
         self._context = NO_CONTEXT
         self._ahead: _Ahead | None = None
         self._is_open = self._may_repeat = False
@@ -90,7 +92,7 @@ class DataChangesSink:
 
     def upkeep(self, position: SourcePosition) -> None:  # noqa: ARG002 - retention goes by time
         """Remove what is older than its retention."""
-        self._retention.enforce(self._writer, until=time.monotonic() + PRUNE_SECONDS)
+        self._retention.enforce(self._writer, seconds=PRUNE_SECONDS)
 
     def close(self) -> None:
         """Disconnect; what was not complete is rolled back."""
@@ -98,6 +100,19 @@ class DataChangesSink:
         self._ahead = None
         self._context = NO_CONTEXT
         self._writer.close()
+
+    def prune(self, seconds_to_keep: float | None, entity_type: str | None) -> int:
+        """Remove records now, beside a running daemon or without one; returns how many.
+
+        seconds_to_keep: of all sources, whatever retention says; `None` to do what retention says.
+        """
+        try:
+            self._writer.open()
+            if seconds_to_keep is None:
+                return self._retention.enforce(self._writer)
+            return remove(self._writer, entity_type, int((time.time() - seconds_to_keep) * 1e6))
+        finally:
+            self._writer.close()
 
     def stored_position(self) -> Position | None:
         """The position stored beside the records."""

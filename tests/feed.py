@@ -27,6 +27,7 @@ class FeedDaemon(Cdc):
         self.place = Place(None if feed_url is None else Secret(feed_url), self.data_dir)
         self.reader: FeedReader = reader(self.place)
         self._opened = False
+        self._seen: list[Record] = []
 
     def write(self, options: str = "", *, source: str = "", more: str = "") -> None:
         """Write the configuration: raw TOML for the sink, the source, and the end of the file."""
@@ -69,21 +70,24 @@ class FeedDaemon(Cdc):
         return found
 
     def records(self) -> list[Record]:
-        """Everything that readers see now."""
-        try:
-            if not self._opened:
-                self.reader.open()
-                self._opened = True
-            return list(self._scan())
-        except CdcError:
-            return []  # it has not begun, or is away
-
-    def _scan(self) -> Iterator[Record]:
-        cursor, more = 0, True
+        """Everything that was ever seen by a reader which polls by cursor."""
+        more = True
         while more:
-            scan = self.reader.scan(cursor, Wanted(), SCAN_ROWS)
-            yield from scan.records
-            cursor, more = scan.cursor, scan.more
+            try:
+                if not self._opened:
+                    self.reader.open()
+                    self._opened = True
+                scan = self.reader.scan(self._seen[-1].id if self._seen else 0, Wanted(), SCAN_ROWS)
+            except CdcError:  # it has not begun, or is away
+                break
+            self._seen += scan.records
+            more = scan.more
+        return list(self._seen)
+
+    def head(self) -> int:
+        """The last id that readers see."""
+        self.records()
+        return self.reader.head()
 
     def wait_for(self, condition: Callable[[list[Record]], object], *, what: str = "records") -> list[Record]:
         """Wait until what readers see is as it should be; return that."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, suppress
 from typing import Any, Final
 
@@ -48,9 +48,10 @@ _QUERIES: Final = {
         SELECT entity_type FROM found WHERE entity_type IS NOT NULL""",
     "old": """SELECT max(id) FROM
         (SELECT id FROM {main} WHERE recorded_at < ? ORDER BY recorded_at DESC, id DESC LIMIT 1)""",
-    "doomed": "SELECT id, entity_type, recorded_at FROM {main} WHERE id <= ? ORDER BY id LIMIT ?",
+    "doomed": """SELECT id, entity_type, recorded_at FROM {main} WHERE id <= ?
+        AND (? IS NULL OR source IN (SELECT value FROM json_each(?))) ORDER BY id LIMIT ?""",
     "doomed_of_type": """SELECT id, entity_type, recorded_at FROM {main} WHERE entity_type = ? AND id <= ?
-        ORDER BY id LIMIT ?""",
+        AND (? IS NULL OR source IN (SELECT value FROM json_each(?))) ORDER BY id LIMIT ?""",
     "delete": "DELETE FROM {main} WHERE id = ?",
     "pruned": """INSERT INTO {pruned} VALUES (?, ?, ?, ?) ON CONFLICT (entity_type)
         DO UPDATE SET through_id = max(through_id, excluded.through_id), rows = rows + excluded.rows,
@@ -156,16 +157,19 @@ class _Session:
         with translated(self._path):
             self._connection.execute("ROLLBACK")
 
-    def prune(self, entity_type: str | None, recorded_before: int, rows: int) -> int:
+    def prune(
+        self, entity_type: str | None, recorded_before: int, rows: int, sources: Collection[str] | None = None
+    ) -> int:
         """Remove the oldest, and note it."""
         execute = self._connection.execute
         with translated(self._path):
             execute("BEGIN IMMEDIATE")
             ((old,),) = execute(self._sql["old"], [iso_time(recorded_before)])
+            names = None if sources is None else msgspec.json.encode(list(sources)).decode()
             if entity_type is None:
-                doomed = execute(self._sql["doomed"], (old, rows)).fetchall()
+                doomed = execute(self._sql["doomed"], (old, names, names, rows)).fetchall()
             else:
-                doomed = execute(self._sql["doomed_of_type"], (entity_type, old, rows)).fetchall()
+                doomed = execute(self._sql["doomed_of_type"], (entity_type, old, names, names, rows)).fetchall()
             self._connection.executemany(self._sql["delete"], ((id_,) for id_, *_ in doomed))
             latest = {name: (id_, microseconds(recorded_at)) for id_, name, recorded_at in doomed}
             counts = Counter(name for _, name, _ in doomed)

@@ -63,11 +63,13 @@ class FeedWriter(Protocol):
         """
         ...
 
-    def prune(self, entity_type: str | None, recorded_before: int, rows: int) -> int:
+    def prune(
+        self, entity_type: str | None, recorded_before: int, rows: int, sources: Collection[str] | None = None
+    ) -> int:
         """Remove at most `rows` records older than that, in one transaction that also notes what was removed.
 
-        entity_type: `None` for all types. recorded_before: microseconds. Returns how many it removed. Never within
-        another transaction. The entities' states stay.
+        entity_type: `None` for all types. recorded_before: microseconds. sources: of these alone; `None` for all.
+        Returns how many it removed. Never within another transaction. The entities' states stay.
         """
         ...
 

@@ -80,7 +80,9 @@ class Session(Protocol):
         """End the transaction without effect."""
         ...
 
-    def prune(self, entity_type: str | None, recorded_before: int, rows: int) -> int:
+    def prune(
+        self, entity_type: str | None, recorded_before: int, rows: int, sources: Collection[str] | None = None
+    ) -> int:
         """As `FeedWriter.prune`."""
         ...
 
@@ -187,10 +189,12 @@ class StoreWriter(ABC):
             session.commit(stored.id, stored.recorded_at)
         return stored
 
-    def prune(self, entity_type: str | None, recorded_before: int, rows: int) -> int:
+    def prune(
+        self, entity_type: str | None, recorded_before: int, rows: int, sources: Collection[str] | None = None
+    ) -> int:
         """Remove at most `rows` records older than that, and note it."""
         with self._beside() as session:
-            return session.prune(entity_type, recorded_before, rows)
+            return session.prune(entity_type, recorded_before, rows, sources)
 
     def entity_types(self) -> Sequence[str]:
         """All types of which there are records."""

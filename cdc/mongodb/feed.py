@@ -7,7 +7,7 @@ that any other transaction conflicts until this one has ended. Commits are journ
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
@@ -41,7 +41,7 @@ log = structlog.get_logger()
 
 
 def check(place: Place) -> Iterator[Finding]:
-    """Whether the server can hold a feed. (What this user may do shows when it is made.)"""
+    """Whether the server can hold a feed; what this user may do shows when it is made."""
     collections = Collections(place, tables_of(place.table))
     try:
         with translated_errors():
@@ -177,7 +177,9 @@ class _Session:
         with translated_errors():
             self._session.abort_transaction()
 
-    def prune(self, entity_type: str | None, recorded_before: int, rows: int) -> int:
+    def prune(
+        self, entity_type: str | None, recorded_before: int, rows: int, sources: Collection[str] | None = None
+    ) -> int:
         """Remove the oldest, and note it."""
         main = self._collections.main
         old = {"recorded_at": {"$lt": date(recorded_before)}}
@@ -187,6 +189,7 @@ class _Session:
             if last is None:
                 return 0
             query = {"_id": {"$lte": last["_id"]}} | ({} if entity_type is None else {"entity_type": entity_type})
+            query |= {} if sources is None else {"source": {"$in": list(sources)}}
             doomed = list(main.find(query, fields, session=self._session).sort("_id", 1).limit(rows))
             if doomed:
                 main.delete_many({"_id": {"$in": [each["_id"] for each in doomed]}}, session=self._session)

@@ -6,7 +6,7 @@ that has the table's name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -76,6 +76,7 @@ _QUERIES: Final = {
         doomed AS MATERIALIZED (
             SELECT id FROM {main} WHERE id <= (SELECT id FROM old)
                 AND (%(entity_type)s::text IS NULL OR entity_type = %(entity_type)s::text)
+                AND (%(sources)s::text[] IS NULL OR source = ANY (%(sources)s::text[]))
             ORDER BY id LIMIT %(rows)s FOR UPDATE SKIP LOCKED),
         removed AS (
             DELETE FROM {main} USING doomed WHERE {main}.id = doomed.id RETURNING {main}.id, entity_type, recorded_at),
@@ -228,10 +229,17 @@ class _Session:
         with translated_errors():
             self._connection.execute("ROLLBACK")
 
-    def prune(self, entity_type: str | None, recorded_before: int, rows: int) -> int:
+    def prune(
+        self, entity_type: str | None, recorded_before: int, rows: int, sources: Collection[str] | None = None
+    ) -> int:
         """Remove the oldest, and note it, in one statement."""
         name = None if entity_type is None else text(entity_type)
-        parameters = {"entity_type": name, "before": moment(recorded_before), "rows": rows}
+        parameters = {
+            "entity_type": name,
+            "before": moment(recorded_before),
+            "rows": rows,
+            "sources": None if sources is None else list(sources),
+        }
         with translated_errors():
             ((removed,),) = self._connection.execute(self._sql["prune"], parameters).fetchall()
         return int(removed)

@@ -83,7 +83,7 @@ class World:
     @contextmanager
     def running(self, **daemon: object) -> Iterator[Client]:
         """A daemon in a thread of its own, and a client for it; drained at the end."""
-        running = Daemon(self.config(**daemon), self.parts())
+        running = Daemon(self.config("127.0.0.1:0", **daemon), self.parts())
         loops: list[asyncio.AbstractEventLoop] = []
         results: list[bool] = []
 

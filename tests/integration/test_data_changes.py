@@ -89,10 +89,11 @@ def test_killed_under_load_every_change_is_told_once(tmp_path: Path, source_db: 
 
     def write() -> None:
         with source_db.connect() as connection:
-            while not done.is_set():
+            while not done.is_set() and written[0] < 2000:
                 with connection.transaction():
                     connection.execute("UPDATE counters SET n = n + 1 WHERE id IN (%s, %s)", [*pair(written[0])])
                 written[0] += 1
+                done.wait(0.004)  # not all servers of these tests are fast ones
 
     with daemon.following():
         pass
@@ -102,7 +103,7 @@ def test_killed_under_load_every_change_is_told_once(tmp_path: Path, source_db: 
         for _ in range(4):
             before = len(daemon.records())
             with daemon.running() as process:
-                daemon.wait_for(lambda seen: len(seen) > before + 50)  # noqa: B023 - used at once
+                daemon.wait_for(lambda seen: len(seen) >= min(before + 50, 4000))  # noqa: B023 - used at once
                 kill_tree(process.pid)
     finally:
         done.set()
@@ -131,7 +132,7 @@ def test_f40_a_large_transaction_is_told_as_a_whole(tmp_path: Path, source_db: D
         heads = set()
 
         def told() -> bool:
-            heads.add(daemon.reader.head())
+            heads.add(daemon.head())
             return 60_000 in heads
 
         wait_until(told, timeout_seconds=120, what=lambda: f"60000 records: {heads} {daemon.log[-2000:]}")
@@ -153,11 +154,12 @@ def test_a_feed_in_its_own_source_does_not_go_in_circles(tmp_path: Path, source_
     assert published == [("products",)]
 
 
-def test_a_feed_beside_a_mirror(tmp_path: Path, source_db: Database, target_db: Database) -> None:
+def test_a_feed_beside_a_mirror(tmp_path: Path, source_db: Database, target_db: Database, pg_dump: Path) -> None:
     source_db.execute(PRODUCTS)
     source_db.execute("INSERT INTO products VALUES (1, 'tea', 'north', 1)")
     daemon = FeedDaemon(tmp_path, source_db.url)
-    daemon.write(more=f'[sinks.mirror]\nfrom = "shop"\nurl = "{target_db.url}"')
+    mirror = f'[sinks.mirror]\nfrom = "shop"\nurl = "{target_db.url}"'
+    daemon.write(source=f'pg_dump = "{pg_dump}"', more=mirror)
     with daemon.following():
         source_db.execute("INSERT INTO products VALUES (2, 'tea', 'north', 1)")
         (record,) = daemon.wait_for(lambda seen: len(seen) == 1)
