@@ -20,7 +20,7 @@ from cdc.feed.tables import LOCK_SECONDS, Codec, Tables, check_format, not_ours
 
 _PAGE_BYTES: Final = 8 * 1024
 _CHECKPOINT_BYTES: Final = 32 * 1024**2
-_CACHE_BYTES: Final = 32 * 1024**2
+_CACHE_BYTES: Final = 64 * 1024**2
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)

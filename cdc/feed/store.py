@@ -22,7 +22,8 @@ class FeedWriter(Protocol):
     """Writes the changes of one source. Used by one thread.
 
     Every transaction on the feed, of whatever writer, first takes one lock, which it holds until it has committed, and
-    then gives ids: so they become visible in the order of their numbers. Raises the errors of `cdc.errors`.
+    then gives ids: so they become visible in the order of their numbers. Raises the errors of `cdc.errors`; after one of
+    `begin`, `states`, `append` or `commit` nothing is left of the transaction, and `open` comes next.
     """
 
     def open(self) -> Position | None:
@@ -59,7 +60,8 @@ class FeedWriter(Protocol):
     def publish(self, record: Record) -> Record | None:
         """Store one record in a transaction of its own, with the next version of its entity; as it was stored.
 
-        `None` if its (source, position) is there already. From any thread, but one at a time; needs no `open`.
+        `None` if its (source, position) is there already. From any thread, whatever others do; needs no `open`, and
+        makes a lost connection anew. Raises `TransientError` where another writer has the lock for too long.
         """
         ...
 
@@ -69,7 +71,8 @@ class FeedWriter(Protocol):
         """Remove at most `rows` records older than that, in one transaction that also notes what was removed.
 
         entity_type: `None` for all types. recorded_before: microseconds. sources: of these alone; `None` for all.
-        Returns how many it removed. Never within another transaction. The entities' states stay.
+        Returns how many it removed. The entities' states stay. From any thread, as `publish`; never while this writer
+        has a transaction open.
         """
         ...
 
@@ -142,7 +145,11 @@ class FeedReader(Protocol):
         ...
 
     def pruned(self) -> Mapping[str, Pruned]:
-        """By entity type, what retention has removed."""
+        """By entity type, what retention has removed.
+
+        Whether there is a gap behind a cursor is to be asked after the scan: what is removed between the two calls
+        would be missed otherwise.
+        """
         ...
 
     def oldest(self) -> int | None:

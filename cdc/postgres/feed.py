@@ -38,6 +38,10 @@ __all__ = ["Reader", "Writer", "check"]
 SETTINGS: Final = {
     "synchronous_commit": "on",
     "lock_timeout": f"{LOCK_SECONDS}s",
+    # a daemon whose machine has died must not hold the lock for the two hours that TCP takes to notice by itself
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
     # all is found by index: the planner would rather read tables that grow from end to end
     "enable_seqscan": "off",
     "enable_hashjoin": "off",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from . import mock, raw
@@ -28,6 +29,8 @@ class Index:
         self._fold = fold_of(self.settings.get("collation"))
         self._partial: dict[str, Any] = self.settings.get("partialFilterExpression") or {}
         self._entries: dict[tuple[Key, ...], Key] = {}
+        # a transaction looks at all that it has written for each document that it writes
+        self.known_keys_of = lru_cache(20_000)(lambda document: frozenset(self.keys_of(document)))
 
     def keys_of(self, document: bytes) -> list[tuple[Key, ...]]:
         """The document's keys in this index: several for arrays, none if the index leaves it out."""
@@ -57,13 +60,13 @@ class Index:
 
     def conflict(self, key: Key, document: bytes, overlay: Overlay | None) -> bytes | None:
         """The document, if another has one of its keys."""
-        wanted = self.keys_of(document)
+        wanted = self.known_keys_of(document)
         for entry in wanted:
             owner = self._entries.get(entry)
             if owner is not None and owner != key and not (overlay and owner in overlay):
                 return document
         for owner, other in (overlay or {}).items():
-            if other is not None and owner != key and set(wanted) & set(self.keys_of(other)):
+            if other is not None and owner != key and not wanted.isdisjoint(self.known_keys_of(other)):
                 return document
         return None
 
