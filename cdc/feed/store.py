@@ -22,8 +22,8 @@ class FeedWriter(Protocol):
     """Writes the changes of one source. Used by one thread.
 
     Every transaction on the feed, of whatever writer, first takes one lock, which it holds until it has committed, and
-    then gives ids: so they become visible in the order of their numbers. Raises the errors of `cdc.errors`; after one of
-    `begin`, `states`, `append` or `commit` nothing is left of the transaction, and `open` comes next.
+    then gives ids: so they become visible in the order of their numbers. Raises the errors of `cdc.errors`; after one
+    of `begin`, `states`, `append` or `commit` nothing is left of the transaction, and `open` comes next.
     """
 
     def open(self) -> Position | None:
