@@ -42,7 +42,7 @@ class Session(Protocol):
         ...
 
     def take_over(self, source: str) -> Position | None:
-        """Become the writer of a source: end what an earlier one has left open, and return the stored position."""
+        """The stored position of a source, whose writer this is from its first `lock` on."""
         ...
 
     def lock(self, source: str) -> Locked:

@@ -73,6 +73,7 @@ class _Session:
         except BaseException:
             self._client.close()
             raise
+        self._to_end: str | None = None
         # a duplicate ends the whole transaction: where there may be some, look first
         self._look = True
         self._seen = False
@@ -86,22 +87,17 @@ class _Session:
         return True
 
     def take_over(self, source: str) -> Position | None:
-        """End what an earlier writer of the source has left: its transaction would hold the lock for a minute."""
-        own = Binary.from_uuid(self._session.session_id["id"].as_uuid(), STANDARD)
+        """The stored position of a source. What an earlier writer has left is ended by the first `lock`."""
+        self._to_end = source
         with translated_errors():
-            found = self._collections.positions.find_one({"_id": source})
-            if found is not None and found.get("session"):
-                try:
-                    self._client.admin.command({"killSessions": [{"id": found["session"]}]})
-                except OperationFailure as exc:
-                    log.warning("cannot end what an earlier writer left", source=source, code=exc.code)
-            self._collections.positions.update_one({"_id": source}, {"$set": {"session": own}}, upsert=True)
             return self._position(source)
 
     def lock(self, source: str) -> Locked:
         """Begin a transaction with a change of the state, as soon as nobody else's is open."""
         deadline = time.monotonic() + LOCK_SECONDS
         with translated_errors():
+            if self._to_end == source:
+                self._end_earlier(source)
             while (state := self._try_lock(may_wait=time.monotonic() < deadline)) is None:
                 self._bell.wait(self._bell.rung, _RETRY_SECONDS)
             now = self._client.admin.command("hello")["localTime"]
@@ -229,6 +225,19 @@ class _Session:
             if exc.code != _WRITE_CONFLICT or not may_wait:
                 raise
             return None
+
+    def _end_earlier(self, source: str) -> None:
+        """End the session of the writer before us: a transaction of it would hold the lock for a minute."""
+        positions = self._collections.positions
+        found = positions.find_one({"_id": source})
+        if found is not None and found.get("session"):
+            try:
+                self._client.admin.command({"killSessions": [{"id": found["session"]}]})
+            except OperationFailure as exc:
+                log.warning("cannot end what an earlier writer left", source=source, code=exc.code)
+        own = Binary.from_uuid(self._session.session_id["id"].as_uuid(), STANDARD)
+        positions.update_one({"_id": source}, {"$set": {"session": own}}, upsert=True)
+        self._to_end = None
 
     def _position(self, source: str) -> Position | None:
         found = self._collections.positions.find_one({"_id": source}, session=self._session)

@@ -12,7 +12,7 @@ from cdc.errors import FatalError, TransientError
 from cdc.feed.place import Place, reader, writer
 from cdc.feed.store import FeedReader
 from cdc.position import Position
-from tests.feed_stores import change, event, opened, place_at, read_all, state, with_database, write
+from tests.feed_stores import START, change, event, opened, place_at, read_all, state, with_database, write
 from tests.mongod.fixture import MongoDatabase, NewStandIn
 
 
@@ -82,6 +82,10 @@ def test_what_a_dead_writer_left_open_is_ended(place: Place, feed: FeedReader) -
     dead = writer(place, "shop")
     dead.open()
     dead.append([change(1)], [state(1)])
+    looks = writer(place, "shop")  # who only looks ends nothing
+    assert looks.open() == START
+    looks.close()
+    dead.append([change(3)], [state(3)])
     with opened(place) as to:
         write(to, change(2))
     assert [record.position for record in read_all(feed)] == ["0/2:0"]
