@@ -21,7 +21,10 @@ from cdc.postgres.feed_tables import CODEC, adapt, check_tables, composed, momen
 _SETTINGS: Final = {
     "default_transaction_read_only": "on",
     "statement_timeout": "30s",
-    "enable_seqscan": "off",  # the planner would rather read a table that was empty a moment ago from end to end
+    # row by row, in the order of an index, up to the limit: the planner would rather read a table that was empty a
+    # moment ago from end to end, or gather and sort all the rows that are to be looked at
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
     "jit": "off",
 }
 _CONNECTIONS: Final = 16
