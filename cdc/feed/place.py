@@ -51,7 +51,7 @@ def place_of(config: SinkConfig, data_dir: Path) -> Place:
 
 
 def served(config: Config) -> Place | None:
-    """The feed that is served over HTTP; `None` where there is none. Raises `ConfigError` for a choice."""
+    """The feed that is served over HTTP; `None` where there is none. `ConfigError` where several may be meant."""
     feeds = {name: sink for name, sink in config.sinks.items() if isinstance(sink.options, FeedOptions)}
     if config.http.feed and config.http.feed not in feeds:
         raise ConfigError(
