@@ -3,6 +3,7 @@
 drain: both drain one backlog, then both follow small transactions; every run ends with proof that target and source are
 equal. limit: a bare reader takes the same backlog out of its socket, which is as fast as any reader can be. mongodb:
 the daemon drains a backlog of a MongoDB server: `CDC_TEST_MONGODB_URL`, a `mongod` from PATH, or a stand-in for tests.
+feed: polls and histories of a large feed, in SQLite and in PostgreSQL.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
+from cdc.feed.place import Place
 from cdc.postgres.copy_text import COMPILED
+from cdc.secret import Secret
 from tests.benchmarks.contenders import Cdc, Contender, Native
 from tests.benchmarks.drain import Drain, drain
+from tests.benchmarks.feed import Asked, measure
 from tests.benchmarks.latency import Latency, latency
 from tests.benchmarks.mongodb import drain_mongodb
 from tests.benchmarks.reader import read
@@ -152,6 +156,8 @@ def main() -> int:
     try:
         if options.command == "mongodb":
             return _mongodb(options, folder)
+        if options.command == "feed":
+            return _feed(options, folder)
         with (
             PostgresServer(fsync=True, settings=SETTINGS) as source,
             PostgresServer(fsync=True, settings=SETTINGS) as target,
@@ -181,6 +187,33 @@ def _mongodb(options: argparse.Namespace, folder: Path) -> int:
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0
+
+
+def _feed(options: argparse.Namespace, folder: Path) -> int:
+    rows, requests = (5_000, 20) if options.small else (1_000_000, 500)
+    with PostgresServer(fsync=True, settings=SETTINGS) as server:
+        _describe_surroundings(server)
+        places = {
+            "sqlite": Place(None, folder),
+            "postgres": Place(Secret(server.create_database("feed").url), folder),
+        }
+        found = {}
+        for name, place in places.items():
+            with console.status(f"filling a feed in {name}, and asking for parts of it"):
+                found[name] = measure(place, rows, requests)
+    console.print(f"{rows:,} changes; {requests} requests of each kind, one after the other; milliseconds p50 and p99")
+    console.print(_asked(found))
+    if options.json is not None:
+        as_json = {name: {what: asked.as_json() for what, asked in each.items()} for name, each in found.items()}
+        options.json.write_text(json.dumps({"rows": rows, **as_json}, indent=2) + "\n")
+    return 0
+
+
+def _asked(found: Mapping[str, Mapping[str, Asked]]) -> Table:
+    table = Table("", *found, box=None, pad_edge=False)
+    for what in next(iter(found.values())):
+        table.add_row(what, *(f"{each[what].p50:.2f} {each[what].p99:.2f}" for each in found.values()))
+    return table
 
 
 def _perform(bench: Bench, options: argparse.Namespace) -> None:
@@ -232,6 +265,8 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("--json", type=Path, metavar="FILE", help="write the medians there")
     mongodb = commands.add_parser("mongodb", parents=[small], help="drain a backlog of a MongoDB server")
     mongodb.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
+    feed = commands.add_parser("feed", parents=[small], help="poll a large feed")
+    feed.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
     commands.add_parser("limit", parents=[small], help="only read, with a bare reader")
     return parser
 

@@ -80,14 +80,14 @@ def stream(database: Database, load: Load) -> StreamResult:
     with closing(writer(place, "bench")) as feed:
         feed.open()
         feed.begin(Position("bench", 0, 0))
-        with _process("stream_gateway", database.url) as gateway:
-            port = _line(gateway)
+        with process("stream_gateway", database.url) as gateway:
+            port = line_of(gateway)
             numbers = (port, load.clients, load.channels, load.expected)
-            with _process("stream_clients", *map(str, numbers)) as clients:
-                if _line(clients) != "ready":
+            with process("stream_clients", *map(str, numbers)) as clients:
+                if line_of(clients) != "ready":
                     raise BenchFailed("the clients did not connect")
                 rate = _commit(feed, load)
-                received = msgspec.json.decode(_line(clients), type=Received)
+                received = msgspec.json.decode(line_of(clients), type=Received)
             return StreamResult(load, received, usage_of(gateway.pid), rate)
 
 
@@ -122,7 +122,8 @@ def _record(number: int, at: int, channels: int) -> Record:
 
 
 @contextmanager
-def _process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A module of this folder, until the block ends."""
     command = [sys.executable, "-m", f"tests.benchmarks.{module}", *arguments]
     with subprocess.Popen(command, cwd=_CHECKOUT, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -131,7 +132,8 @@ def _process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
             kill_tree(process.pid)
 
 
-def _line(process: subprocess.Popen[str]) -> str:
+def line_of(process: subprocess.Popen[str]) -> str:
+    """The next line that it prints."""
     assert process.stdout is not None
     line = process.stdout.readline().strip()
     if not line:

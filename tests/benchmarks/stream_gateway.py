@@ -1,4 +1,4 @@
-"""A gateway of a PostgreSQL feed, as a process of its own: URL as argument, its port on standard output."""
+"""A gateway, as a process that prints its port. Argument: the URL of a feed, or the folder of one in SQLite."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from cdc.http_config import Http
 from cdc.secret import Secret
 
 
-async def serve(url: str) -> None:
-    feed = Feed.at(Place(Secret(url), Path.cwd()))
+async def serve(where: str) -> None:
+    place = Place(Secret(where), Path.cwd()) if "://" in where else Place(None, Path(where))
+    feed = Feed.at(place)
     feed.start()
     server = Server(create_app(None, Http(), feed), ("127.0.0.1", 0))
     print(server.address[1], flush=True)

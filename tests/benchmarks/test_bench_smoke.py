@@ -70,6 +70,18 @@ def test_what_is_lost_or_changed_is_noticed(source_db: Database, target_db: Data
         require_equal(source_db, target_db)
 
 
+def test_feed_is_polled_in_both_stores(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    output = bench("feed", "--small", "--json", file)
+    assert "5,000 changes" in output
+    found = json.loads(file.read_text())
+    assert found.pop("rows") == 5_000
+    assert sorted(found) == ["postgres", "sqlite"]
+    for asked in found.values():
+        assert len(asked) == 10
+        assert all(0 < each["p50_ms"] <= each["p99_ms"] for each in asked.values())
+
+
 def test_mongodb_drains_a_backlog_and_writes_what_it_cost(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     output = bench("mongodb", "--small", "--json", file)
