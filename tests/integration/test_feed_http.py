@@ -562,3 +562,25 @@ def test_f105_a_browser_streams_with_a_ticket(gateway: Gateway, client: httpx.Cl
     assert (
         client.get("/api/changes/stream", params={"ticket": ticket}, headers={"Authorization": ""}).status_code == 401
     )
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ("", 401),
+        ("Authorization: Bearer wrong\r\n", 401),
+        ("Authorization: Bearer tills-token\r\n", 403),
+        ("Authorization: Bearer orders-token\r\nOrigin: https://evil.example\r\n", 403),
+        ("Authorization: Bearer orders-token\r\n", 101),
+    ],
+)
+def test_f105_over_the_wire_nobody_is_upgraded_before_authentication(
+    standing: httpx.Client, headers: str, status: int
+) -> None:
+    handshake = (
+        f"GET /ws HTTP/1.1\r\nHost: cdc.example\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n{headers}"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    with socket.create_connection((standing.base_url.host, standing.base_url.port or 80), timeout=30) as connection:
+        connection.sendall(handshake.encode())
+        assert connection.recv(4096).startswith(f"HTTP/1.1 {status} ".encode())
