@@ -31,10 +31,11 @@ def view(record: Record, limits: Limits) -> Record | None:
     if limits.where is None:
         return record
     before, after = _within(record.scope_before, limits.where), _within(record.scope_after, limits.where)
-    if record.change_type is ChangeType.DELETE:
-        return record if before else _truncation(record)
-    if before and after:
+    ends = record.change_type is ChangeType.DELETE
+    if before and (after or (ends and record.after is None)):
         return record
+    if ends and not before:
+        return _truncation(record)
     if after:
         return msgspec.structs.replace(
             record, change_type=_entering(record), before=None, delta=None, changed=None, scope_before=None

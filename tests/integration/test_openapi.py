@@ -45,7 +45,7 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
 
 
 def test_requests_made_from_the_description_find_nothing(gateway: Gateway, tmp_path: Path) -> None:
-    """Each operation with what it takes, and with what it does not; answers are as described, and never a 500."""
+    """Each operation with what it says it takes, and what it does not; answers are as described, and never a 500."""
     (tmp_path / "schemathesis.toml").write_text(SETTINGS)
     command = [
         str(Path(sys.executable).with_name("schemathesis")), "run", f"{gateway.url}/openapi.json",

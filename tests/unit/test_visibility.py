@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdc.feed.record import ALL, ChangeType, Record, as_json
@@ -105,6 +105,12 @@ def test_fields_are_compared_as_text(value: object, text: str) -> None:
     assert view(record, Limits(where={"a": f"{text} "})) is None
 
 
+def test_a_delete_that_says_what_came_after_hides_it() -> None:
+    seen = view(change({"company_id": "ours"}, {"company_id": "theirs"}, change_type=DELETE), OURS)
+    assert seen is not None
+    assert (seen.change_type, seen.after, seen.changed) == (DELETE, None, None)
+
+
 def test_null_is_no_text() -> None:
     assert view(change(None, {"a": None}), Limits(where={"a": "null"})) is None
 
@@ -133,6 +139,7 @@ IMAGES = st.none() | st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(before=IMAGES, after=IMAGES, kind=st.sampled_from(ChangeType))
 def test_nobody_sees_an_image_that_is_not_theirs(
     before: dict[str, Any] | None, after: dict[str, Any] | None, kind: ChangeType
@@ -143,6 +150,7 @@ def test_nobody_sees_an_image_that_is_not_theirs(
         assert "ours" in {image["company_id"] for image in (before, after) if image is not None}
 
 
+@settings(deadline=None)
 @given(steps=st.lists(IMAGES, min_size=1))
 def test_who_follows_one_limit_knows_what_is_within_it(steps: list[dict[str, Any] | None]) -> None:
     """CREATE, UPDATE and DELETE as they are seen add up to the entity as far as it may be seen."""
