@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
@@ -47,7 +47,9 @@ class Gateway:
 
     def __enter__(self) -> Gateway:
         self._thread.start()
-        assert self._ready.wait(30)
+        if not self._ready.wait(10):
+            self.stop()
+            raise TimeoutError("the feed cannot be followed")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,6 +76,12 @@ class Gateway:
         return httpx.get(f"{self.url}/stats", headers=self.headers).json()
 
     @contextmanager
+    def stream(self, query: str = "", **headers: str) -> Iterator[Iterator[dict[str, str]]]:
+        """An event stream that has begun."""
+        with event_stream(self.url, query, self.headers | headers) as found:
+            yield found
+
+    @contextmanager
     def websocket(self) -> Iterator[ClientConnection]:
         """A connection that has got its welcome."""
         with connect(f"ws://{self.url[7:]}/ws", proxy=None, max_size=None, additional_headers=self.headers) as client:
@@ -85,7 +93,7 @@ class Gateway:
         self.feed.start()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._server.serve())
-            while not self.feed.connected:  # the follower reports to nobody
+            while not (self.feed.connected or self._stop.is_set()):  # the follower reports to nobody
                 await asyncio.sleep(0.01)
             self._ready.set()
             await self._stop.wait()
@@ -154,11 +162,11 @@ def events(client: ClientConnection, number: int) -> Sequence[Any]:
 
 
 @contextmanager
-def event_stream(gateway: Gateway, query: str = "", **headers: str) -> Iterator[Iterator[dict[str, str]]]:
+def event_stream(
+    url: str, query: str = "", headers: Mapping[str, str] | None = None
+) -> Iterator[Iterator[dict[str, str]]]:
     """Server-sent events, as dictionaries of their fields; it is connected when this returns."""
-    with httpx.stream(
-        "GET", f"{gateway.url}/api/changes/stream{query}", headers=gateway.headers | headers, timeout=30
-    ) as answer:
+    with httpx.stream("GET", f"{url}/api/changes/stream{query}", headers=headers, timeout=30) as answer:
         assert answer.status_code == 200, answer.read()
         lines = answer.iter_lines()
         assert next(lines).startswith(":")

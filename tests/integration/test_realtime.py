@@ -14,7 +14,7 @@ from cdc.feed.record import PUBLISHED, ChangeType
 from cdc.http_config import Http, TokenConfig
 from cdc.secret import Token
 from cdc.testing_feed import MemoryFeed
-from tests.gateway import Gateway, Source, closed, event_stream, events, receive, record, subscribe
+from tests.gateway import Gateway, Source, closed, events, receive, record, subscribe
 from tests.processes import wait_until
 
 
@@ -172,7 +172,7 @@ def test_f104_gap_where_changes_were_removed(gateway: Gateway, source: Source, p
         assert receive(client) == {"type": "subscribed", "cursors": {}}
         subscribe(client, "orders", since={"orders": "3"})
         assert [event["id"] for event in events(client, 2)] == ["4", "5"]
-    with event_stream(gateway, "?since=2") as found:
+    with gateway.stream("?since=2") as found:
         assert next(found) == {"id": "3", "event": "gap", "data": '{"oldest":"4","cursor":"3"}'}
         assert [next(found)["id"], next(found)["id"]] == ["4", "5"]
 
@@ -183,7 +183,7 @@ def test_f104_cursor_of_another_feed_is_a_gap(gateway: Gateway, source: Source, 
     with gateway.websocket() as client:
         answer = subscribe(client, "orders", since={"orders": beyond})
         assert (answer["type"], answer["oldest"], answer["cursor"]) == ("gap", "1", "0")
-    with event_stream(gateway, f"?since={beyond}") as found:
+    with gateway.stream(f"?since={beyond}") as found:
         assert [next(found)["event"] for _ in range(3)] == ["gap", "updated", "updated"]
 
 
@@ -195,7 +195,7 @@ def test_limited_token_sees_its_channels_and_rows(place: Place, source: Source) 
     with (
         Gateway(Feed.at(place), Http(tokens=(token,)), "secret") as gateway,
         gateway.websocket() as client,
-        event_stream(gateway) as stream,
+        gateway.stream() as stream,
     ):
         assert subscribe(client, "clients")["type"] == "error"
         assert receive(client) == {"type": "subscribed", "cursors": {}}
@@ -221,16 +221,16 @@ def test_stream_is_filtered_and_resumes(gateway: Gateway, source: Source) -> Non
         record("orders", 4, location_id="north", after=b'{"a":\n1}'),
     )
     query = "?channels=orders,products&entityTypes=Orders&locationId=north&since=0"
-    with event_stream(gateway, query) as found:
+    with gateway.stream(query) as found:
         first = next(found)
         assert (first["id"], first["event"], json.loads(first["data"])["id"]) == ("1", "updated", "1")
-    with event_stream(gateway, query, **{"Last-Event-ID": "1"}) as found:
+    with gateway.stream(query, **{"Last-Event-ID": "1"}) as found:
         last = next(found)
         assert (last["id"], json.loads(last["data"])["data"]) == ("4", {"a": 1})
 
 
 def test_stream_goes_on_live(gateway: Gateway, source: Source) -> None:
-    with event_stream(gateway) as found:
+    with gateway.stream() as found:
         source.commit(record("orders", 5))
         assert json.loads(next(found)["data"])["id"] == "5"
 
@@ -238,7 +238,7 @@ def test_stream_goes_on_live(gateway: Gateway, source: Source) -> None:
 def test_idle_streams_are_told_their_cursors(gateway: Gateway, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cdc.api.hub.TICK_SECONDS", 0.02)
     monkeypatch.setattr("cdc.api.hub.IDLE_SECONDS", 0.04)
-    with gateway.websocket() as client, event_stream(gateway, "?channels=orders") as stream:
+    with gateway.websocket() as client, gateway.stream("?channels=orders") as stream:
         subscribe(client, "orders", "clients")
         source.commit(record("products"))
         assert receive(client) == {"type": "cursors", "cursors": {"orders": "1", "clients": "1"}}
@@ -277,7 +277,7 @@ def test_replaced_feed_ends_the_streams_and_their_cursors_have_a_gap() -> None:
 
 
 def test_streams_end_with_the_service(gateway: Gateway) -> None:
-    with gateway.websocket() as client, event_stream(gateway) as found:
+    with gateway.websocket() as client, gateway.stream() as found:
         subscribe(client, "orders")
         gateway.stop()
         assert closed(client) == 1012
