@@ -4,6 +4,7 @@ drain: both drain one backlog, then both follow small transactions; every run en
 equal. limit: a bare reader takes the same backlog out of its socket, which is as fast as any reader can be. mongodb:
 the daemon drains a backlog of a MongoDB server: `CDC_TEST_MONGODB_URL`, a `mongod` from PATH, or a stand-in for tests.
 feed: polls and histories of a large feed, in SQLite and in PostgreSQL.
+realtime: a thousand WebSocket clients follow a feed in PostgreSQL, by way of one gateway.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from tests.benchmarks.feed import Asked, measure
 from tests.benchmarks.latency import Latency, latency
 from tests.benchmarks.mongodb import drain_mongodb
 from tests.benchmarks.reader import read
+from tests.benchmarks.realtime import Load, stream
 from tests.benchmarks.table import Backlog, BenchFailed, create_source
 from tests.mongod.process import mongodb_url
 from tests.servers import Database, PostgresServer, ServerUnavailable
@@ -158,6 +160,8 @@ def main() -> int:
             return _mongodb(options, folder)
         if options.command == "feed":
             return _feed(options, folder)
+        if options.command == "realtime":
+            return _realtime(options)
         with (
             PostgresServer(fsync=True, settings=SETTINGS) as source,
             PostgresServer(fsync=True, settings=SETTINGS) as target,
@@ -216,6 +220,23 @@ def _asked(found: Mapping[str, Mapping[str, Asked]]) -> Table:
     return table
 
 
+def _realtime(options: argparse.Namespace) -> int:
+    load = Load(clients=20, channels=2, rate=100, seconds=1) if options.small else Load()
+    with PostgresServer(fsync=True, settings=SETTINGS) as server:
+        _describe_surroundings(server)
+        with console.status("connecting, committing, listening"):
+            found = stream(server.create_database("feed"), load).as_json()
+    console.print(
+        f"{load.clients:,} clients, {found['rate']:,} changes/s on {load.channels} channels: {found['delivered']:,} of"
+        f" {found['expected']:,} events delivered; from commit to client {found['p50_ms']:.0f} ms (p50),"
+        f" {found['p99_ms']:.0f} ms (p99); the gateway took {found['gateway_cpu_seconds']:.1f} s of CPU and"
+        f" {found['peak_rss_mb']:.0f} MiB at most"
+    )
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
 def _perform(bench: Bench, options: argparse.Namespace) -> None:
     if options.command == "limit":
         console.print(bench.limit())
@@ -267,6 +288,8 @@ def _parser() -> argparse.ArgumentParser:
     mongodb.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
     feed = commands.add_parser("feed", parents=[small], help="poll a large feed")
     feed.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
+    realtime = commands.add_parser("realtime", parents=[small], help="stream changes to a thousand WebSocket clients")
+    realtime.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
     commands.add_parser("limit", parents=[small], help="only read, with a bare reader")
     return parser
 

@@ -90,3 +90,13 @@ def test_mongodb_drains_a_backlog_and_writes_what_it_cost(tmp_path: Path) -> Non
     assert sorted(found) == ["cpu_us_per_change", "peak_rss_mb", "rows", "seconds"]
     assert found["rows"] == 3_000
     assert all(value > 0 for value in found.values())
+
+
+def test_realtime_delivers_all_and_writes_how_fast(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    output = bench("realtime", "--small", "--json", file)
+    assert "1,000 of 1,000 events delivered" in output
+    found = json.loads(file.read_text())
+    assert found["delivered"] == found["expected"] == 1_000
+    assert 0 < found["p50_ms"] <= found["p99_ms"] <= found["max_ms"]
+    assert found["peak_rss_mb"] > 0

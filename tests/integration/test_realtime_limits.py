@@ -249,6 +249,12 @@ def test_f107_flood_of_silent_connections_makes_room(
         wait_until(lambda: sum(_is_cut_off(each) for each in flood) >= 70)
 
 
+def test_f107_enormous_headers_are_refused(gateway: Gateway) -> None:
+    with raw_connection(gateway, "GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Large: " + "x" * 100_000) as connection:
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
+    assert httpx.get(f"{gateway.url}/health").status_code == 200
+
+
 @pytest.mark.parametrize("request_", ["", "GET /health HTT", "GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: "])
 def test_f107_dawdling_request_is_cut_off(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, request_: str) -> None:
     monkeypatch.setattr("cdc.api.connections.REQUEST_SECONDS", 0.1)
