@@ -72,6 +72,11 @@ class Gateway:
     def url(self) -> str:
         return "http://{}:{}".format(*self.address)
 
+    @property
+    def open_connections(self) -> int:
+        """As the server counts them, those included that it is about to close."""
+        return len(self._server._uvicorn.server_state.connections)
+
     def stats(self) -> Any:
         return httpx.get(f"{self.url}/stats", headers=self.headers).json()
 
