@@ -46,7 +46,9 @@ class Web:
                 await self._feed.stop()
 
     def stop(self) -> None:
-        """Let `serve` end: requests at hand get a second."""
+        """Let `serve` end: requests at hand get a second, open streams end at once. Call it in the event loop."""
+        if self._feed is not None:
+            self._feed.end_streams()
         self._server.stop()
 
     def close(self) -> None:

@@ -56,7 +56,7 @@ class Gateway:
         self.stop()
 
     def stop(self) -> None:
-        """As the daemon stops it: first the feed, then the server. Safe to call twice."""
+        """As the daemon stops it: streams, server, feed. Safe to call twice."""
         assert self._loop is not None
         assert self._stop is not None
         if self._thread.is_alive():
@@ -102,8 +102,9 @@ class Gateway:
                 await asyncio.sleep(0.01)
             self._ready.set()
             await self._stop.wait()
-            await self.feed.stop()
+            self.feed.end_streams()
             self._server.stop()
+        await self.feed.stop()
 
 
 def record(channel: str, entity_id: object = 1, version: int = 1, **more: Any) -> Record:

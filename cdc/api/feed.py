@@ -106,10 +106,14 @@ class Feed:
         self._follower = Follower(self.reader, asyncio.get_running_loop(), self._restart, self._take)
         self._follower.start()
 
-    async def stop(self) -> None:
-        """End the streams and the follower, and disconnect."""
+    def end_streams(self) -> None:
+        """Tell the clients that it ends. A server that is about to stop waits for them no longer than for requests."""
         for watcher in self._watchers:
             watcher.stop()
+
+    async def stop(self) -> None:
+        """End the streams and the follower, and disconnect."""
+        self.end_streams()
         if self._follower is not None:
             self._follower.stop()
             await asyncio.to_thread(self._follower.join)
