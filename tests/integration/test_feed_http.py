@@ -350,7 +350,7 @@ def test_f105_rows_of_others_are_not_seen(client: httpx.Client, companies: Sourc
 
 
 def test_f105_rows_of_others_are_not_streamed_either(gateway: Gateway, companies: Source) -> None:
-    with event_stream(gateway, "?since=0", **bearer("ours")) as stream:
+    with event_stream(gateway.url, "?since=0", bearer("ours")) as stream:
         assert [next(stream)["event"] for _ in range(3)] == ["created", "deleted", "created"]
 
 
@@ -393,7 +393,7 @@ def publish(client: httpx.Client, key: str = "", **event: Any) -> httpx.Response
 
 
 def test_a_published_event_is_a_change_like_any_other(gateway: Gateway, client: httpx.Client) -> None:
-    with httpx.Client(base_url=gateway.url, headers=ADMIN) as other, event_stream(gateway, **ADMIN) as stream:
+    with httpx.Client(base_url=gateway.url, headers=ADMIN) as other, event_stream(gateway.url, headers=ADMIN) as stream:
         first = publish(client, data={"name": "Ann"}, locationId="north", userId="u5")
         assert (first.status_code, first.json()) == (201, {"cursor": "1", "version": 1})
         assert publish(client, event="updated", data={"name": "Bob"}).json() == {"cursor": "2", "version": 2}
@@ -556,7 +556,7 @@ def test_f105_a_browser_streams_with_a_ticket(gateway: Gateway, client: httpx.Cl
     """Over the wire: WebSocket and event stream, each with a ticket that then is used up."""
     client.headers.update(bearer("orders"))
     ticket = client.post("/api/tickets").json()["ticket"]
-    with event_stream(gateway, f"?ticket={ticket}") as stream:
+    with event_stream(gateway.url, f"?ticket={ticket}") as stream:
         source.commit(record("clients"), record("orders"))
         assert next(stream)["id"] == "2"
     assert (
