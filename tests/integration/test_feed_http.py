@@ -547,8 +547,13 @@ def test_the_store_being_away_is_a_503(gateway: Gateway, client: httpx.Client, p
     assert ids(poll(client)) == [1]
     source.close()
     place.file.rename(place.file.with_suffix(".away"))
-    gateway.feed.reader.close()
-    answer = client.get(POLL)
+
+    def asked() -> httpx.Response:
+        gateway.feed.reader.close()  # an open connection would go on reading the file, whatever its name
+        return client.get(POLL)
+
+    wait_until(lambda: asked().status_code != 200)
+    answer = asked()
     assert (answer.status_code, set(answer.json())) == (503, {"error", "hint"})
 
 
