@@ -23,6 +23,7 @@ from cdc.api.keyring import Keyring
 from cdc.api.observe import Metrics, Observe
 from cdc.api.openapi import Document
 from cdc.api.origins import Origins
+from cdc.api.page import Page
 from cdc.api.publish import Publish
 from cdc.api.realtime import Realtime
 from cdc.api.requests import BadRequest
@@ -50,7 +51,7 @@ def create_app(backend: Backend | None = None, http: Http = Http(), feed: Feed |
     backend: the daemon; `None` for a gateway that has none. feed: what applications read; `None` where there is none.
     """
     tickets = Tickets()
-    groups: list[Group] = [Service(), tickets]
+    groups: list[Group] = [Service(), Page(), tickets]
     realtime = None
     if backend is not None:
         groups += [Observe(backend), Control(backend)]

@@ -123,3 +123,23 @@ def test_every_package_folder_is_shipped() -> None:
     folders = {dotted(file.parent.relative_to(CHECKOUT)) for file in modules().values() if file.name != "cli.py"}
     assert folders == set(settings["packages"])
     assert settings["py-modules"] == ["cli"]
+
+
+def test_every_file_that_is_no_module_is_shipped() -> None:
+    """Patterns of `package-data` are relative to their package, and reach no further than they say."""
+    patterns = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    shipped = {
+        file for package, globs in patterns.items() for glob in globs for file in package_folder(package).glob(glob)
+    }
+    assert {file for file in data_files() if file not in shipped} == set()
+
+
+def package_folder(package: str) -> Path:
+    return CHECKOUT.joinpath(*package.split("."))
+
+
+def data_files() -> Iterator[Path]:
+    """What the packages hold beside modules, and what those are compiled from and to."""
+    built = {".py", ".pyc", ".pyx", ".pyi", ".c", ".so"}
+    for package in ("cdc", "sinks"):
+        yield from (file for file in (CHECKOUT / package).rglob("*") if file.is_file() and file.suffix not in built)
