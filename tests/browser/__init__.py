@@ -1,0 +1,1 @@
+"""The JavaScript client and the page, in a real browser."""
