@@ -261,11 +261,12 @@ def test_local_names_are_served(client: TestClient, host: str) -> None:
 
 @pytest.mark.parametrize("path", ["/ready", "/status", "/metrics", "/nothing", "/health/", "//health"])
 def test_token_guards_everything(guarded: TestClient, path: str) -> None:
-    assert guarded.get(path).status_code == 401
-    assert guarded.get(path, headers={"Authorization": "Bearer wrong"}).status_code == 401
-    assert guarded.get(path, headers={"Authorization": "Basic open-sesame"}).status_code == 401
-    assert guarded.get(path, headers={"Authorization": "Bearer \xff".encode("latin-1")}).status_code == 401
-    assert guarded.get(path, headers={"Authorization": "Bearer open-sesame"}).status_code != 401
+    url = f"{LOCAL}{path}"  # in full: //health alone would be a host's name
+    assert guarded.get(url).status_code == 401
+    assert guarded.get(url, headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert guarded.get(url, headers={"Authorization": "Basic open-sesame"}).status_code == 401
+    assert guarded.get(url, headers={"Authorization": "Bearer \xff".encode("latin-1")}).status_code == 401
+    assert guarded.get(url, headers={"Authorization": "Bearer open-sesame"}).status_code != 401
 
 
 def test_token_guards_control_but_not_health(guarded: TestClient, backend: FakeBackend) -> None:

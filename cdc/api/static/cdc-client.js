@@ -15,6 +15,7 @@ import {
   bearer,
   fetchChanges,
   isBeyond,
+  patternKey,
   pause,
   request,
   smallest,
@@ -166,8 +167,6 @@ export class RealtimeClient {
     return this.#listeners.add("error", listener);
   }
 
-  // --- connections -----------------------------------------------------------------------------------------------
-
   /** Connect, and again, until stopped. Throws what trying again does not help against. */
   async #run(stop) {
     let failures = 0;
@@ -298,8 +297,6 @@ export class RealtimeClient {
     globalThis.addEventListener("pagehide", () => this.#save(), { signal });
   }
 
-  // --- frames and cursors ----------------------------------------------------------------------------------------
-
   /** Handle a frame after those before it. Resolves when that is done. */
   #take(frame, connection) {
     this.#pending += 1;
@@ -390,13 +387,6 @@ export class RealtimeClient {
       this.#listeners.call("error", error);
     }
   }
-}
-
-/** `"*"` is every event of every channel. (Without the colon it would be the name of a listener of our own.) */
-function patternKey(pattern) {
-  if (pattern === "*") return "*:*";
-  if (!pattern.includes(":")) throw new TypeError(`listen to "${pattern}:*", or to "*"`);
-  return pattern;
 }
 
 class Channel {

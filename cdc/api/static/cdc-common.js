@@ -167,3 +167,10 @@ export class SavedCursors {
     this.#storage?.setItem(this.#key, JSON.stringify(this.#cursors));
   }
 }
+
+/** `"*"` is every event of every channel. (Without the colon it would be the name of a listener of our own.) */
+export function patternKey(pattern) {
+  if (pattern === "*") return "*:*";
+  if (!pattern.includes(":")) throw new TypeError(`listen to "${pattern}:*", or to "*"`);
+  return pattern;
+}
