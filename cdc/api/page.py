@@ -80,14 +80,14 @@ class Page:
         """The routes of this group."""
         return [Route("/", self.index), Route("/static/{path:path}", self.static)]
 
-    @operation("public", {200: ServiceInfo})
+    @operation("public", {200: "*/*", 304: "*/*"})
     async def index(self, request: Request) -> Response:
         """The page; for who wants JSON, what this service is."""
         response = _service_info() if _wants_json(request) else self._send(request, "index.html")
         response.headers["Vary"] = "Accept"
         return response
 
-    @operation("public", {200: "text/plain", 304: "text/plain"}, errors=(404,))
+    @operation("public", {200: "*/*", 304: "*/*"}, errors=(404,))
     async def static(self, request: Request) -> Response:
         """One file; 304 for who has it."""
         return self._send(request, request.path_params["path"])
