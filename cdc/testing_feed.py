@@ -29,7 +29,7 @@ class MemoryFeed:
         self.head = 0
         self.positions: dict[str, Position] = {}
         self.states: dict[tuple[str, str, str], EntityState] = {}
-        self.pruned: dict[str, Pruned] = {}
+        self.pruned: dict[tuple[str, str], Pruned] = {}
 
     def reader(self) -> MemoryReader:
         """One more reader."""
@@ -131,8 +131,9 @@ class MemoryWriter:
                 and (sources is None or record.source in sources)
             ][:rows]
             for record in gone:
-                before = self._feed.pruned.get(record.entity_type, Pruned(0, 0, 0))
-                self._feed.pruned[record.entity_type] = Pruned(record.id, record.recorded_at, before.rows + 1)
+                kind = (record.entity_type, record.channel)
+                before = self._feed.pruned.get(kind, Pruned(0, 0, 0))
+                self._feed.pruned[kind] = Pruned(record.id, record.recorded_at, before.rows + 1)
             removed = {record.id for record in gone}
             self._feed.records = [record for record in self._feed.records if record.id not in removed]
         return len(gone)
@@ -194,7 +195,7 @@ class MemoryReader:
         self._feed.check()
         return next((each.id - 1 for each in self._feed.records if each.recorded_at >= recorded_at), self._feed.head)
 
-    def pruned(self) -> Mapping[str, Pruned]:
+    def pruned(self) -> Mapping[tuple[str, str], Pruned]:
         """What `prune` noted."""
         self._feed.check()
         return dict(self._feed.pruned)

@@ -175,12 +175,12 @@ class _Search(msgspec.Struct, frozen=True):
             return self.behind(cursor_of(since))
         recorded_at = moment_of("since", since)
         page = self._look(self.reader.cursor_at(recorded_at))
-        return find_gap_at(self.reader, recorded_at, self.wanted.entity_types) or page
+        return find_gap_at(self.reader, recorded_at, self.wanted) or page
 
     def behind(self, cursor: int) -> _Page | Gap:
         """Look behind a cursor, and then whether something was removed before it could be seen."""
         page = self._look(cursor)
-        return find_gap(self.reader, cursor, self.wanted.entity_types) or page
+        return find_gap(self.reader, cursor, self.wanted) or page
 
     def _look(self, cursor: int) -> _Page:
         scan = self.reader.scan(cursor, self.wanted, self.limit)

@@ -60,7 +60,7 @@ class Frames:
         reader = self._feed.reader
         found = reader.scan(cursor, topic.wanted, MAX_EVENTS)
         # only now: what was removed before this scan could see it has been noted
-        return find_gap(reader, cursor, topic.wanted.entity_types) or found
+        return find_gap(reader, cursor, topic.wanted) or found
 
     def _keep(self, topic: Topic, cursor: int, frame: Frame) -> Frame:
         if frame.cursor > cursor:

@@ -93,7 +93,7 @@ class Realtime:
         gap, cursor = None, feed.head
         if since:
             cursor = cursor_of(since)
-            gap = await feed.call(find_gap, feed.reader, cursor, wanted.entity_types)
+            gap = await feed.call(find_gap, feed.reader, cursor, wanted)
         if not hub.has_room(principal):
             return _too_many()
 

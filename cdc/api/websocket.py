@@ -150,7 +150,8 @@ class WebSocketClient(Subscriber):
         feed = self.hub.feed
         try:
             cursors = dict.fromkeys(allowed, feed.head) | since
-            gaps = await feed.call(_find_gaps, feed.reader, since) if since else {}
+            wanted = {channel: (self._wanted(channel), cursor) for channel, cursor in since.items()}
+            gaps = await feed.call(_find_gaps, feed.reader, wanted) if since else {}
         except TransientError as exc:
             await self._refuse(str(exc), exc.hint or "subscribe again later")
             return
@@ -182,13 +183,16 @@ class WebSocketClient(Subscriber):
         await self.put({"type": "websocket.send", "text": _encoder.encode(message).decode()})
 
 
-def _find_gaps(reader: FeedReader, cursors: Mapping[str, int]) -> dict[str, Gap]:
-    """By channel. If nothing is missing behind the first cursor, and the last is not beyond the end, nothing is."""
-    ordered = sorted(set(cursors.values()))
-    if all(find_gap(reader, cursor, None) is None for cursor in (ordered[0], ordered[-1])):
+def _find_gaps(reader: FeedReader, since: Mapping[str, tuple[Wanted, int]]) -> dict[str, Gap]:
+    """By channel. None, if nothing at all is missing behind the first cursor, and the last is not beyond the end."""
+    cursors = [cursor for _, cursor in since.values()]
+    if all(find_gap(reader, cursor, Wanted()) is None for cursor in (min(cursors), max(cursors))):
         return {}
-    found = {cursor: find_gap(reader, cursor, None) for cursor in ordered}
-    return {channel: gap for channel, cursor in cursors.items() if (gap := found[cursor]) is not None}
+    return {
+        channel: gap
+        for channel, (wanted, cursor) in since.items()
+        if (gap := find_gap(reader, cursor, wanted)) is not None
+    }
 
 
 def _as_text(cursors: Mapping[str, int]) -> dict[str, str]:

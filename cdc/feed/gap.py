@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 
-from cdc.feed.store import FeedReader
+from cdc.feed.record import Pruned
+from cdc.feed.store import FeedReader, Wanted
 
 
 class Gap(msgspec.Struct, frozen=True):
@@ -17,21 +20,16 @@ class Gap(msgspec.Struct, frozen=True):
     cursor: int
 
 
-def find_gap(reader: FeedReader, cursor: int, entity_types: frozenset[str] | None) -> Gap | None:
+def find_gap(reader: FeedReader, cursor: int, wanted: Wanted) -> Gap | None:
     """What is missing behind a cursor; `None` if nothing is. Blocks.
 
-    Retention removes records of some entity types and leaves others: those that count are `entity_types`, all with
-    `None` (nothing that is still there tells which channels the removed ones were of).
+    Retention removes records of some entity types and leaves others: those count that were `wanted`, by their type and
+    channel (nothing that is still there tells which locations the removed ones had).
 
     Asked after a scan from `cursor`, it tells whether something was removed before that scan could see it. A cursor
     beyond the end is one of another feed: it missed all that is there.
     """
-    removed = [
-        pruned.through_id
-        for entity_type, pruned in reader.pruned().items()
-        if entity_types is None or entity_type in entity_types
-    ]
-    through = max(removed, default=0)
+    through = max((each.through_id for each in _removed(reader, wanted)), default=0)
     if cursor < through:
         return Gap(oldest=through + 1, cursor=through)
     if cursor > (head := reader.head()):
@@ -40,14 +38,15 @@ def find_gap(reader: FeedReader, cursor: int, entity_types: frozenset[str] | Non
     return None
 
 
-def find_gap_at(reader: FeedReader, recorded_at: int, entity_types: frozenset[str] | None) -> Gap | None:
+def find_gap_at(reader: FeedReader, recorded_at: int, wanted: Wanted) -> Gap | None:
     """The same for a time in microseconds: whether something that was recorded then or later was removed."""
-    through = max(
-        (
-            pruned.through_id
-            for entity_type, pruned in reader.pruned().items()
-            if pruned.through_recorded_at >= recorded_at and (entity_types is None or entity_type in entity_types)
-        ),
-        default=0,
-    )
-    return Gap(oldest=through + 1, cursor=through) if through else None
+    missed = [each.through_id for each in _removed(reader, wanted) if each.through_recorded_at >= recorded_at]
+    return Gap(oldest=max(missed) + 1, cursor=max(missed)) if missed else None
+
+
+def _removed(reader: FeedReader, wanted: Wanted) -> Iterator[Pruned]:
+    for (entity_type, channel), pruned in reader.pruned().items():
+        if (wanted.entity_types is None or entity_type in wanted.entity_types) and (
+            wanted.channels is None or channel in wanted.channels
+        ):
+            yield pruned

@@ -96,7 +96,7 @@ class EntityState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pruned(msgspec.Struct, frozen=True):
-    """What retention has removed of one entity type.
+    """What retention has removed of one entity type on one channel.
 
     through_id: the largest id removed; through_recorded_at: when that was recorded (microseconds).
     rows: how many in all.

@@ -48,12 +48,12 @@ _QUERIES: Final = {
         SELECT entity_type FROM found WHERE entity_type IS NOT NULL""",
     "old": """SELECT max(id) FROM
         (SELECT id FROM {main} WHERE recorded_at < ? ORDER BY recorded_at DESC, id DESC LIMIT 1)""",
-    "doomed": """SELECT id, entity_type, recorded_at FROM {main} WHERE id <= ?
+    "doomed": """SELECT id, entity_type, channel, recorded_at FROM {main} WHERE id <= ?
         AND (? IS NULL OR source IN (SELECT value FROM json_each(?))) ORDER BY id LIMIT ?""",
-    "doomed_of_type": """SELECT id, entity_type, recorded_at FROM {main} WHERE entity_type = ? AND id <= ?
+    "doomed_of_type": """SELECT id, entity_type, channel, recorded_at FROM {main} WHERE entity_type = ? AND id <= ?
         AND (? IS NULL OR source IN (SELECT value FROM json_each(?))) ORDER BY id LIMIT ?""",
     "delete": "DELETE FROM {main} WHERE id = ?",
-    "pruned": """INSERT INTO {pruned} VALUES (?, ?, ?, ?) ON CONFLICT (entity_type)
+    "pruned": """INSERT INTO {pruned} VALUES (?, ?, ?, ?, ?) ON CONFLICT (entity_type, channel)
         DO UPDATE SET through_id = max(through_id, excluded.through_id), rows = rows + excluded.rows,
         through_recorded_at = max(through_recorded_at, excluded.through_recorded_at)""",
 }
@@ -171,10 +171,10 @@ class _Session:
             else:
                 doomed = execute(self._sql["doomed_of_type"], (entity_type, old, names, names, rows)).fetchall()
             self._connection.executemany(self._sql["delete"], ((id_,) for id_, *_ in doomed))
-            latest = {name: (id_, microseconds(recorded_at)) for id_, name, recorded_at in doomed}
-            counts = Counter(name for _, name, _ in doomed)
-            for name, (id_, recorded_at) in latest.items():
-                execute(self._sql["pruned"], (name, id_, recorded_at, counts[name]))
+            latest = {(name, channel): (id_, microseconds(at)) for id_, name, channel, at in doomed}
+            counts = Counter((name, channel) for _, name, channel, _ in doomed)
+            for kind, (id_, recorded_at) in latest.items():
+                execute(self._sql["pruned"], (*kind, id_, recorded_at, counts[kind]))
             execute("COMMIT")
         return len(doomed)
 

@@ -56,8 +56,10 @@ CREATE TABLE {positions} (
 );
 
 CREATE TABLE {pruned} (
-    entity_type TEXT PRIMARY KEY,
+    entity_type TEXT NOT NULL,
+    channel TEXT NOT NULL,
     through_id INTEGER NOT NULL,
     through_recorded_at INTEGER NOT NULL,
-    rows INTEGER NOT NULL
+    rows INTEGER NOT NULL,
+    PRIMARY KEY (entity_type, channel)
 );

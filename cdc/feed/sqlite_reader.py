@@ -28,7 +28,7 @@ _QUERIES: Final = {
     "history": """SELECT {columns} FROM {main} WHERE entity_type = ? AND entity_id = ? AND id < ?
         ORDER BY id DESC LIMIT ?""",
     "since": "SELECT min(id) FROM (SELECT id FROM {main} WHERE recorded_at >= ? ORDER BY recorded_at, id LIMIT 1)",
-    "pruned": "SELECT entity_type, through_id, through_recorded_at, rows FROM {pruned}",
+    "pruned": "SELECT entity_type, channel, through_id, through_recorded_at, rows FROM {pruned}",
     "oldest": "SELECT min(id) FROM {main}",
 }
 
@@ -77,9 +77,9 @@ class SqliteReader:
         first = self._query("since", iso_time(recorded_at))[0][0]
         return head if first is None else min(first - 1, head)
 
-    def pruned(self) -> Mapping[str, Pruned]:
-        """By entity type, what retention has removed."""
-        return {name: Pruned(*rest) for name, *rest in self._query("pruned")}
+    def pruned(self) -> Mapping[tuple[str, str], Pruned]:
+        """By (entity_type, channel), what retention has removed."""
+        return {(entity_type, channel): Pruned(*rest) for entity_type, channel, *rest in self._query("pruned")}
 
     def oldest(self) -> int | None:
         """The smallest id that is there."""

@@ -14,7 +14,7 @@ import msgspec
 from cdc.feed.record import EntityState, Pruned, Record
 from cdc.position import Position
 
-SCAN_ROWS = 5_000
+SCAN_ROWS = 3_000
 """How many rows one `scan` looks at, at most: so that it answers at once however rarely something matches."""
 
 
@@ -144,8 +144,8 @@ class FeedReader(Protocol):
         """The largest cursor behind which are all records recorded at that time (microseconds) or later."""
         ...
 
-    def pruned(self) -> Mapping[str, Pruned]:
-        """By entity type, what retention has removed.
+    def pruned(self) -> Mapping[tuple[str, str], Pruned]:
+        """By (entity_type, channel), what retention has removed.
 
         Whether there is a gap behind a cursor is to be asked after the scan: what is removed between the two calls
         would be missed otherwise.

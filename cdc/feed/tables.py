@@ -34,7 +34,8 @@ class Tables(msgspec.Struct, frozen=True):
 
     schema: `None` for the store's default.
     entities: an `EntityState` for each entity of each source. positions: where each source stands.
-    pruned: what retention has removed, by entity type. state: one row: format, the last id, and when it was recorded.
+    pruned: what retention has removed, by entity type and channel.
+    state: one row: format, the last id, and when it was recorded.
     """
 
     schema: str | None

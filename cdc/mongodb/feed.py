@@ -7,6 +7,7 @@ that any other transaction conflicts until this one has ended. Commits are journ
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
@@ -179,7 +180,7 @@ class _Session:
         """Remove the oldest, and note it."""
         main = self._collections.main
         old = {"recorded_at": {"$lt": date(recorded_before)}}
-        fields = {"entity_type": 1, "recorded_at": 1}
+        fields = {"entity_type": 1, "channel": 1, "recorded_at": 1}
         with translated_errors(), self._transaction():
             last = main.find_one(old, {"_id": 1}, sort=[("recorded_at", -1), ("_id", -1)], session=self._session)
             if last is None:
@@ -282,11 +283,12 @@ def _state(found: Document) -> EntityState:
 
 def _notes(doomed: Sequence[Document]) -> list[UpdateOne]:
     """What to note of removed documents, which are in the order of their ids."""
-    latest: dict[str, Document] = {each["entity_type"]: each for each in doomed}
-    counts: dict[str, int] = dict.fromkeys(latest, 0)
-    for each in doomed:
-        counts[each["entity_type"]] += 1
-    return [UpdateOne({"_id": name}, _note(each, counts[name]), upsert=True) for name, each in sorted(latest.items())]
+    latest = {(each["entity_type"], each["channel"]): each for each in doomed}
+    counts = Counter((each["entity_type"], each["channel"]) for each in doomed)
+    return [
+        UpdateOne({"_id": {"entity_type": kind[0], "channel": kind[1]}}, _note(last, counts[kind]), upsert=True)
+        for kind, last in sorted(latest.items())
+    ]
 
 
 def _note(last: Document, rows: int) -> dict[str, Any]:

@@ -71,11 +71,11 @@ class MongoReader:
             found = collections.main.find_one(query, {"_id": 1}, sort=[("recorded_at", 1), ("_id", 1)])
         return head if found is None else min(int(found["_id"]) - 1, head)
 
-    def pruned(self) -> Mapping[str, Pruned]:
-        """By entity type, what retention has removed."""
+    def pruned(self) -> Mapping[tuple[str, str], Pruned]:
+        """By (entity_type, channel), what retention has removed."""
         with self._collections() as collections:
             return {
-                each["_id"]: Pruned(
+                (each["_id"]["entity_type"], each["_id"]["channel"]): Pruned(
                     int(each["through_id"]), microseconds(each["through_recorded_at"]), int(each["rows"])
                 )
                 for each in collections.pruned.find()

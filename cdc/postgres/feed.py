@@ -83,10 +83,11 @@ _QUERIES: Final = {
                 AND (%(sources)s::text[] IS NULL OR source = ANY (%(sources)s::text[]))
             ORDER BY id LIMIT %(rows)s FOR UPDATE SKIP LOCKED),
         removed AS (
-            DELETE FROM {main} USING doomed WHERE {main}.id = doomed.id RETURNING {main}.id, entity_type, recorded_at),
+            DELETE FROM {main} USING doomed WHERE {main}.id = doomed.id
+            RETURNING {main}.id, entity_type, channel, recorded_at),
         noted AS (
-            INSERT INTO {pruned} SELECT entity_type, max(id), max(recorded_at), count(*) FROM removed
-            GROUP BY entity_type ORDER BY entity_type ON CONFLICT (entity_type) DO UPDATE SET
+            INSERT INTO {pruned} SELECT entity_type, channel, max(id), max(recorded_at), count(*) FROM removed
+            GROUP BY 1, 2 ORDER BY 1, 2 ON CONFLICT (entity_type, channel) DO UPDATE SET
             through_id = greatest({pruned}.through_id, excluded.through_id),
             through_recorded_at = greatest({pruned}.through_recorded_at, excluded.through_recorded_at),
             rows = {pruned}.rows + excluded.rows)

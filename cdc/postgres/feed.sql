@@ -57,8 +57,10 @@ CREATE TABLE {positions} (
 );
 
 CREATE TABLE {pruned} (
-    entity_type text PRIMARY KEY,
+    entity_type text NOT NULL,
+    channel text NOT NULL,
     through_id bigint NOT NULL,
     through_recorded_at timestamptz NOT NULL,
-    rows bigint NOT NULL
+    rows bigint NOT NULL,
+    PRIMARY KEY (entity_type, channel)
 );

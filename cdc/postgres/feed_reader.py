@@ -43,7 +43,7 @@ _QUERIES: Final = {
     "history": """SELECT {columns} FROM {main} WHERE entity_type = %s AND entity_id = %s AND id < %s
         ORDER BY id DESC LIMIT %s""",
     "since": "SELECT id FROM {main} WHERE recorded_at >= %s ORDER BY recorded_at, id LIMIT 1",
-    "pruned": "SELECT entity_type, through_id, through_recorded_at, rows FROM {pruned}",
+    "pruned": "SELECT entity_type, channel, through_id, through_recorded_at, rows FROM {pruned}",
     "oldest": "SELECT min(id) FROM {main}",
 }
 
@@ -105,9 +105,9 @@ class PostgresReader:
         found = self._query("since", moment(recorded_at))
         return min(found[0][0] - 1, head) if found else head
 
-    def pruned(self) -> Mapping[str, Pruned]:
-        """By entity type, what retention has removed."""
-        return {name: Pruned(*rest) for name, *rest in self._query("pruned")}
+    def pruned(self) -> Mapping[tuple[str, str], Pruned]:
+        """By (entity_type, channel), what retention has removed."""
+        return {(entity_type, channel): Pruned(*rest) for entity_type, channel, *rest in self._query("pruned")}
 
     def oldest(self) -> int | None:
         """The smallest id that is there."""

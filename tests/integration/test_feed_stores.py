@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from cdc.errors import ConfigError, TransientError
+from cdc.feed.gap import Gap, find_gap
 from cdc.feed.place import Place, reader, writer
 from cdc.feed.record import ChangeType, Pruned
 from cdc.feed.store import FeedReader, Wanted
@@ -471,6 +472,18 @@ def test_the_types_of_which_there_are_records(place: Place, feed: FeedReader) ->
 # retention
 
 
+def test_f104_channels_are_told_apart(place: Place, feed: FeedReader) -> None:
+    """What was removed of one channel is no gap for who follows another of the same type."""
+    with opened(place) as to:
+        write(to, *(change(n, channel=channel) for n, channel in enumerate(["a", "b", "a"], 1)))
+        recorded_at = read_all(feed)[0].recorded_at
+        assert to.prune(None, recorded_at + 1, 2) == 2
+        assert find_gap(feed, 0, Wanted(channels=frozenset("a"))) == Gap(oldest=2, cursor=1)
+        assert find_gap(feed, 1, Wanted(channels=frozenset("a"))) is None
+        assert find_gap(feed, 1, Wanted(channels=frozenset("b"))) == Gap(oldest=3, cursor=2)
+        assert find_gap(feed, 0, Wanted(channels=frozenset("c"))) is None
+
+
 def test_f104_what_was_pruned_is_remembered(place: Place, feed: FeedReader) -> None:
     with opened(place) as to:
         types = ["Product", "Order"] * 5
@@ -479,15 +492,21 @@ def test_f104_what_was_pruned_is_remembered(place: Place, feed: FeedReader) -> N
         assert to.prune(None, recorded_at, 100) == 0
         assert feed.pruned() == {}
         assert to.prune("Order", recorded_at + 1, 2) == 2
-        assert feed.pruned() == {"Order": Pruned(4, recorded_at, 2)}
+        assert {kind: each for (kind, _), each in feed.pruned().items()} == {"Order": Pruned(4, recorded_at, 2)}
         assert [record.id for record in read_all(feed)] == [1, 3, 5, 6, 7, 8, 9, 10]
         assert to.prune(None, recorded_at + 1, 3) == 3
-        assert feed.pruned() == {"Order": Pruned(4, recorded_at, 2), "Product": Pruned(5, recorded_at, 3)}
+        assert {kind: each for (kind, _), each in feed.pruned().items()} == {
+            "Order": Pruned(4, recorded_at, 2),
+            "Product": Pruned(5, recorded_at, 3),
+        }
         assert feed.oldest() == 6
         assert to.prune("None", recorded_at + 1, 3) == 0
         assert to.prune("Product", recorded_at + 1, 1) == 1
         assert to.prune("Order", recorded_at + 1, 100) == 3
-        assert feed.pruned() == {"Order": Pruned(10, recorded_at, 5), "Product": Pruned(7, recorded_at, 4)}
+        assert {kind: each for (kind, _), each in feed.pruned().items()} == {
+            "Order": Pruned(10, recorded_at, 5),
+            "Product": Pruned(7, recorded_at, 4),
+        }
 
 
 def test_f104_ids_and_versions_go_on_after_all_was_pruned(place: Place, feed: FeedReader) -> None:
