@@ -63,7 +63,7 @@ def test_configuration_file_from_the_environment(cdc: Cdc) -> None:
 def test_unexpected_errors_are_one_line_unless_debugging(cdc: Cdc, debug: bool) -> None:
     program = f"""
 import sys, cli
-def broken(path): raise ZeroDivisionError("at {NOWHERE}")
+def broken(path, **_): raise ZeroDivisionError("at {NOWHERE}")
 cli.load = broken
 sys.argv = ["cdc", {'"--debug",' if debug else ""} "status"]
 cli.main()
