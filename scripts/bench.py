@@ -4,7 +4,7 @@ drain: both drain one backlog, then both follow small transactions; every run en
 equal. limit: a bare reader takes the same backlog out of its socket, which is as fast as any reader can be. mongodb:
 the daemon drains a backlog of a MongoDB server: `CDC_TEST_MONGODB_URL`, a `mongod` from PATH, or a stand-in for tests.
 feed: polls and histories of a large feed, in SQLite and in PostgreSQL.
-realtime: a thousand WebSocket clients follow a feed in PostgreSQL, by way of one gateway.
+realtime: a thousand WebSocket clients follow a daemon that also keeps a mirror.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def main() -> int:
         if options.command == "feed":
             return _feed(options, folder)
         if options.command == "realtime":
-            return _realtime(options)
+            return _realtime(options, folder)
         with (
             PostgresServer(fsync=True, settings=SETTINGS) as source,
             PostgresServer(fsync=True, settings=SETTINGS) as target,
@@ -220,16 +220,17 @@ def _asked(found: Mapping[str, Mapping[str, Asked]]) -> Table:
     return table
 
 
-def _realtime(options: argparse.Namespace) -> int:
+def _realtime(options: argparse.Namespace, folder: Path) -> int:
     load = Load(clients=20, channels=2, rate=100, seconds=1) if options.small else Load()
     with PostgresServer(fsync=True, settings=SETTINGS) as server:
         _describe_surroundings(server)
         with console.status("connecting, committing, listening"):
-            found = stream(server.create_database("feed"), load).as_json()
+            found = stream(server, folder, load).as_json()
     console.print(
         f"{load.clients:,} clients, {found['rate']:,} changes/s on {load.channels} channels: {found['delivered']:,} of"
         f" {found['expected']:,} events delivered; from commit to client {found['p50_ms']:.0f} ms (p50),"
-        f" {found['p99_ms']:.0f} ms (p99); the gateway took {found['gateway_cpu_seconds']:.1f} s of CPU and"
+        f" {found['p99_ms']:.0f} ms (p99); a mirror meanwhile {found['mirror_ms']:.1f} ms behind, without clients"
+        f" {found['mirror_alone_ms']:.1f} ms; the daemon took {found['daemon_cpu_seconds']:.1f} s of CPU and"
         f" {found['peak_rss_mb']:.0f} MiB at most"
     )
     if options.json is not None:

@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import structlog
 from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
@@ -111,15 +110,15 @@ class WebSocket(WebSocketsSansIOProtocol):
             extensions: dict[str, object] = {**(self.scope["extensions"] or {}), WRITE_TEXT: self.write_text}
             self.scope["extensions"] = extensions  # type: ignore[typeddict-item]
 
-    async def write_text(self, payload: bytes) -> None:
+    def write_text(self, payload: bytes) -> bool:
         """Send a text message that is encoded already, as thousands of clients may get the same.
 
-        Waits as `send` does. Raises `ClientDisconnected`, which is an `OSError`.
+        False, and nothing is sent, where `send` would have to wait, or there is nobody any more.
         """
-        await self.writable.wait()
-        if self.close_sent or self.transport.is_closing():
-            raise ClientDisconnected
+        if not self.writable.is_set() or self.close_sent or self.transport.is_closing():
+            return False
         self.transport.writelines((_text_header(len(payload)), payload))
+        return True
 
     def handle_ping(self) -> None:
         """Answer, unless the client does not read its answers."""

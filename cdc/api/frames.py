@@ -28,10 +28,11 @@ class Frames:
 
     async def behind(self, topic: Topic, cursor: int) -> Frame | Gap:
         """The next frame behind `cursor`, perhaps without events. Raises `TransientError` while the store is away."""
-        kept = self._kept.get((topic, cursor))
-        if kept is not None:
-            return kept
-        return self._recent(topic, cursor) or await self._older(topic, cursor)
+        return self.at_hand(topic, cursor) or await self._older(topic, cursor)
+
+    def at_hand(self, topic: Topic, cursor: int) -> Frame | None:
+        """The same from memory alone; `None` where it is not there."""
+        return self._kept.get((topic, cursor)) or self._recent(topic, cursor)
 
     def _recent(self, topic: Topic, cursor: int) -> Frame | None:
         ring = self._feed.ring

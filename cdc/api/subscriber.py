@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
@@ -16,7 +16,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from cdc.api.hub import Hub
 from cdc.api.principal import Principal
-from cdc.api.topic import Encode, Topic
+from cdc.api.topic import Encode, Frame, Topic
 from cdc.errors import TransientError
 from cdc.feed.gap import Gap
 from cdc.feed.store import Wanted
@@ -56,13 +56,15 @@ class Subscriber(ABC):
         self._encode = encode
         self._send = send
         self._woken = asyncio.Event()
+        self._idle = False
         self._due = False
         self._task: asyncio.Task[object] | None = None
         self._ended: Ended | None = None
 
     def wake(self) -> None:
-        """Look for what is behind the cursors."""
-        self._woken.set()
+        """Look for what is behind the cursors: at once, or (waking a task takes longer than sending) in the task."""
+        if not (self._idle and self._send_now()):
+            self._woken.set()
 
     def tell_cursors(self) -> None:
         """Say how far the streams are, if they have moved without events."""
@@ -109,7 +111,9 @@ class Subscriber(ABC):
         """Send what is behind the cursors, whenever there is something. Until cancelled."""
         try:
             while True:
+                self._idle = True
                 await self._woken.wait()
+                self._idle = False
                 self._woken.clear()
                 await self._catch_up()
                 if self._due:
@@ -123,6 +127,10 @@ class Subscriber(ABC):
     async def deliver(self, payload: bytes) -> None:
         """Send a frame."""
 
+    def deliver_now(self, payload: bytes) -> bool:  # noqa: ARG002 - for those who can
+        """Send a frame; False, and nothing is sent, where that has to wait."""
+        return False
+
     @abstractmethod
     async def deliver_cursors(self, cursors: dict[str, int]) -> None:
         """Send how far streams have come without events."""
@@ -133,14 +141,28 @@ class Subscriber(ABC):
 
     async def put(self, message: Message) -> None:
         """Give a message to the server, which waits as long as the client has not taken what was sent before."""
-        await self.sent(self._send(message))
-
-    async def sent(self, sending: Awaitable[None]) -> None:
-        """Await what gives something to the server, for others to see how long that takes."""
         self.sending_since = time.monotonic()
         with suppress(OSError, WebSocketDisconnect):  # it is gone: whoever receives hears of it, too
-            await sending
+            await self._send(message)
         self.sending_since = None
+
+    def _send_now(self) -> bool:
+        """Send what is at hand; False where something is left for the task to do."""
+        for stream in self.streams.values():
+            stream.cursor = stream.topic.skip(stream.cursor, self.hub.feed.head)
+            if stream.cursor < stream.topic.last:
+                frame = self.hub.frames.at_hand(stream.topic, stream.cursor)
+                if frame is None or (frame.payload is not None and not self.deliver_now(frame.payload)):
+                    return False
+                self._took(stream, frame)
+        return all(stream.cursor >= stream.topic.last for stream in self.streams.values())
+
+    def _took(self, stream: Stream, frame: Frame) -> None:
+        stream.cursor = frame.cursor
+        if frame.payload is not None:
+            stream.told = frame.cursor
+            self.hub.stats.frames += 1
+            self.hub.stats.sent += frame.events
 
     async def _catch_up(self) -> None:
         try:
@@ -174,10 +196,7 @@ class Subscriber(ABC):
         if isinstance(found, Gap):
             await self.deliver_gap(name, found)
             return True
-        stream.cursor = found.cursor
+        self._took(stream, found)
         if found.payload is not None:
-            stream.told = found.cursor
             await self.deliver(found.payload)
-            self.hub.stats.frames += 1
-            self.hub.stats.sent += found.events
         return before < found.cursor < stream.topic.last

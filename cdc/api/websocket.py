@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Final
 
 import msgspec
@@ -31,7 +31,8 @@ PER_SECONDS: Final = 5.0
 WRITE_TEXT: Final = "cdc.write_text"
 """An extension of ASGI: the scope has a function that sends a text message which is encoded already."""
 
-WriteText = Callable[[bytes], Awaitable[None]]
+WriteText = Callable[[bytes], bool]
+"""Returns at once; False where it cannot send without waiting."""
 
 Channel = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 Channels = Annotated[tuple[Channel, ...], msgspec.Meta(min_length=1, max_length=MAX_SUBSCRIPTIONS)]
@@ -97,10 +98,12 @@ class WebSocketClient(Subscriber):
 
     async def deliver(self, payload: bytes) -> None:
         """Send events: as they are, where the server can do that."""
-        if self._write is not None:
-            await self.sent(self._write(payload))
-        else:
+        if not self.deliver_now(payload):
             await self.put({"type": "websocket.send", "text": payload.decode()})
+
+    def deliver_now(self, payload: bytes) -> bool:
+        """Send events, if the client takes them."""
+        return self._write is not None and self._write(payload)
 
     async def deliver_cursors(self, cursors: dict[str, int]) -> None:
         """Say how far idle channels are."""

@@ -1,33 +1,41 @@
-"""How long a change takes from its commit to the feed until a thousand WebSocket clients have it."""
+"""How long a change takes from its commit at the source until a thousand WebSocket clients have it.
+
+One daemon does it all: it captures the source, keeps a mirror, writes the feed, and serves the clients. The mirror's
+latency is measured twice, with the clients and before there are any: they must not slow replication down.
+"""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 import msgspec
+import psycopg
 
-from cdc.feed.place import Place, writer
-from cdc.feed.record import ChangeType, Record
-from cdc.feed.store import FeedWriter
-from cdc.position import Position
-from cdc.secret import Secret
 from tests.benchmarks.contenders import Usage, usage_of
 from tests.benchmarks.stream_clients import Received
 from tests.benchmarks.table import BenchFailed
+from tests.feed import FeedDaemon
 from tests.processes import kill_tree
-from tests.servers import Database
+from tests.servers import PostgresServer
 
 _CHECKOUT: Final = Path(__file__).parents[2]
 
 _COMMITS: Final = 100
 """A second."""
+
+_ROWS: Final = 100
+"""In each table; updated in turn."""
+
+_LATENCY: Final = re.compile(r'^cdc_latency_seconds_(sum|count)\{sink="mirror"\} (\S+)$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -51,12 +59,18 @@ class Load:
 
 @dataclass(frozen=True)
 class StreamResult:
-    """What the clients got, and what it cost the gateway. rate: changes a second that were reached."""
+    """What the clients got, and what it cost the daemon.
+
+    rate: changes a second that were reached. mirror_ms, mirror_alone_ms: mean latency of the mirror, with the clients
+    and without any.
+    """
 
     load: Load
     received: Received
     usage: Usage
     rate: float
+    mirror_ms: float
+    mirror_alone_ms: float
 
     def as_json(self) -> dict[str, Any]:
         """With the keys that others look for."""
@@ -69,56 +83,77 @@ class StreamResult:
             "expected": self.load.expected,
             "frames": self.received.frames,
             "rate": round(self.rate),
-            "gateway_cpu_seconds": round(self.usage.cpu_seconds, 2),
+            "mirror_ms": round(self.mirror_ms, 1),
+            "mirror_alone_ms": round(self.mirror_alone_ms, 1),
+            "daemon_cpu_seconds": round(self.usage.cpu_seconds, 2),
             "clients_cpu_seconds": round(self.received.cpu_seconds, 2),
         }
 
 
-def stream(database: Database, load: Load) -> StreamResult:
-    """Serve a feed in that database, connect the clients, and commit changes at an even rate."""
-    place = Place(Secret(database.url), Path.cwd())
-    with closing(writer(place, "bench")) as feed:
-        feed.open()
-        feed.begin(Position("bench", 0, 0))
-        with process("stream_gateway", database.url) as gateway:
-            port = line_of(gateway)
-            numbers = (port, load.clients, load.channels, load.expected)
+def stream(server: PostgresServer, folder: Path, load: Load) -> StreamResult:
+    """Run a daemon whose source, mirror and feed are databases of that server; connect the clients, and commit."""
+    source, mirror, feed = (server.create_database(name) for name in ("source", "mirror", "feed"))
+    with source.connect() as connection:
+        _create(connection, load)
+        daemon = FeedDaemon(folder, source.url, feed.url)
+        daemon.write(
+            source=f'pg_dump = "{server.bin_dir / "pg_dump"}"',
+            more=f'[sinks.mirror]\nfrom = "shop"\nurl = "{mirror.url}"',
+        )
+        with daemon.running() as process_of_daemon:
+            daemon.wait_running()
+            daemon.wait_for_sink("running")
+            url = (daemon.data_dir / "http").read_text()
+            before = _latency(url)
+            _commit(connection, load, load.changes // 4)
+            alone = _latency(url)
+            numbers = (url.rpartition(":")[2], load.clients, load.channels, load.expected)
             with process("stream_clients", *map(str, numbers)) as clients:
                 if line_of(clients) != "ready":
                     raise BenchFailed("the clients did not connect")
-                rate = _commit(feed, load)
+                begun = _latency(url)
+                rate = _commit(connection, load, load.changes)
                 received = msgspec.json.decode(line_of(clients), type=Received)
-            return StreamResult(load, received, usage_of(gateway.pid), rate)
+            done = _latency(url)
+            return StreamResult(
+                load, received, usage_of(process_of_daemon.pid), rate, _mean_ms(begun, done), _mean_ms(before, alone)
+            )
 
 
-def _commit(feed: FeedWriter, load: Load) -> float:
-    """Each transaction at its time; each change tells when it was handed over for commit."""
+def _create(connection: psycopg.Connection[Any], load: Load) -> None:
+    for channel in range(load.channels):
+        connection.execute(
+            f"CREATE TABLE channel{channel} (id int PRIMARY KEY, at bigint, status text, customer text, total numeric)"
+        )
+        connection.execute(
+            f"INSERT INTO channel{channel} SELECT i, 0, 'confirmed', 'A. Customer', 1234.50"
+            " FROM generate_series(0, %s) i",
+            [_ROWS - 1],
+        )
+
+
+def _commit(connection: psycopg.Connection[Any], load: Load, changes: int) -> float:
+    """Each transaction at its time; each row tells when it was sent to be committed."""
     each = max(1, load.rate // _COMMITS)
     started = time.perf_counter()
-    for first in range(0, load.changes, each):
+    for first in range(0, changes, each):
         time.sleep(max(0.0, started + first / load.rate - time.perf_counter()))
-        at = time.time_ns()
-        feed.append(
-            [_record(number, at, load.channels) for number in range(first, min(first + each, load.changes))], ()
-        )
-        feed.commit(Position("bench", first + 1, first + 1))
-    return load.changes / (time.perf_counter() - started)
+        with connection.pipeline(), connection.transaction():
+            for number in range(first, min(first + each, changes)):
+                query = f"UPDATE channel{number % load.channels} SET at = %s WHERE id = %s"
+                connection.execute(query, [time.time_ns(), number // load.channels % _ROWS])
+    return changes / (time.perf_counter() - started)
 
 
-def _record(number: int, at: int, channels: int) -> Record:
-    after = {"at": at, "id": number, "status": "confirmed", "customer": "A. Customer", "total": "1234.50", "lines": 3}
-    return Record(
-        source="bench",
-        position=str(number),
-        entity_type=f"Type{number % channels}",
-        entity_id=str(number),
-        channel=f"channel{number % channels}",
-        change_type=ChangeType.UPDATE,
-        version=1,
-        changed_at=at // 1_000,
-        after=msgspec.json.encode(after),
-        changed=("status", "total"),
-    )
+def _latency(url: str) -> tuple[float, float]:
+    """Seconds from commit at the source to commit in the mirror, in all, and of how many batches."""
+    found = dict(_LATENCY.findall(httpx.get(f"{url}/metrics").text))
+    return float(found.get("sum", 0)), float(found.get("count", 0))
+
+
+def _mean_ms(before: tuple[float, float], after: tuple[float, float]) -> float:
+    seconds, batches = (late - early for early, late in zip(before, after, strict=True))
+    return 1000 * seconds / max(batches, 1)
 
 
 @contextmanager
