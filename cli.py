@@ -27,6 +27,7 @@ from cdc.config import Config, SinkConfig, SourceConfig, load
 from cdc.copy import Copy, CopyProgress, PlannedTable, reported
 from cdc.daemon import Parts
 from cdc.errors import CdcError, DirectoryInUse, FatalError
+from cdc.feed.place import served
 from cdc.filling import capturing, fill, filled_fact
 from cdc.http_config import listening_on
 from cdc.kinds import build_source
@@ -248,7 +249,9 @@ def check(context: typer.Context, *, as_json: AsJson = False) -> None:
     """Look for what would keep the daemon from its work, and say how to put it right. Changes nothing."""
     config = context.ensure_object(Session).config
     sections = [
-        preflight.collect("daemon", preflight.check_data_dir(config)),
+        preflight.collect(
+            "daemon", [*preflight.check_data_dir(config), *preflight.guard("http", _check_served(config))]
+        ),
         *(
             preflight.collect(f"source {name}", kinds.preflight(source.kind).check_source(config, source))
             for name, source in config.sources.items()
@@ -260,6 +263,11 @@ def check(context: typer.Context, *, as_json: AsJson = False) -> None:
     else:
         out.print(preflight.render(sections))
     _exit_unless(not preflight.failed(sections))
+
+
+def _check_served(config: Config) -> Iterator[preflight.Finding]:
+    if (place := served(config)) is not None:
+        yield preflight.Finding("ok", "http", f"serves the feed {place.table}")
 
 
 def _check_sink(config: Config, sink: SinkConfig) -> Iterator[preflight.Finding]:
