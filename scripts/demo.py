@@ -2,7 +2,8 @@
 
 One shop is in PostgreSQL, the other in MongoDB; one daemon mirrors both. Everything is real: two PostgreSQL servers, a
 `mongod` (where there is none on PATH, a stand-in, which the demo then says), the `cdc` command as a user would type it,
-`kill -9`. Exit code 0 only if `cdc verify` says at the end that all databases are equal.
+`kill -9`. Exit code 0 only if `cdc verify` says at the end that all databases are equal, and the feed has told of every
+change once.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console
 
@@ -51,10 +54,18 @@ pg_dump = {pg_dump}
 from = "shop"
 url = {target}
 
+[sinks.changes]
+kind = "data_changes"
+from = "shop"
+
 [sources.orders]
 url = {mongodb}
 
 [sinks.orders_backup]
+from = "orders"
+
+[sinks.order_changes]
+kind = "data_changes"
 from = "orders"
 """
 
@@ -200,6 +211,7 @@ class Demo:
             orders.Workload(self._mongodb_url, rate=self.sizes.rate / 2) as documents,
         ):
             pid = self.daemon.start()
+            console.print(f"  Look at it, as long as it runs: http://{self._http}/")
             self._watch(customers)
             run("status")
             say("Now the power fails, for the daemon only. The customers do not notice.")
@@ -218,6 +230,38 @@ class Demo:
         wait_until(self._caught_up, timeout_seconds=60, what="the copy of ordersDB to be caught up with")
         say("Are the databases equal? PostgreSQL's servers hash their own rows, MongoDB's documents are hashed here.")
         run("verify")
+
+    def read_feed(self) -> None:
+        say("And the feed, which applications poll: was every change told once, across the kill?")
+        console.print(f"[bold cyan]$ curl {self._poll_url}?since=0")
+        versions: Counter[tuple[str, str, str]] = Counter()
+        states: dict[str, list[str]] = {}
+        with console.status("reading the feed"):
+            for change in self._changes():
+                entity = (change["source"], change["entityType"], change["entityId"])
+                versions[entity] += 1
+                if change["version"] != versions[entity]:
+                    raise DemoFailed(f"version {change['version']} of {entity} comes as number {versions[entity]}")
+                if change["source"] == "orders" and change["after"] is not None:
+                    states.setdefault(change["entityId"], []).append(str(change["after"].get("state")))
+        steps = max(states.values(), key=len)
+        console.print(
+            f"  {versions.total():,} changes of {len(versions):,} entities, and of each entity every version once. The"
+            f" document that changed most went {' > '.join(steps[:8])}{' > ...' if len(steps) > 8 else ''}"
+        )
+
+    def _changes(self) -> Iterator[Any]:
+        """All that the feed has, page by page."""
+        cursor, more = "0", True
+        while more:
+            with urllib.request.urlopen(f"{self._poll_url}?since={cursor}&limit=1000", timeout=10) as response:
+                page = json.load(response)
+            yield from page["changes"]
+            cursor, more = page["cursor"], page["hasMore"]
+
+    @property
+    def _poll_url(self) -> str:
+        return f"http://{self._http}/api/changes/poll"
 
     def sync(self) -> None:
         say("Somebody spoils an order on the mirror. Verify finds it, and that one order is synced by hand.")
@@ -281,6 +325,7 @@ def _perform(demo: Demo, mongodb: tuple[str, str], *, keep: bool) -> int:
         demo.copy()
         demo.mirror_under_load()
         demo.verify()
+        demo.read_feed()
         demo.sync()
     except (DemoFailed, TimeoutError) as exc:
         console.print(f"\nThe demo failed: {exc}", style="bold red", markup=False)
