@@ -84,6 +84,10 @@ class FeedDaemon(Cdc):
             more = scan.more
         return list(self._seen)
 
+    def read_anew(self) -> None:
+        """Begin to poll at the beginning, as of another feed."""
+        self._seen.clear()
+
     def head(self) -> int:
         """The last id that readers see."""
         self.records()

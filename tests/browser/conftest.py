@@ -28,9 +28,12 @@ NewService = Callable[..., Service]
 NewLine = Callable[[Service], Line]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Skips where there is none: `scripts/setup-browser` installs it."""
+    """Skips where there is none: `scripts/setup-browser` installs it.
+
+    Not for the session: as long as it runs, Playwright has an event loop in this thread, and no test may start another.
+    """
     executable = next((path for name in NAMES if (path := shutil.which(name))), None)
     if executable is None:
         pytest.skip("no Chromium on this machine: scripts/setup-browser installs one on Debian and Ubuntu")

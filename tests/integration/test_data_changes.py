@@ -186,6 +186,7 @@ def test_a_feed_that_was_emptied_stops_and_begins_anew_when_it_is_told_to(
         assert "no position" in daemon.sink["error"]
         assert "cdc drop changes" in daemon.sink["hint"]
     assert daemon("drop", "changes", "--yes").returncode == 0
+    daemon.read_anew()
     with daemon.following():
         source_db.execute("INSERT INTO products VALUES (2, 'tea', 'north', 1)")
         daemon.wait_for(lambda seen: [record.entity_id for record in seen] == ["2"])
