@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NamedTuple, Protocol, cast
+from typing import Final, NamedTuple, Protocol, cast
 
 import msgspec
 
@@ -13,6 +13,9 @@ from cdc.change import Change, Table, TableName
 from cdc.feed.options import FeedOptions, Mask
 from cdc.feed.record import ChangeType, EntityState, Json
 from cdc.sink import SinkContext
+
+MAX_NAME_BYTES: Final = 1_500
+BEGINNING: Final = 200
 
 
 class View(msgspec.Struct, frozen=True, gc=False):
@@ -82,4 +85,16 @@ def translator(options: FeedOptions, context: SinkContext) -> Translator:
 
 def masked(text: bytes, mask: Mask) -> Json:
     """What is shown of a masked value, by its text: a digest, equal for equal values; or nothing of it."""
-    return b'"***"' if mask == "redact" else b'"sha256:%s"' % hashlib.sha256(text).hexdigest().encode()
+    return b'"%s"' % masked_text(text, mask).encode()
+
+
+def masked_text(text: bytes, mask: Mask) -> str:
+    """The same as plain text."""
+    return "***" if mask == "redact" else f"sha256:{hashlib.sha256(text).hexdigest()}"
+
+
+def bounded(name: str) -> str:
+    """A name that every store can index (PostgreSQL to 2,704 bytes in all): of a longer one a digest of it, too."""
+    if len(name) * 4 <= MAX_NAME_BYTES or len(name.encode()) <= MAX_NAME_BYTES:
+        return name
+    return f"{name[:BEGINNING]}... sha256:{hashlib.sha256(name.encode()).hexdigest()}"

@@ -9,11 +9,11 @@ import msgspec
 
 from cdc.change import DELETE, INSERT, MESSAGE, TRUNCATE, UPDATE, Change, Table, TableName, Truncate
 from cdc.errors import DecodeError
-from cdc.feed.event import Event, Told, View, masked
+from cdc.feed.event import Event, Told, View, bounded, masked, masked_text
 from cdc.feed.options import Entity, FeedOptions, Mask
 from cdc.feed.record import ALL, ChangeType, EntityState, Json
 from cdc.postgres.json_values import Encode, encoder, text
-from cdc.postgres.row import UNCHANGED, Row, decode_key, decode_row, merge
+from cdc.postgres.row import UNCHANGED, Row, Value, decode_key, decode_row, merge
 from cdc.sink import SinkContext
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -56,7 +56,7 @@ class EntityTranslator:
         if shape is None:
             keys = [column.name for column in table.columns if column.is_key]
             if table.identity == "f" and self._primary_key is not None:
-                keys = list(self._primary_key(table.qualified)) or keys
+                keys = list(self._primary_key(table.qualified))
             shape = self._shapes[table] = _Shape(table, keys, Entity.of(table.qualified, self._options))
         return shape
 
@@ -78,12 +78,15 @@ class _Shape:
     def __init__(self, table: Table, keys: Sequence[str], entity: Entity) -> None:
         at = {column.name: index for index, column in enumerate(table.columns)}
         self._table = table.qualified
-        self._keys = [at[name] for name in keys if name in at]
         self._columns = [
             _Column(index, each.name, _encode(each.name) + b":", encoder(each.type_oid), entity.mask.get(each.name))
             for index, each in enumerate(table.columns)
             if entity.shows(each.name)
         ]
+        self._keys = [(at[name], entity.mask.get(name)) for name in keys if name in at]
+        self._has_masked_key = any(mask for _, mask in self._keys)
+        if not self._keys:  # named by what is shown of it: all else is nobody's to see
+            self._keys = [(column.index, column.mask) for column in self._columns]
         self._location, self._user = at.get(entity.location), at.get(entity.user)
         self._scope = [(_encode(name) + b":", at[name]) for name in entity.scope if name in at]
 
@@ -91,12 +94,12 @@ class _Shape:
         """An event about the row that is given."""
         row = after if after is not None else before
         assert row is not None
-        name = self._name(row)
+        key, entity_id = self._names(row)
         return Event(
             table=self._table,
             change_type=kind,
-            key=name,
-            entity_id=name,
+            key=key,
+            entity_id=entity_id,
             before=None if before is None else self._view(before),
             after=None if after is None else self._view(after),
         )
@@ -108,7 +111,7 @@ class _Shape:
         if before is not None:
             after = merge(after, before)
         old = before if before is not None else decode_key(change.key) if change.key is not None else after
-        if self._name(old) == self._name(after):
+        if self._names(old) == self._names(after):
             event = self.event(ChangeType.UPDATE, before=before, after=after)
             if before is not None:
                 event = msgspec.structs.replace(event, changed=self._changed(before, after))
@@ -130,12 +133,12 @@ class _Shape:
             return event
         return msgspec.structs.replace(event, before=View(event.before.shown, whole=False))
 
-    def _name(self, row: Row) -> str:
-        """The key as text; of several columns (or none that is known) a JSON array of texts."""
-        if len(self._keys) == 1 and isinstance(value := row[self._keys[0]], bytes):
-            return value.decode("utf-8", "replace")
-        values = [row[index] for index in self._keys] or row
-        return _encode([value.decode("utf-8", "replace") if value else value for value in values]).decode()
+    def _names(self, row: Row) -> tuple[str, str]:
+        """What tells the entity from others, and what it is called: with masks on, which may be one name for all."""
+        shown = _joined([_masked(row[index], mask) for index, mask in self._keys])
+        if not self._has_masked_key:
+            return shown, shown
+        return masked_text(_joined([row[index] for index, _ in self._keys]).encode(), "sha256"), shown
 
     def _view(self, row: Row) -> View:
         return View(
@@ -174,6 +177,16 @@ def _row(image: bytes | None) -> Row:
 def _text(row: Row, index: int | None) -> str | None:
     value = row[index] if index is not None else None
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else None
+
+
+def _masked(value: Value, mask: Mask | None) -> Value:
+    return masked_text(value, mask).encode() if mask and isinstance(value, bytes) else value
+
+
+def _joined(values: Sequence[Value]) -> str:
+    """One value as text; several (or NULL) as a JSON array of texts."""
+    texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
+    return bounded(texts[0] if len(texts) == 1 and isinstance(texts[0], str) else _encode(texts).decode())
 
 
 def _json_text(value: bytes | bool | None) -> Json:

@@ -33,7 +33,7 @@ from cdc.config import SourceConfig
 from cdc.errors import ConfigError
 from cdc.feed.composer import NO_CONTEXT, Composer, Context, Drafter, Key, keys_of
 from cdc.feed.event import translator
-from cdc.feed.options import EntityOptions, FeedOptions
+from cdc.feed.options import EntityOptions, FeedOptions, Mask
 from cdc.feed.record import EntityState, Record
 from cdc.postgres.row import UNCHANGED, encode_row
 from cdc.secret import Secret
@@ -236,6 +236,38 @@ def test_scopes_follow_the_row() -> None:
     (deleted,) = told(delete("7"))
     assert (decoded(moved.scope_before), decoded(moved.scope_after)) == ({"branch": "north"}, {"branch": "south"})
     assert (decoded(deleted.scope_before), deleted.scope_after) == ({"branch": "south"}, None)
+
+
+def keyless() -> Table:
+    columns = tuple(msgspec.structs.replace(column, is_key=True) for column in PRODUCTS.columns)
+    return msgspec.structs.replace(PRODUCTS, identity="f", columns=columns)
+
+
+def test_a_row_without_key_is_named_by_nothing_that_is_hidden() -> None:
+    told = of_postgres(entities={"public.products": EntityOptions(exclude=("by",), mask={"name": "redact"})})
+    records = told(insert("7", "tea", "north", "ann"), table=keyless())
+    records += told(update("7", "ale", "north", "bob", before=row("7", "tea", "north", "ann")), table=keyless())
+    everything = b"".join(map(msgspec.json.encode, [*records, *told.states.values()]))
+    assert b"tea" not in everything
+    assert [each.entity_id for each in records] == ['["7","***","north"]'] * 2
+    assert [each.version for each in records] == [1, 2]
+
+
+@pytest.mark.parametrize("mask", ["sha256", "redact"])
+def test_a_masked_key_is_masked_in_the_name_of_its_entity(mask: Mask) -> None:
+    told = of_postgres(entities={"public.products": EntityOptions(mask={"id": mask})})
+    records = told(insert("secret", "tea", "north", None)) + told(delete("secret"))
+    assert b"secret" not in b"".join(map(msgspec.json.encode, [*records, *told.states.values()]))
+    assert {each.entity_id for each in records} == {decoded(records[0].after)["id"]}
+    told(insert("other", "tea", "south", None))
+    assert told(insert("secret", "tea", "north", None))[0].version == 3, "entities stay apart, whatever they are called"
+
+
+def test_names_fit_into_an_index() -> None:
+    told = of_postgres()
+    first, second = (told(insert("x" * 3000 + end, "a", "n", "x"))[0].entity_id for end in "ab")
+    assert first != second
+    assert len(first) < 1000
 
 
 # MongoDB
