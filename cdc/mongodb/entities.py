@@ -8,7 +8,7 @@ with the changed fields as the event has them, and marked as a lookup.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import bson
@@ -21,7 +21,7 @@ from bson.objectid import ObjectId
 
 from cdc.change import DDL, DELETE, INSERT, UPDATE, Change, Ddl, Delta, Image, Table, TableName
 from cdc.errors import DecodeError
-from cdc.feed.event import Event, Told, View, masked
+from cdc.feed.event import Event, Told, View, bounded, masked, masked_text
 from cdc.feed.options import Entity, FeedOptions
 from cdc.feed.record import ALL, ChangeType, EntityState, Json
 from cdc.mongodb.equality import key_bytes
@@ -66,20 +66,20 @@ class EntityTranslator:
             return ()
         if change.key is None:
             raise DecodeError("a change without document key")
-        table = tables[change.table]
-        entity_id = entity_name(_decoded(change.key).get("_id"))
-        return (Event(table=table.qualified, change_type=kind, key=key_bytes(change.key).hex(), entity_id=entity_id),)
+        table = tables[change.table].qualified
+        key, entity_id = self._form(table).names(change.key)
+        return (Event(table=table, change_type=kind, key=key, entity_id=entity_id),)
 
     def complete(self, event: Event, change: Change, state: EntityState | None, generation: int) -> Told:
         """Work out the document before and after the change."""
         if change.operation == DDL or change.key is None:
             return Told(None, None, None)
-        form = self._form(event)
+        form = self._form(event.table)
         known = form.recalled(state, generation)
         before = known if change.before is None else form.needed(_decoded(change.before))
         told_before = None if before is None else form.view(before)
         if change.operation == DELETE:
-            return Told(told_before or _key_only(change.key, state), None, None)
+            return Told(told_before or form.key_only(change.key, state), None, None)
         description = _decoded(change.detail.description) if isinstance(change.detail, Delta) else None
         after = self._after(form, change, known, description)
         return Told(
@@ -118,10 +118,10 @@ class EntityTranslator:
             events.append(Event(table=target, change_type=ChangeType.CREATE, key=ALL, entity_id=ALL))
         return events
 
-    def _form(self, event: Event) -> _Form:
-        form = self._forms.get(event.table)
+    def _form(self, table: TableName) -> _Form:
+        form = self._forms.get(table)
         if form is None:
-            form = self._forms[event.table] = _Form(event.table, self._options)
+            form = self._forms[table] = _Form(table, self._options)
         return form
 
 
@@ -138,6 +138,21 @@ class _Form:
         self._paths = {path for path in (entity.location, entity.user, *entity.scope) if path}
         self._roots = {path.partition(".")[0] for path in self._paths}
 
+    def names(self, document_key: Image) -> tuple[str, str]:
+        """What tells the document from others, and what it is called: with a mask on."""
+        key, name = key_bytes(document_key), entity_name(_decoded(document_key).get("_id"))
+        if (mask := self._entity.mask.get("_id")) is None:
+            return bounded(key.hex()), bounded(name)
+        return masked_text(key, "sha256"), masked_text(name.encode(), mask)
+
+    def key_only(self, document_key: Image, state: EntityState | None) -> View:
+        """Of a deleted document that was not known, what is shown of its key, and where it was last seen."""
+        return View(
+            shown=self.view(self.needed(_decoded(document_key))).shown,
+            location_id=state.location_id if state is not None else None,
+            scope=state.scope if state is not None else None,
+        )
+
     def needed(self, document: Document) -> Document:
         """What is needed of a document as it came."""
         kept = {name: value for name, value in document.items() if self._needs(name)}
@@ -152,8 +167,8 @@ class _Form:
                 updated |= {name: value} if self._needs(top) else {}
             elif self._needs(top):
                 updated[top] = self._masked(top, value) if top == name else (image or {}).get(top, "***")
-        hidden = self._entity.mask.keys() & (each["field"] for each in description.get("truncatedArrays") or ())
-        updated |= {name: (image or {}).get(name, "***") for name in hidden if self._needs(name)}
+        for name in self._masked_parts(description):
+            updated[name] = (image or {}).get(name, "***")
         return {
             **description,
             "updatedFields": updated,
@@ -166,6 +181,14 @@ class _Form:
                 if self._keeps(each["field"], description, whole=False)
             ],
         }
+
+    def _masked_parts(self, description: Mapping[str, Any]) -> Iterator[str]:
+        """Masked fields of which a part was removed: they are there as a whole only, and are replaced as a whole."""
+        removed = [name for name in description.get("removedFields") or () if root(name, description) != name]
+        for name in (*removed, *(each["field"] for each in description.get("truncatedArrays") or ())):
+            top = root(name, description)
+            if top in self._entity.mask and self._needs(top):
+                yield top
 
     def view(self, document: Document) -> View:
         """How a needed document is told of."""
@@ -197,11 +220,14 @@ class _Form:
         """Names of changed fields that are shown."""
         shown = self._entity.shows
         if description is not None:
-            return tuple(name for name in changed_fields(description) if shown(root(name, description)))
+            tops = {name: root(name, description) for name in changed_fields(description)}
+            # what is in a masked field is part of its value, names included
+            names = (top if top in self._entity.mask else name for name, top in tops.items() if shown(top))
+            return tuple(dict.fromkeys(names))
         if before is None:
             return None
-        names = filter(shown, dict.fromkeys((*before, *after)))
-        return tuple(name for name in names if before.get(name, _ABSENT) != after.get(name, _ABSENT))
+        fields = filter(shown, dict.fromkeys((*before, *after)))
+        return tuple(name for name in fields if before.get(name, _ABSENT) != after.get(name, _ABSENT))
 
     def remembered(self, document: Document, generation: int) -> bytes | None:
         """A needed document for `EntityState.known`; a very large one is not kept."""
@@ -277,12 +303,3 @@ def _decoded(image: Image) -> Document:
 
 def _all(table: Table, kind: ChangeType) -> Event:
     return Event(table=table.qualified, change_type=kind, key=ALL, entity_id=ALL)
-
-
-def _key_only(key: Image, state: EntityState | None) -> View:
-    """Of a deleted document that was not known, its key, and where it was last seen."""
-    return View(
-        shown=to_json(_decoded(key)),
-        location_id=state.location_id if state is not None else None,
-        scope=state.scope if state is not None else None,
-    )

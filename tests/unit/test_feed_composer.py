@@ -382,7 +382,34 @@ def test_masks_hold_in_documents_deltas_and_parts_of_fields() -> None:
     assert b"4111" not in everything
     assert b"geheim" not in everything
     assert decoded(records[1].after) == {"_id": 1, "card": "***", "status": "paid"}
-    assert records[1].changed == ("card.number", "status")
+    assert [each.changed for each in records[1:]] == [("card", "status"), ("card",)]
+
+
+def test_a_masked_field_of_which_a_part_is_removed_has_another_digest() -> None:
+    told = of_mongodb(entities={"ordersDB.orders": EntityOptions(mask={"card": "sha256"})})
+    told(inserted(card={"number": "4111", "cvc": "123"}), table=ORDERS)
+    (record,) = told(updated(document(card={"number": "4111"}), removedFields=["card.cvc"]), table=ORDERS)
+    (expected,) = of_mongodb(entities={"ordersDB.orders": EntityOptions(mask={"card": "sha256"})})(
+        inserted(card={"number": "4111"}), table=ORDERS
+    )
+    assert record.after == expected.after
+
+
+def test_a_masked_id_is_masked_everywhere() -> None:
+    told = of_mongodb(entities={"ordersDB.orders": EntityOptions(mask={"_id": "sha256"}, exclude=("region",))})
+    key = bson.encode({"_id": "secret", "region": "hidden"})  # of a sharded collection
+    (record,) = told(Change(DELETE, 0, key, None, None), table=ORDERS)
+    everything = b"".join(map(msgspec.json.encode, [record, *told.states.values()]))
+    assert not [word for word in (b"secret", b"secret".hex().encode(), b"hidden") if word in everything]
+    assert decoded(record.before) == {"_id": record.entity_id}
+
+
+def test_keys_fit_into_an_index() -> None:
+    told = of_mongodb()
+    for end in "ab":
+        told(Change(DELETE, 0, bson.encode({"_id": "\u00fc" * 2000 + end}), None, None), table=ORDERS)
+    assert len(told.states) == 2
+    assert max(len(state.key) for state in told.states.values()) < 1000
 
 
 @given(st.data())
