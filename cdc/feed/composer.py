@@ -149,7 +149,7 @@ class Composer:
             changed=told.changed,
             delta=told.delta,
             lookup=told.lookup,
-            scope_before=_scope_before(told, state),
+            scope_before=None if event.change_type == ChangeType.CREATE else _scope_before(told, state),
             scope_after=told.after.scope if told.after else None,
         )
         return record if _size(record) <= self._largest else _without_payload(record)

@@ -64,12 +64,13 @@ def _entering(record: Record) -> ChangeType:
 
 
 def _leaving(record: Record) -> Record:
-    """`location_id` goes with the later image: it may be the place that the entity has moved to."""
+    """`location_id` and `user_id` go with the later image: where the entity has moved to, and whose it is now."""
     return msgspec.structs.replace(
         record,
         change_type=ChangeType.DELETE,
         event=None,
         location_id=None,
+        user_id=None,
         after=None,
         delta=None,
         changed=None,

@@ -35,6 +35,7 @@ from cdc.feed.composer import NO_CONTEXT, Composer, Context, Drafter, Key, keys_
 from cdc.feed.event import translator
 from cdc.feed.options import EntityOptions, FeedOptions, Mask
 from cdc.feed.record import EntityState, Record
+from cdc.feed.visibility import Limits, view
 from cdc.postgres.row import UNCHANGED, encode_row
 from cdc.secret import Secret
 from cdc.sink import SinkContext
@@ -236,6 +237,15 @@ def test_scopes_follow_the_row() -> None:
     (deleted,) = told(delete("7"))
     assert (decoded(moved.scope_before), decoded(moved.scope_after)) == ({"branch": "north"}, {"branch": "south"})
     assert (decoded(deleted.scope_before), deleted.scope_after) == ({"branch": "south"}, None)
+
+
+def test_who_had_an_entity_before_it_was_deleted_hears_nothing_of_the_next() -> None:
+    told = of_postgres(scope=("branch",))
+    told(insert("7", "a", "north", "x"))
+    told(delete("7"))
+    (again,) = told(insert("7", "b", "south", "y"))
+    assert (again.scope_before, decoded(again.scope_after)) == (None, {"branch": "south"})
+    assert view(again, Limits(where={"branch": "north"})) is None
 
 
 def keyless() -> Table:

@@ -63,11 +63,11 @@ def test_what_enters_is_created_and_its_past_is_hidden() -> None:
 
 
 def test_what_leaves_is_deleted_and_its_future_is_hidden() -> None:
-    seen = view(change({"company_id": "ours"}, {"company_id": "theirs"}, lookup=True), OURS)
+    seen = view(change({"company_id": "ours"}, {"company_id": "theirs"}, lookup=True, user_id="their owner"), OURS)
     assert seen is not None
     assert (seen.change_type, seen.event_name, seen.before) == (DELETE, "deleted", b'{"company_id":"ours"}')
     assert (seen.after, seen.delta, seen.changed, seen.scope_after) == (None, None, None, None)
-    assert (seen.location_id, seen.lookup) == (None, False)
+    assert (seen.location_id, seen.user_id, seen.lookup) == (None, None, False)
 
 
 def test_created_and_deleted_as_they_are() -> None:
