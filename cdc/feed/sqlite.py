@@ -128,9 +128,10 @@ class _Session:
                 if exc.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_UNIQUE:
                     raise
                 self._connection.execute("ROLLBACK TO records")
-                return False
-            finally:
                 self._connection.execute("RELEASE records")
+                return False
+            # not after other errors: a full disk has ended the whole transaction, and there is no savepoint left
+            self._connection.execute("RELEASE records")
         return True
 
     def put_states(self, source: str, states: Sequence[EntityState]) -> None:

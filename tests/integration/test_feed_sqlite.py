@@ -144,3 +144,18 @@ def test_what_a_killed_writer_left_open_is_gone(place: Place) -> None:
         write(to, change(2), seq=2)
         assert [record.id for record in read_all(found)] == [1, 2]
     found.close()
+
+
+def test_a_full_disk_is_waited_for_whatever_it_hits(place: Place) -> None:
+    """SQLite ends the whole transaction then, savepoints included."""
+    with opened(place) as to:
+        connection = to._session._connection  # type: ignore[attr-defined]
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages + 10}")
+        with pytest.raises(TransientError, match="full"):
+            to.append([change(number, after=b'{"x":"%s"}' % (b"x" * 20_000)) for number in range(20)], [])
+        to.open()
+        write(to, change(1))
+    found = reader(place)
+    assert [record.id for record in read_all(found)] == [1]
+    found.close()
