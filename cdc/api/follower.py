@@ -100,19 +100,29 @@ class Follower(Thread):
             self._hand_over(self._restart, head)
             self._cursor = head
             self.located = True
-        elif head < self._cursor or any(each.through_id > self._cursor for each in self._reader.pruned().values()):
-            log.warning("the feed was replaced or pruned while it was away", cursor=self._cursor, head=head)
-            self._hand_over(self._restart, head)
-            self._cursor = head
+        elif head < self._cursor or self._was_removed():
+            self._lose_place(head)
 
     def _read(self) -> None:
         more = True
         while more and not self._ending.is_set():
             found = self._reader.scan(self._cursor, Wanted(), READ_RECORDS)
+            if self._was_removed():  # asked after the scan: that may have found what is left
+                self._lose_place(self._reader.head())
+                return
             if found.cursor > self._cursor:
                 self._hand_over(self._take, found.records, found.cursor)
                 self._cursor = found.cursor
             more = found.more
+
+    def _was_removed(self) -> bool:
+        """Whether something new is not there any more."""
+        return any(each.through_id > self._cursor for each in self._reader.pruned().values())
+
+    def _lose_place(self, head: int) -> None:
+        log.warning("the feed was replaced, or pruned before it was read", cursor=self._cursor, head=head)
+        self._hand_over(self._restart, head)
+        self._cursor = head
 
     def _listen(self, listener: Listener) -> None:
         until = time.monotonic() + TIMER_SECONDS

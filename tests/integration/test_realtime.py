@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,6 +160,7 @@ def test_subscriptions_of_one_client_are_limited(gateway: Gateway) -> None:
 
 def test_f104_gap_where_changes_were_removed(gateway: Gateway, source: Source, place: Place) -> None:
     source.commit(*(record("orders", each, recorded_at=each) for each in range(1, 6)))
+    wait_until(lambda: gateway.feed.ring.head == 5)
     pruner = writer(place, "pruner")
     pruner.prune(None, 2**51, 3)
     pruner.close()
@@ -274,6 +276,28 @@ def test_replaced_feed_ends_the_streams_and_their_cursors_have_a_gap() -> None:
             assert closed(client) == 1012
         with gateway.websocket() as client:
             assert subscribe(client, "orders", since={"orders": "5"})["type"] == "gap"
+
+
+def test_f104_what_is_removed_before_it_was_sent_is_a_gap() -> None:
+    memory = MemoryFeed()
+    source, pruner = Source(memory.writer("shop")), memory.writer("pruner")
+    source.commit(record("orders"))
+    with Gateway(Feed(memory.reader(), memory.writer(PUBLISHED))) as gateway:
+        scan = gateway.feed.reader.scan
+
+        def late(*args: Any) -> Any:
+            if memory.head == 3:
+                pruner.prune(None, 2**62, 10)
+            return scan(*args)
+
+        gateway.feed.reader.scan = late  # type: ignore[method-assign, assignment]
+        with gateway.websocket() as client:
+            subscribe(client, "orders")
+            source.commit(record("orders"), record("orders"))
+            assert closed(client) == 1012
+        source.commit(record("orders"))
+        with gateway.websocket() as client:
+            assert subscribe(client, "orders", since={"orders": "1"})["cursor"] == "3"
 
 
 def test_streams_end_with_the_service(gateway: Gateway) -> None:
