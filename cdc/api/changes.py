@@ -168,7 +168,7 @@ class _Search(msgspec.Struct, frozen=True):
     def first(self, since: str) -> _Page | Gap:
         """Look from where the client says. Raises `BadRequest` where that cannot be understood."""
         if not since:
-            return self._look(0)  # whatever is kept: nothing can be missing
+            return self._from_oldest()
         if since == "now":
             return _Page((), self.reader.head(), more=False)
         if since.isascii() and since.isdigit():
@@ -176,6 +176,12 @@ class _Search(msgspec.Struct, frozen=True):
         recorded_at = moment_of("since", since)
         page = self._look(self.reader.cursor_at(recorded_at))
         return find_gap_at(self.reader, recorded_at, self.wanted) or page
+
+    def _from_oldest(self) -> _Page:
+        """Whatever is kept: nothing can be missing, so what was removed before there was anything is passed over."""
+        page = self._look(0)
+        gap = None if page.changes or page.more else find_gap(self.reader, page.cursor, self.wanted)
+        return page if gap is None else _Page((), gap.cursor, more=True)
 
     def behind(self, cursor: int) -> _Page | Gap:
         """Look behind a cursor, and then whether something was removed before it could be seen."""

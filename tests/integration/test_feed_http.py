@@ -292,6 +292,17 @@ def test_f104_only_the_wanted_types_count(client: httpx.Client, source: Source) 
     assert ids(poll(client, since="1", channels="orders")) == [3]
 
 
+def test_f104_where_all_was_removed_nobody_who_begins_has_a_gap(client: httpx.Client, source: Source) -> None:
+    source.commit(record("orders"), record("clients"))
+    client.post(f"{POLL}/cleanup", json={"hoursToKeep": 0})
+    found = poll(client)
+    assert (found["changes"], found["cursor"]) == ([], "2")
+    assert poll(client, since=found["cursor"])["changes"] == []
+    assert poll(client, entityTypes="Orders")["cursor"] == "1"
+    source.commit(record("orders"))
+    assert ids(poll(client, since=found["cursor"])) == [3]
+
+
 def test_f104_a_cursor_of_another_feed_is_a_gap(client: httpx.Client, source: Source) -> None:
     source.commit(record("orders"), record("orders"))
     for beyond in ("3", str(2**63 - 1), "9" * 19):
