@@ -111,6 +111,8 @@ def _make_if_missing(path: Path, tables: Tables) -> None:
             connection.execute("PRAGMA journal_mode = WAL")
             schema = Path(__file__).with_name("sqlite.sql").read_text(encoding="utf-8")
             connection.executescript(f"BEGIN; {schema.format(**msgspec.structs.asdict(tables))} COMMIT")
+        for left in ("-wal", "-shm"):  # of a file that was moved away: SQLite would take its rows for ours
+            path.with_name(path.name + left).unlink(missing_ok=True)
         unfinished.replace(path)
         _sync(path.parent)
 

@@ -159,3 +159,14 @@ def test_a_full_disk_is_waited_for_whatever_it_hits(place: Place) -> None:
     found = reader(place)
     assert [record.id for record in read_all(found)] == [1]
     found.close()
+
+
+def test_a_log_without_its_file_does_not_come_into_the_next_one(place: Place) -> None:
+    with opened(place) as killed:  # not closed: its log is not in the file yet
+        write(killed, change(1), change(2))
+        place.file.unlink()
+        with opened(place) as to:
+            write(to, change(3))
+            found = reader(place)
+            assert [(record.id, record.entity_id) for record in read_all(found)] == [(1, "3")]
+            found.close()
