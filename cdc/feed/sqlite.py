@@ -18,7 +18,16 @@ from cdc.feed.bell import bell_of
 from cdc.feed.cache import Key
 from cdc.feed.place import Place
 from cdc.feed.record import EntityState, Record, iso_time
-from cdc.feed.sqlite_file import CODEC, check_file, microseconds, open_reading, open_writing, translated
+from cdc.feed.sqlite_file import (
+    CODEC,
+    check_file,
+    identity,
+    microseconds,
+    open_reading,
+    open_writing,
+    removed,
+    translated,
+)
 from cdc.feed.sqlite_reader import SqliteReader as Reader
 from cdc.feed.tables import COLUMNS, tables_of
 from cdc.feed.writer import Locked, Session, StoreWriter
@@ -87,10 +96,11 @@ class _Session:
         names = {**msgspec.structs.asdict(tables), "columns": columns, "places": ", ".join("?" * len(COLUMNS))}
         self._sql = {name: query.format(**names) for name, query in _QUERIES.items()}
         self._connection = open_writing(self._path, tables)
+        self._identity = identity(self._path)
 
     def alive(self) -> bool:
-        """A file does not go away."""
-        return True
+        """Whether the file is still the one that readers find."""
+        return identity(self._path) == self._identity
 
     def take_over(self, source: str) -> Position | None:
         """The stored position of a source."""
@@ -100,6 +110,8 @@ class _Session:
 
     def lock(self, source: str) -> Locked:
         """Begin a transaction that may write."""
+        if not self.alive():  # nobody would ever read what goes there
+            raise removed(self._path)
         with translated(self._path):
             self._connection.execute("BEGIN IMMEDIATE")
             head, recorded_at = self._connection.execute(self._sql["head"]).fetchone()

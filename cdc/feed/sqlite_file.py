@@ -66,6 +66,20 @@ def open_reading(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def identity(path: Path) -> tuple[int, int] | None:
+    """Which file has that name now; `None` where there is none. One that is removed is still there for who has it."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def removed(path: Path) -> TransientError:
+    """For a file that was removed or replaced while it was in use."""
+    return TransientError(f"{path} was removed while it was in use", hint="never remove or replace it beside a daemon")
+
+
 def check_file(connection: sqlite3.Connection, path: Path, tables: Tables) -> None:
     """Raise `FatalError` unless the file holds this feed, in the format of this version."""
     query = "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name = ?"

@@ -13,7 +13,7 @@ import msgspec
 from cdc.feed.bell import bell_of
 from cdc.feed.place import Place
 from cdc.feed.record import Pruned, Record, iso_time
-from cdc.feed.sqlite_file import CODEC, check_file, open_reading, translated
+from cdc.feed.sqlite_file import CODEC, check_file, identity, open_reading, removed, translated
 from cdc.feed.store import Scan, Wanted
 from cdc.feed.tables import COLUMNS, Window, rows_to_look_at, tables_of
 
@@ -43,6 +43,7 @@ class SqliteReader:
         self._path = place.file
         self._place = place
         self._idle: list[sqlite3.Connection] = []
+        self._identity = identity(self._path)
         names = {**msgspec.structs.asdict(self._tables), "columns": ", ".join(f'"{name}"' for name in COLUMNS)}
         self._sql = {name: query.format(**names) for name, query in _QUERIES.items()}
 
@@ -106,6 +107,10 @@ class SqliteReader:
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection: there are as many as threads ever read at the same time."""
         with translated(self._path):
+            found = identity(self._path)
+            if found != self._identity:
+                self.close()
+                self._identity = found
             try:
                 connection = self._idle.pop()
             except IndexError:
@@ -115,7 +120,10 @@ class SqliteReader:
             except BaseException:
                 connection.close()
                 raise
-            self._idle.append(connection)
+            if found == self._identity:
+                self._idle.append(connection)
+            else:
+                connection.close()
 
 
 class SqliteListener:
@@ -125,6 +133,7 @@ class SqliteListener:
         self._path = place.file
         self._bell = bell_of(place)
         self._connection = connection
+        self._identity = identity(self._path)
         self._rung = self._bell.rung
         self._version = self._data_version()
 
@@ -132,6 +141,8 @@ class SqliteListener:
         """Return when something was committed since the last call, or after the time-out: then False."""
         deadline = time.monotonic() + timeout_seconds
         while True:
+            if identity(self._path) != self._identity:
+                raise removed(self._path)
             rung, version = self._bell.rung, self._data_version()
             if (rung, version) != (self._rung, self._version):
                 self._rung, self._version = rung, version

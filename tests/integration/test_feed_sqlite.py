@@ -16,7 +16,7 @@ import pytest
 from cdc.errors import FatalError, PermanentError, TransientError
 from cdc.feed.place import Place, reader, writer
 from cdc.position import Position
-from tests.feed_stores import START, change, opened, place_at, read_all, state, write
+from tests.feed_stores import START, change, event, opened, place_at, read_all, state, write
 
 
 @pytest.fixture
@@ -170,3 +170,24 @@ def test_a_log_without_its_file_does_not_come_into_the_next_one(place: Place) ->
             found = reader(place)
             assert [(record.id, record.entity_id) for record in read_all(found)] == [(1, "3")]
             found.close()
+
+
+def test_a_file_that_is_removed_is_noticed(place: Place) -> None:
+    with opened(place) as to, opened(place, "other") as other:
+        write(to, change(1))
+        found = reader(place)
+        with found.listen() as listener:
+            assert len(read_all(found)) == 1
+            for file in place.directory.iterdir():
+                file.unlink()
+            with pytest.raises(TransientError, match="removed"):
+                write(to, change(2), seq=2)
+            with pytest.raises(TransientError, match="no feed"):
+                read_all(found)
+            with pytest.raises(TransientError, match="removed"):
+                listener.wait(1)
+        assert to.open() is None, "a new feed, in which nobody has begun"
+        published = other.publish(event("p"))
+        assert published is not None
+        assert [record.id for record in read_all(found)] == [1]
+        found.close()
