@@ -40,6 +40,9 @@ _JSON: Final = ("before", "after", "delta", "scope_before", "scope_after")
 _MAX_DEPTH: Final = 90
 """Servers take 100."""
 
+_MAX_EMBEDDED_BYTES: Final = 2 * 1024**2
+"""Small numbers take six times the room as BSON. Servers take 16 MiB, and up to 8 there may be as text beside it."""
+
 _INDEXES: Final = (
     IndexModel([("source", ASCENDING), ("position", ASCENDING)], name="source", unique=True),
     IndexModel([("entity_type", ASCENDING), ("entity_id", ASCENDING), ("_id", ASCENDING)], name="history"),
@@ -172,6 +175,8 @@ def _embedded(text: Json) -> tuple[RawBSONDocument | None, bool]:
         value = _decode_json(text)
         document = RawBSONDocument(bson.encode(value))
     except (msgspec.DecodeError, BSONError, TypeError, OverflowError, ValueError):
+        return None, False
+    if len(document.raw) > _MAX_EMBEDDED_BYTES:
         return None, False
     return document, _encode_json(value) == text
 

@@ -496,8 +496,8 @@ def test_f107_bad_histories(standing: httpx.Client, path: str) -> None:
     [
         {"channel": 1}, {"channel": ""}, {"channel": "a,b"}, {"channel": "*"}, {"channel": "a\n"},
         {"event": "cursor"}, {"event": "gap"}, {"event": "error"}, {"event": "a\nb"}, {"event": "a\n"}, {"event": ""},
-        {"id": None}, {"id": ""}, {"id": "\0"}, {"id": "ü" * 751}, {"data": []}, {"data": "x"}, {"data": None}, {"userId": "\0"},
-        {"x": 1},
+        {"id": None}, {"id": ""}, {"id": "\0"}, {"id": "ü" * 751}, {"data": []}, {"data": "x"}, {"data": None},
+        {"userId": "\0"}, {"x": 1},
     ],
 )  # fmt: skip
 def test_f107_bad_events(standing: httpx.Client, event: dict[str, Any]) -> None:

@@ -44,6 +44,14 @@ def test_the_collection_is_for_people_too(place: Place, mongo_database: MongoDat
     assert found["changed_at_micros"] == 1
 
 
+def test_what_grows_as_a_document_is_kept_as_text(place: Place, feed: FeedReader) -> None:
+    many = b'{"n":[' + b",".join([b"0"] * 1_000_000) + b"]}"
+    with opened(place) as to:
+        write(to, change(1, before=many, after=many))
+    (record,) = read_all(feed)
+    assert record.after == record.before == many
+
+
 def test_a_standalone_server_is_refused(new_stand_in: NewStandIn, tmp_path: Path) -> None:
     server = new_stand_in("--standalone")
     with pytest.raises(FatalError, match="standalone") as caught:
