@@ -18,7 +18,7 @@ from cdc.change import TableName
 from cdc.errors import ConfigError
 from cdc.http_config import Http
 from cdc.secret import Secret, Token, from_file
-from cdc.urls import KINDS, MONGODB, POSTGRES, backup_of, database_of, hosts_of, kind_of, redact
+from cdc.urls import KINDS, MONGODB, POSTGRES, backup_of, database_of, hosts_of, kind_of, redact, same_postgres_database
 
 __all__ = ["Config", "Http", "Secret", "Token", "load", "parse", "redact"]  # with what is written in terms of it
 
@@ -142,11 +142,11 @@ class SinkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if self.is_mirror or self.url is None or source.url is None:
             return
         ours, theirs = self.url.reveal(), source.url.reveal()
-        if kind_of(ours) != source.kind or not hosts_of(ours) & hosts_of(theirs):
+        if kind_of(ours) != source.kind:
             return
-        if source.kind == MONGODB:
+        if source.kind == MONGODB and hosts_of(ours) & hosts_of(theirs):
             database = database_of(ours) or "cdc"
-        elif database_of(ours) == database_of(theirs):
+        elif source.kind == POSTGRES and same_postgres_database(ours, theirs):
             database = "public"
         else:
             return

@@ -40,6 +40,31 @@ def hosts_of(url: str) -> frozenset[str]:
     return frozenset(re.sub(r"^(localhost|127\.[\d.]+|\[::1\])(?=:|$)", "localhost", host) for host in with_ports)
 
 
+def same_postgres_database(one: str, other: str) -> bool:
+    """Whether two connection strings, of whatever form, name one database of one server."""
+    places, others = _postgres_places(one), _postgres_places(other)
+    return bool(places & others)
+
+
+def _postgres_places(url: str) -> frozenset[tuple[str, str, str]]:
+    """Hosts, with port and database: as libpq takes them, which is not always where an URL has them."""
+    from psycopg import ProgrammingError  # noqa: PLC0415 - libpq is loaded only for those who have PostgreSQL
+    from psycopg.conninfo import conninfo_to_dict  # noqa: PLC0415
+
+    try:
+        found = {name: str(value) for name, value in conninfo_to_dict(url).items() if value}
+    except ProgrammingError:
+        return frozenset()
+    ports = found.get("port", "5432").split(",")
+    database = found.get("dbname", found.get("user", ""))
+    places = set()
+    for number, host in enumerate(found.get("host", found.get("hostaddr", "")).lower().split(",")):
+        # a socket, of whatever folder, is this machine's
+        own = not host or host.startswith(("/", "@")) or re.fullmatch(r"localhost|127\.[\d.]+|::1", host)
+        places.add(("localhost" if own else host, ports[number % len(ports)] or "5432", database))
+    return frozenset(places)
+
+
 def backup_of(url: str) -> str | None:
     """The URL with `_backup` behind the database name; `None` where it names none. Raises `ValueError`."""
     parts = urlsplit(url)

@@ -259,3 +259,23 @@ def test_f98_what_is_refused_is_parked_on_mongodb_and_stops_postgres(tmp_path: P
         f'{postgres}on_error = "park"\n', tmp_path
     )
     refusal(f'{postgres}on_error = "ignore"\n', tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "feed", "same"),
+    [
+        ("postgresql://h/shop", "postgres://H:5432/shop", True),
+        ("postgresql:///shop", "postgresql:///shop", True),
+        ("postgresql:///shop", "postgresql://127.0.0.1/shop", True),
+        ("postgresql://u@/shop?host=/run/postgresql", "postgresql://localhost/shop", True),
+        ("host=h dbname=shop", "postgresql://h/shop", True),
+        ("postgresql://a,b/shop", "postgresql://b/shop", True),
+        ("postgresql://h/shop", "postgresql://h:5433/shop", False),
+        ("postgresql://h/shop", "postgresql://h/feeds", False),
+        ("host=a dbname=shop", "host=b dbname=shop", False),
+    ],
+)
+def test_a_feed_in_its_own_source_is_not_captured_however_it_is_written(source: str, feed: str, same: bool) -> None:
+    raw = {"sources": {"shop": {"url": source}}, "sinks": {"c": {"kind": "data_changes", "from": "shop", "url": feed}}}
+    config = parse(raw, {}, options_of=options_of)
+    assert bool(config.own_tables(config.sources["shop"])) == same
