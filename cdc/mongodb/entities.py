@@ -20,9 +20,9 @@ from bson.errors import BSONError
 from bson.objectid import ObjectId
 
 from cdc.change import DDL, DELETE, INSERT, UPDATE, Change, Ddl, Delta, Image, Table, TableName
-from cdc.errors import DecodeError
+from cdc.errors import ConfigError, DecodeError
 from cdc.feed.event import Event, Told, View, bounded, masked, masked_text
-from cdc.feed.options import Entity, FeedOptions
+from cdc.feed.options import Entity, EntityOptions, FeedOptions
 from cdc.feed.record import ALL, ChangeType, EntityState, Json
 from cdc.mongodb.equality import key_bytes
 from cdc.mongodb.event import renamed_to
@@ -52,6 +52,8 @@ class EntityTranslator:
     """Translates MongoDB's changes."""
 
     def __init__(self, options: FeedOptions, context: SinkContext) -> None:
+        """Raises `ConfigError` where a part of a field shall be hidden: all of it would be shown."""
+        _check_hidden(options)
         self._options = options
         # documents as they were right after an update, and no lookups
         self._post_images = context.source is not None and context.source.full_document in _POST_IMAGES
@@ -258,6 +260,16 @@ class _Form:
         if mask is None or value is None:
             return value
         return msgspec.json.decode(masked((_text(value) or "").encode(), mask))
+
+
+def _check_hidden(options: FeedOptions) -> None:
+    for table, entity in options.entities.items():
+        if isinstance(entity, EntityOptions):
+            for name in (*entity.exclude, *entity.mask, *(entity.columns or ())):
+                if "." in name:
+                    raise ConfigError(
+                        f'entities."{table}": {name!r} is only a part of a field', hint=f"name {root(name, {})!r}"
+                    )
 
 
 _POST_IMAGES: Final = ("whenAvailable", "required")

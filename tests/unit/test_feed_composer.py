@@ -471,6 +471,15 @@ def test_contradictions_are_refused(entities: dict[str, Any], words: str) -> Non
         FeedOptions(entities=entities)
 
 
+@pytest.mark.parametrize(
+    "entity", [{"exclude": ("card.number",)}, {"mask": {"card.number": "redact"}}, {"columns": ("card.number",)}]
+)
+def test_nobody_is_led_to_believe_that_a_part_of_a_field_is_hidden(entity: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"card\.number"):
+        of_mongodb(entities={"ordersDB.orders": EntityOptions(**entity)})
+    of_postgres(entities={"public.orders": EntityOptions(**entity)})  # a column may have that name
+
+
 def test_a_type_is_kept_for_its_own_time() -> None:
     options = FeedOptions(entities={"a.x": EntityOptions(type="Order", retention="never"), "a.y": "Product"})
     assert options.retentions == {"Order": None, "Product": 86400.0}
