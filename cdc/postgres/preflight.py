@@ -18,6 +18,7 @@ from cdc.errors import FatalError
 from cdc.position import Lsn
 from cdc.postgres.connection import Connection, connect
 from cdc.postgres.dump import pg_dump_version
+from cdc.postgres.preflight_feed import check_feeds
 from cdc.postgres.preflight_server import (
     check_fsync,
     check_pooler,
@@ -172,6 +173,7 @@ def _check_configured_names(view: _SourceView) -> Iterator[Finding]:
         for unknown in sorted(set(sink.tables) - names):
             message = f'sinks.{sink.name}.tables."{unknown}" names no captured table'
             yield Finding("warning", unknown, message, "correct it (schema.table), or include the table")
+    yield from check_feeds(view.config, view.source, {table.name: table for table in view.tables})
 
 
 def _check_reading(view: _SourceView) -> Iterator[Finding]:

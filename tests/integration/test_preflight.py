@@ -18,6 +18,7 @@ from cdc.postgres.connection import connect
 from cdc.postgres.preflight import check_sink, check_source
 from cdc.postgres.slot import create_slot
 from cdc.preflight import Finding, collect
+from sinks import options_of
 from tests.conftest import NewDatabase
 from tests.processes import wait_until
 from tests.servers import Database, PostgresServer
@@ -37,6 +38,12 @@ def configured(
 
 def of_source(url: str, **settings: Any) -> list[Finding]:
     config = configured(url, **settings)
+    return list(check_source(config, config.sources["shop"]))
+
+
+def of_feed(source: Database, entities: dict[str, Any]) -> list[Finding]:
+    sink = {"kind": "data_changes", "from": "shop", "entities": entities}
+    config = parse({"sources": {"shop": {"url": source.url}}, "sinks": {"c": sink}}, {}, options_of=options_of)
     return list(check_source(config, config.sources["shop"]))
 
 
@@ -387,6 +394,23 @@ def test_names_that_fit_nothing(source_db: Database) -> None:
     config = configured(source_db.url, source_db.url, options={"tables": {"public.tt": {"columns": ["id"]}}})
     findings = list(check_source(config, config.sources["shop"]))
     assert about(findings, "public.tt").level == "warning"
+
+
+@pytest.mark.parametrize(
+    ("entity", "level", "words"),
+    [
+        ({"exclude": ["nots"]}, "error", "hides columns that are not there: nots"),
+        ({"mask": {"emial": "redact"}}, "error", "hides columns that are not there: emial"),
+        ({"columns": ["id", "nam"]}, "warning", "names columns that are not there: nam"),
+        ({"location": "bransh"}, "warning", "names columns that are not there: bransh"),
+    ],
+)
+def test_columns_of_entities_that_fit_nothing(source_db: Database, entity: Any, level: str, words: str) -> None:
+    source_db.execute(KEY)
+    found = of_feed(source_db, {"public.t": entity, "public.tt": "T"})
+    assert (about(found, 'sinks.c.entities."public.t"').level) == level
+    assert about(found, 'sinks.c.entities."public.t"').message == words
+    assert about(found, 'sinks.c.entities."public.tt"').level == "warning"
 
 
 def test_pg_dump_missing_or_too_old(source_db: Database, target_db: Database, tmp_path: Path) -> None:
