@@ -143,8 +143,11 @@ class MemoryWriter:
         return sorted({record.entity_type for record in self._feed.records})
 
     def forget(self) -> None:
-        """Remove the position."""
+        """Remove the position, and what is known."""
         self._feed.positions.pop(self._source, None)
+        for key, state in self._feed.states.items():
+            if key[0] == self._source:
+                self._feed.states[key] = replace(state, known=None)
 
     def close(self) -> None:
         """Drop what was not committed."""

@@ -42,6 +42,7 @@ _QUERIES: Final = {
     "move": """INSERT INTO {positions} VALUES (?, ?, ?, ?) ON CONFLICT (source)
         DO UPDATE SET queue_id = excluded.queue_id, seq = excluded.seq, position = excluded.position""",
     "forget": "DELETE FROM {positions} WHERE source = ?",
+    "doubt": "UPDATE {entities} SET known = NULL WHERE source = ? AND known IS NOT NULL",
     "state": """SELECT entity_type, key, version, location_id, scope, known FROM {entities}
         WHERE source = ? AND entity_type = ? AND key = ?""",
     "put_state": """INSERT INTO {entities} VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (source, entity_type, key)
@@ -197,9 +198,12 @@ class _Session:
             return [name for (name,) in self._connection.execute(self._sql["types"])]
 
     def forget(self, source: str) -> None:
-        """Remove a source's position."""
+        """Remove a source's position, and the documents that are known of it."""
         with translated(self._path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute(self._sql["doubt"], [source])
             self._connection.execute(self._sql["forget"], [source])
+            self._connection.execute("COMMIT")
 
     def close(self) -> None:
         """Disconnect."""

@@ -81,7 +81,10 @@ class FeedWriter(Protocol):
         ...
 
     def forget(self) -> None:
-        """Remove this source's position; what it wrote stays."""
+        """Remove this source's position; what it wrote stays.
+
+        Entities keep their versions and scopes, but no `known`: it may change before the source begins again.
+        """
         ...
 
     def close(self) -> None:

@@ -91,7 +91,7 @@ class Session(Protocol):
         ...
 
     def forget(self, source: str) -> None:
-        """Remove a source's position. Durable."""
+        """Remove a source's position, and `EntityState.known` of its entities. Durable."""
         ...
 
     def close(self) -> None:
@@ -202,7 +202,7 @@ class StoreWriter(ABC):
             return session.entity_types()
 
     def forget(self) -> None:
-        """Remove this source's position; what it wrote stays."""
+        """Remove this source's position, and the documents that are known; what it wrote stays."""
         with self._beside() as session:
             session.forget(self._source)
         self._position = None

@@ -199,8 +199,10 @@ class _Session:
             return sorted(self._collections.main.distinct("entity_type"))
 
     def forget(self, source: str) -> None:
-        """Remove a source's position."""
+        """Remove the documents that are known of a source, then its position: a drop that is killed is done again."""
+        known = {"_id.source": source, "known": {"$ne": None}}
         with translated_errors():
+            self._collections.entities.update_many(known, {"$set": {"known": None}})
             self._collections.positions.delete_one({"_id": source})
 
     def close(self) -> None:

@@ -58,7 +58,9 @@ _QUERIES: Final = {
     "now": "SELECT clock_timestamp()",
     "move": """INSERT INTO {positions} VALUES (%s, %s, %s, %s) ON CONFLICT (source)
         DO UPDATE SET queue_id = excluded.queue_id, seq = excluded.seq, position = excluded.position""",
-    "forget": "DELETE FROM {positions} WHERE source = %s",
+    "forget": """WITH doubted AS (
+            UPDATE {entities} SET known = NULL WHERE source = %(source)s AND known IS NOT NULL)
+        DELETE FROM {positions} WHERE source = %(source)s""",
     "states": """SELECT entity_type, key, version, location_id, scope, known
         FROM unnest(%b::text[], %b::bytea[]) AS wanted (entity_type, key) JOIN {entities} USING (entity_type, key)
         WHERE source = %s""",
@@ -255,9 +257,9 @@ class _Session:
             return [name for (name,) in self._connection.execute(self._sql["types"]).fetchall()]
 
     def forget(self, source: str) -> None:
-        """Remove a source's position."""
+        """Remove a source's position, and the documents that are known of it."""
         with translated_errors():
-            self._connection.execute(self._sql["forget"], [source])
+            self._connection.execute(self._sql["forget"], {"source": source})
 
     def close(self) -> None:
         """Disconnect."""

@@ -247,6 +247,23 @@ def test_states_are_kept_whatever_their_keys(place: Place) -> None:
         assert other.states(list(wanted)) == {}
 
 
+def test_who_forgets_a_position_knows_no_documents_either(place: Place) -> None:
+    """They may change before it begins again; versions and scopes are needed all the same."""
+    told = state(1, 7, scope=b"{}", known=b"document")
+    with opened(place) as to, opened(place, "other") as other:
+        for each in (to, other):
+            patiently(lambda each=each: each.append([], [told]))  # type: ignore[misc]
+            each.commit(Position("q", 1, 2))
+        to.forget()
+        assert to.open() is None
+        to.begin(START)
+        key = (told.entity_type, told.key)
+        assert to.states([key]) == {key: msgspec.structs.replace(told, known=None)}
+        to.close()
+        other.open()
+        assert other.states([key]) == {key: told}
+
+
 # order
 
 
