@@ -19,7 +19,7 @@ from cdc.api.operation import operation
 from cdc.api.principal import PRINCIPAL, Principal
 from cdc.api.requests import BadRequest, read_body, read_headers
 from cdc.api.responses import answer
-from cdc.feed.event import MAX_NAME_BYTES, bounded
+from cdc.feed.event import MAX_NAME_BYTES
 from cdc.feed.record import EVENTS, PUBLISHED, ChangeType, Record
 from cdc.feed.visibility import view
 
@@ -105,7 +105,7 @@ class Publish:
 def _record(event: Event, position: str) -> Record:
     """Its scope is what it says about itself, before as after: whoever may see it knew of the entity already."""
     data = _object(event)
-    if bounded(event.id) != event.id:
+    if len(event.id.encode()) > MAX_NAME_BYTES:
         raise BadRequest(f"id: more than {MAX_NAME_BYTES} bytes in UTF-8")
     change_type = _TYPES.get(event.event, ChangeType.EVENT)
     return Record(

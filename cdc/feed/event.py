@@ -11,7 +11,7 @@ import msgspec
 
 from cdc.change import Change, Table, TableName
 from cdc.feed.options import FeedOptions, Mask
-from cdc.feed.record import ChangeType, EntityState, Json
+from cdc.feed.record import ALL, ChangeType, EntityState, Json
 from cdc.sink import SinkContext
 
 MAX_NAME_BYTES: Final = 1_500
@@ -94,7 +94,12 @@ def masked_text(text: bytes, mask: Mask) -> str:
 
 
 def bounded(name: str) -> str:
-    """A name that every store can index (PostgreSQL to 2,704 bytes in all): of a longer one a digest of it, too."""
+    """A name that every store can index (PostgreSQL to 2,704 bytes in all): of a longer one a digest of it, too.
+
+    And none that means all entities.
+    """
+    if name == ALL:
+        return f'"{ALL}"'
     if len(name) * 4 <= MAX_NAME_BYTES or len(name.encode()) <= MAX_NAME_BYTES:
         return name
     return f"{name[:BEGINNING]}... sha256:{hashlib.sha256(name.encode()).hexdigest()}"

@@ -273,6 +273,16 @@ def test_a_masked_key_is_masked_in_the_name_of_its_entity(mask: Mask) -> None:
     assert told(insert("secret", "tea", "north", None))[0].version == 3, "entities stay apart, whatever they are called"
 
 
+def test_nothing_but_all_entities_is_called_a_star() -> None:
+    told = of_postgres()
+    (created,) = told(insert("*", "tea", "north", None))
+    (deleted,) = told(delete("*"))
+    (truncated,) = told(Change(TRUNCATE, 0, None, None, None, Truncate((0,), False, False)))
+    assert [each.entity_id for each in (created, deleted, truncated)] == ['"*"', '"*"', "*"]
+    key = bson.encode({"_id": "*"})
+    assert of_mongodb()(Change(DELETE, 0, key, None, None), table=ORDERS)[0].entity_id == '"*"'
+
+
 def test_names_fit_into_an_index() -> None:
     told = of_postgres()
     first, second = (told(insert("x" * 3000 + end, "a", "n", "x"))[0].entity_id for end in "ab")
