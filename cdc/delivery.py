@@ -127,7 +127,7 @@ class Delivery:
         if stored is None:
             raise ResyncRequired(
                 f"the target of sink {self._sink.name} has no position: it was emptied, or never filled",
-                hint=f"`cdc drop {self._sink.name}`, then `cdc run`: it is copied again",
+                hint=f"`cdc drop {self._sink.name}`, then `cdc run`: a mirror is copied again, a feed begins anew",
             )
         after = self._queue.seek(stored)
         cursor = self._queue.cursor(self._sink.name)

@@ -18,6 +18,10 @@ from cdc.sink import SinkContext
 
 _encode: Final = msgspec.json.Encoder().encode
 
+_BOOL: Final = 16
+_BPCHAR: Final = 1042
+"""`char(n)`, which is filled up with blanks."""
+
 
 class EntityTranslator:
     """Translates PostgreSQL's changes."""
@@ -88,7 +92,8 @@ class _Shape:
         if not self._keys:  # named by what is shown of it: all else is nobody's to see
             self._keys = [(column.index, column.mask) for column in self._columns]
         self._location, self._user = at.get(entity.location), at.get(entity.user)
-        self._scope = [(_encode(name) + b":", at[name]) for name in entity.scope if name in at]
+        oids = {column.name: column.type_oid for column in table.columns}
+        self._scope = [(_encode(name) + b":", at[name], oids[name]) for name in entity.scope if name in at]
 
     def event(self, kind: ChangeType, *, before: Row | None = None, after: Row | None = None) -> Event:
         """An event about the row that is given."""
@@ -145,7 +150,7 @@ class _Shape:
             shown=b"{%s}" % b",".join(self._shown(row)),
             location_id=_text(row, self._location),
             user_id=_text(row, self._user),
-            scope=b"{%s}" % b",".join([name + _json_text(row[index]) for name, index in self._scope])
+            scope=b"{%s}" % b",".join([name + _plain(row[index], type_oid) for name, index, type_oid in self._scope])
             if self._scope
             else None,
         )
@@ -189,5 +194,10 @@ def _joined(values: Sequence[Value]) -> str:
     return bounded(texts[0] if len(texts) == 1 and isinstance(texts[0], str) else _encode(texts).decode())
 
 
-def _json_text(value: bytes | bool | None) -> Json:
-    return b"null" if value is None or isinstance(value, bool) else text(value)
+def _plain(value: Value, type_oid: int) -> Json:
+    """A value as a person writes it who limits a token to it: as a JSON string."""
+    if not isinstance(value, bytes):
+        return b"null"
+    if type_oid == _BOOL:
+        return b'"true"' if value == b"t" else b'"false"'
+    return text(value.rstrip(b" ") if type_oid == _BPCHAR else value)

@@ -290,6 +290,15 @@ def test_names_fit_into_an_index() -> None:
     assert len(first) < 1000
 
 
+def test_scopes_are_as_people_write_them() -> None:
+    table = Table(
+        "public", "flags", tuple(Column(*c) for c in (("id", 23, True), ("on", 16, False), ("c", 1042, False)))
+    )
+    told = of_postgres(scope=("on", "c"))
+    assert decoded(told(insert("1", "t", "ab  "), table=table)[0].scope_after) == {"on": "true", "c": "ab"}
+    assert decoded(told(insert("2", "f", None), table=table)[0].scope_after) == {"on": "false", "c": None}
+
+
 # MongoDB
 
 
