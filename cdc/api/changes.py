@@ -178,10 +178,10 @@ class _Search(msgspec.Struct, frozen=True):
         return find_gap_at(self.reader, recorded_at, self.wanted) or page
 
     def _from_oldest(self) -> _Page:
-        """Whatever is kept: nothing can be missing, so what was removed before there was anything is passed over."""
+        """Whatever is kept: nothing can be missing. What was removed behind the last is passed over, too."""
+        head = self.reader.head()  # first: what is committed or removed after the look is not to be skipped
         page = self._look(0)
-        gap = None if page.changes or page.more else find_gap(self.reader, page.cursor, self.wanted)
-        return page if gap is None else _Page((), gap.cursor, more=True)
+        return page if page.more else msgspec.structs.replace(page, cursor=max(page.cursor, head))
 
     def behind(self, cursor: int) -> _Page | Gap:
         """Look behind a cursor, and then whether something was removed before it could be seen."""
