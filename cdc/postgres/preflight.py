@@ -264,7 +264,7 @@ def _check_left_out(view: _SourceView) -> Iterator[Finding]:
 
 
 def _check_pg_dump(view: _SourceView) -> Iterator[Finding]:
-    if not view.config.sinks_of(view.source.name):
+    if not view.config.mirrors_of(view.source.name):
         return
     major, minor = pg_dump_version(view.source.pg_dump)
     server = view.connection.info.server_version // 10000

@@ -423,6 +423,16 @@ def test_pg_dump_missing_or_too_old(source_db: Database, target_db: Database, tm
         assert message in only_error(list(check_source(config, config.sources["shop"])), "pg_dump").message
 
 
+def test_pg_dump_is_for_mirrors_only(source_db: Database, tmp_path: Path) -> None:
+    source_db.execute(KEY)
+    source = {"url": source_db.url, "pg_dump": str(tmp_path / "none")}
+    raw = {"sources": {"shop": source}, "sinks": {"feed": {"kind": "data_changes", "from": "shop"}}}
+    config = parse(raw, {}, options_of=options_of)
+    findings = list(check_source(config, config.sources["shop"]))
+    assert errors(findings) == []
+    assert not any(finding.subject == "pg_dump" for finding in findings)
+
+
 def test_f39_encodings(source_db: Database, target_db: Database) -> None:
     """UTF8 takes everything; into LATIN1 not every character fits; SQL_ASCII checks nothing."""
     levels = {}
