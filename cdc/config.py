@@ -278,9 +278,8 @@ def _expand(value: Any, environment: Mapping[str, str], key: str) -> Any:
             return "$"
         name = match[1]
         if name not in environment:
-            raise ConfigError(
-                f"{key}: environment variable {name} is not set", hint=f"export {name}, or write $$ for $"
-            )
+            # no colon behind the key: what follows `token:` would be struck out as a secret
+            raise ConfigError(f"{key} needs the environment variable {name}", hint=f"export {name}, or write $$ for $")
         return environment[name]
 
     return re.sub(r"\$\$|\$\{([A-Za-z_][A-Za-z0-9_]*)\}", replace, value)

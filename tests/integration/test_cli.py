@@ -37,7 +37,10 @@ def test_usage_errors_exit_with_2(cdc: Cdc, arguments: list[str]) -> None:
     [
         ("[daemon]\nnonsense = 1\n", r"cdc\.toml: daemon: .*nonsense"),
         ("[sources.shop]\nurl = 5\n", r"cdc\.toml: sources\.shop\.url: Expected `str`, got `int`"),
-        ("[sources.shop]\nurl = '${NOT_THERE}'\n", r"cdc\.toml: sources\.shop\.url: environment variable NOT_THERE"),
+        (
+            "[sources.shop]\nurl = '${NOT_THERE}'\n",
+            r"cdc\.toml: sources\.shop\.url needs the environment variable NOT_THERE",
+        ),
         ("[sources.shop\n", r"cdc\.toml: not valid TOML"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin
 import msgspec
 import pytest
 
+from cdc import logs
 from cdc.change import TableName
 from cdc.config import Config, Secret, SinkConfig, load, parse, redact
 from cdc.errors import ConfigError
@@ -103,6 +104,15 @@ def test_every_option_of_the_example_says_why() -> None:
         before = line
 
 
+def test_a_missing_variable_is_named_as_such_in_the_log(tmp_path: Path) -> None:
+    """What stands behind `token:` is struck out of whatever is printed."""
+    file = tmp_path / "cdc.toml"
+    file.write_text(MINIMAL + "[[http.tokens]]\nname = 'a'\ntoken = '${CDC_T}'\nscopes = ['admin']\n")
+    with pytest.raises(ConfigError) as caught:
+        load(file, {})
+    assert logs.redact(str(caught.value)).endswith("http.tokens.token needs the environment variable CDC_T")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -148,7 +158,7 @@ def test_two_dollars_are_one(tmp_path: Path) -> None:
 
 def test_f112_missing_variable_is_named(tmp_path: Path) -> None:
     text = "[sources.shop]\nurl = '${NOT_THERE}'\n"
-    assert refusal(text, tmp_path) == "sources.shop.url: environment variable NOT_THERE is not set"
+    assert refusal(text, tmp_path) == "sources.shop.url needs the environment variable NOT_THERE"
 
 
 def test_secrets_from_files(tmp_path: Path) -> None:
