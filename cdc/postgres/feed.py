@@ -50,7 +50,11 @@ SETTINGS: Final = {
 }
 
 _MAY_CREATE: Final = """SELECT CASE WHEN EXISTS (SELECT FROM pg_namespace WHERE nspname = %(schema)s)
-    THEN has_schema_privilege(%(schema)s, 'CREATE') ELSE has_database_privilege(current_database(), 'CREATE') END"""
+    THEN has_schema_privilege(%(schema)s, 'CREATE') ELSE has_database_privilege(current_database(), 'CREATE') END,
+    format(CASE WHEN EXISTS (SELECT FROM pg_namespace WHERE nspname = %(schema)s)
+    THEN 'GRANT CREATE ON SCHEMA %%I TO %%I' ELSE 'CREATE SCHEMA %%I AUTHORIZATION %%I' END,
+    %(schema)s, current_user)"""
+"""Whether the feed's tables can be made, and the statement that puts it right."""
 
 _QUERIES: Final = {
     "lock": "SELECT last_id, recorded_at FROM {state} FOR UPDATE",
@@ -107,10 +111,12 @@ def check(place: Place) -> Iterator[Finding]:
             return
         schema = schema_of(tables)
         row = connection.execute(_MAY_CREATE, {"schema": schema}).fetchone()
-    if row is not None and row[0]:
+    assert row is not None
+    may_create, statement = row
+    if may_create:
         yield Finding("ok", "feed", f"{place.table} can be made")
     else:
-        yield Finding("error", "feed", f"this role may not make tables in {schema}", f"GRANT CREATE ON SCHEMA {schema}")
+        yield Finding("error", "feed", f"this role may not make tables in {schema}", f"as an owner: {statement}")
 
 
 class Writer(StoreWriter):

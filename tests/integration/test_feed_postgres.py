@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from cdc.errors import FatalError, TransientError
-from cdc.feed.place import Place, reader, writer
+from cdc.feed.place import Place, check, reader, writer
 from cdc.feed.record import ChangeType
 from cdc.feed.store import FeedReader, Listener
 from cdc.position import Position
@@ -129,6 +129,20 @@ def test_a_role_that_owns_its_schema_is_enough(place: Place, target_db: Database
             writer(place_at(url, tmp_path, "elsewhere.data_changes"), "shop").open()
     finally:
         target_db.execute("DROP OWNED BY feeder CASCADE; DROP ROLE feeder")
+
+
+@pytest.mark.parametrize("schema", ["public", "feeds", "not_there"])
+def test_what_check_says_puts_it_right(schema: str, target_db: Database, tmp_path: Path) -> None:
+    role = f"maker_of_{target_db.name}"
+    target_db.execute(f"CREATE ROLE {role} LOGIN; CREATE SCHEMA feeds; REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    try:
+        place = place_at(target_db.server.url(target_db.name, user=role), tmp_path, f"{schema}.data_changes")
+        (finding,) = check(place)
+        assert finding.level == "error"
+        target_db.execute(finding.fix.removeprefix("as an owner: "))
+        assert [finding.message for finding in check(place)] == [f"{schema}.data_changes can be made"]
+    finally:
+        target_db.execute(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
 
 
 def test_a_schema_is_made(place: Place, target_db: Database, tmp_path: Path) -> None:
