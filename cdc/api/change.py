@@ -16,7 +16,9 @@ _LAST: Final = datetime.max.replace(tzinfo=UTC) - _EPOCH
 
 MAX_CURSOR: Final = 2**63 - 1
 
-Cursor = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,19}$", description="Opaque: give it back as it is.")]
+Cursor = Annotated[
+    str, msgspec.Meta(pattern="^[0-9]{1,19}$", description="A cursor: a decimal number. Opaque: give it back as it is.")
+]
 
 Since = Annotated[
     str,

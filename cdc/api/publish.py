@@ -40,13 +40,24 @@ _EventName = Annotated[
     msgspec.Meta(
         max_length=100,
         pattern=r"^(?!(cursor|gap|error|open|message)$)[A-Za-z0-9][A-Za-z0-9_.-]*(?!\n)$",
-        description="Letters, digits, `_`, `-` and `.`; not a name that event streams use themselves.",
+        description=(
+            "Letters, digits, `_`, `-` and `.`; not a name that event streams use themselves: "
+            "cursor, gap, error, open, message."
+        ),
     ),
 ]
 
-_Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1000, pattern=r"^[^\u0000]+$")]
+_Text = Annotated[
+    str,
+    msgspec.Meta(min_length=1, max_length=1000, pattern=r"^[^\u0000]+$", description="A string without NUL."),
+]
 
-_Key = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[\u0021-\u007e]+$")]
+_Key = Annotated[
+    str,
+    msgspec.Meta(
+        min_length=1, max_length=255, pattern=r"^[\u0021-\u007e]+$", description="ASCII characters without white space."
+    ),
+]
 
 
 class Event(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):

@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from cdc.api.change import Cursor, cursor_of
+from cdc.api.change import cursor_of
 from cdc.api.feed import Feed
 from cdc.api.filters import Filters
 from cdc.api.hub import Hub
@@ -30,14 +30,21 @@ MAX_CHANNELS_SHOWN: Final = 1_000
 """In `/stats`: those with the most subscribers."""
 
 
+StreamSince = Annotated[
+    str, msgspec.Meta(pattern="^[0-9]{1,19}$", description="A cursor (for times, poll once). Left out: now.")
+]
+
+
 class StreamQuery(Filters, frozen=True, rename="camel", forbid_unknown_fields=True):
     """What `GET /api/changes/stream` takes. Without `since` it begins now."""
 
-    since: Cursor | msgspec.UnsetType = msgspec.UNSET
+    since: StreamSince | msgspec.UnsetType = msgspec.UNSET
     ticket: str | msgspec.UnsetType = msgspec.UNSET
 
 
-LastEventId = Annotated[str, msgspec.Meta(pattern="^[0-9]{0,19}$", description="What came last; empty: nothing yet.")]
+LastEventId = Annotated[
+    str, msgspec.Meta(pattern="^[0-9]{0,19}$", description="The cursor that came last; empty: nothing yet.")
+]
 
 
 class StreamHeaders(msgspec.Struct, frozen=True):

@@ -45,7 +45,7 @@ async def read_body(request: Request, kind: type[S]) -> S:
         msgspec.json.decode(body)  # all of it, also what `kind` takes as it is
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as exc:
-        raise BadRequest(_readable(exc, "the body")) from exc
+        raise _refusal(exc, kind, "the body") from exc
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise BadRequest(f"the body is not JSON: {exc}") from exc
 
@@ -54,18 +54,32 @@ def _convert(values: dict[str, Any], kind: type[S], what: str) -> S:
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as exc:
-        raise BadRequest(_readable(exc, what)) from exc
+        raise _refusal(exc, kind, what) from exc
 
 
 def _is_list(kind: Any) -> bool:
     return get_origin(kind) in {tuple, frozenset} or any(_is_list(each) for each in get_args(kind))
 
 
-def _readable(error: msgspec.ValidationError, what: str) -> str:
-    """Turn msgspec's `... - at `$.limit`` into `limit: ...`."""
+def _refusal(error: msgspec.ValidationError, kind: type[msgspec.Struct], what: str) -> BadRequest:
+    """Turn msgspec's `... - at `$.limit`` into `limit: ...`, and a pattern into what its field says of itself."""
     reason, _, where = str(error).partition(" - at `")
     path = where.rstrip("`").removeprefix("$").removeprefix(".")
-    return f"{path or what}: {reason}"
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+    if not path:
+        return BadRequest(f"{what}: {reason}", hint=f"known are: {', '.join(fields)}")
+    name, in_list, _ = path.partition("[")
+    described = _descriptions(fields.get(name))
+    hint = described[-1 if in_list else 0] if described else ""
+    if " matching regex " in reason:
+        reason = "not of the expected form"
+    return BadRequest(f"{path}: {reason}", hint=hint)
+
+
+def _descriptions(kind: Any) -> list[str]:
+    """What the annotations of a type say to people, from the outside in."""
+    own = [meta.description for meta in getattr(kind, "__metadata__", ()) if isinstance(meta, msgspec.Meta)]
+    return [text for text in own if text] + [text for each in get_args(kind) for text in _descriptions(each)]
 
 
 async def _body(request: Request) -> bytes:

@@ -487,6 +487,28 @@ def test_f107_bad_queries_are_named(standing: httpx.Client, query: str, named: s
 
 
 @pytest.mark.parametrize(
+    ("method", "path", "body", "error", "hint"),
+    [
+        ("GET", f"{POLL}?sinse=1", None, "a parameter: Object contains unknown field `sinse`", "since, limit, wait"),
+        ("GET", f"{POLL}?entityTypes=a,,b", None, "entityTypes[1]: ", "No control characters"),
+        ("GET", f"{POLL}?entityTypes=a%01", None, "entityTypes[0]: not of the expected form", "No control characters"),
+        ("POST", "/publish", {"channel": "*", "event": "e", "id": "1"}, "channel: not of the", "no `*`"),
+        ("POST", "/publish", {"channel": "x", "event": "gap", "id": "1"}, "event: not of the", "gap, error, open"),
+        ("POST", "/publish", {"channel": "x", "event": "e"}, "the body: Object missing required field `id`", "channel"),
+        ("POST", "/publish", {"channel": "x", "event": "e", "id": 7}, "id: Expected `str`, got `int`", "A string"),
+    ],
+)
+def test_f107_errors_say_what_is_expected(
+    standing: httpx.Client, method: str, path: str, body: Any, error: str, hint: str
+) -> None:
+    answer = standing.request(method, path, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith(error)
+    assert "regex" not in answer.json()["error"]
+    assert hint in answer.json()["hint"]
+
+
+@pytest.mark.parametrize(
     "path",
     [
         "/api/changes/Orders/1?limit=0",
