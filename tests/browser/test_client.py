@@ -197,6 +197,18 @@ def test_it_polls_where_no_websocket_comes_through_and_returns_without_loss(
     assert_once_and_in_order(page, 80)
 
 
+def test_without_channels_polling_is_a_connection_too(page: Page, line: Line) -> None:
+    """As the documentation has it: first `connect`, then `subscribe`."""
+    line.websockets = False
+    connect = """async () => {
+        const { RealtimeClient } = await import("/static/cdc-client.js");
+        window.client = new RealtimeClient({ pollAfter: 1, retrySocketMs: 60_000 });
+        const slow = new Promise((resolve) => setTimeout(() => resolve("hangs"), 10_000));
+        return Promise.race([client.connect().then(() => client.transport), slow]);
+    }"""
+    assert page.evaluate(connect) == "polling"
+
+
 def test_while_polling_each_channel_begins_behind_its_own_cursor(page: Page, service: Service, line: Line) -> None:
     service.commit("orders", 1, 2)
     service.commit("clients", 3, 4)

@@ -249,6 +249,8 @@ export class RealtimeClient {
         await this.#take({ type: "events", events: changes.map(asEvent) }, connection);
         const cursors = Object.fromEntries(channels.map(([name]) => [name, cursor]));
         await this.#take({ type: "cursors", cursors }, connection);
+      } else if (!connection.ready) {
+        await this.#ask([], { since: "now", limit: 1, signal }); // only tells that it works
       } else {
         await pause(Math.max(0, seconds) * 1000, signal);
       }
