@@ -222,7 +222,7 @@ def _polled(page: _Page) -> Response:
 def _gone(gap: Gap) -> Response:
     return answer(
         GapFailure(
-            "changes behind this cursor are not kept any more",
+            "changes behind this cursor are not kept any more, or it is of another feed",
             "read the entities anew, and go on with `cursor`",
             str(gap.oldest),
             str(gap.cursor),
