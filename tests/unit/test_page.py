@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
 from cdc import __version__
 from cdc.api.app import create_app
+from cdc.api.feed import Feed
 from cdc.api.page import STATIC
 from cdc.config import Http, Token
+from cdc.feed.place import Place
 from cdc.http_config import TokenConfig
 
 FILES = sorted(file.relative_to(STATIC).as_posix() for file in STATIC.rglob("*") if file.is_file())
@@ -29,7 +32,14 @@ def test_browsers_get_the_page_and_programs_what_the_service_is(client: TestClie
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     info = client.get("/", headers={"accept": "application/json"}).json()
     assert (info["service"], info["version"]) == ("cdc", __version__)
-    assert "/api/changes/poll" in info["endpoints"]
+    assert info["endpoints"] == ["/health", "/metrics", "/openapi.json", "/api/tickets"]
+
+
+def test_a_gateway_names_no_endpoint_of_a_daemon(tmp_path: Path) -> None:
+    app = create_app(feed=Feed.at(Place(None, tmp_path)))
+    named = TestClient(app, base_url="http://localhost").get("/", headers={"accept": "application/json"}).json()
+    assert {"/api/changes/poll", "/api/changes/{entityType}/{entityId}", "/ws"} <= set(named["endpoints"])
+    assert not {"/ready", "/status"} & set(named["endpoints"])
 
 
 @pytest.mark.parametrize(
