@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
 
@@ -20,6 +21,12 @@ Cursor = Annotated[
     str, msgspec.Meta(pattern="^[0-9]{1,19}$", description="A cursor: a decimal number. Opaque: give it back as it is.")
 ]
 
+_PLACE: Final = "^[0-9]{1,19}(~[0-9]{1,19})?$"
+
+Place = Annotated[
+    str, msgspec.Meta(pattern=_PLACE, description="A cursor, maybe with what is known to be missing behind it. Opaque.")
+]
+
 Since = Annotated[
     str,
     msgspec.Meta(
@@ -27,7 +34,7 @@ Since = Annotated[
         max_length=100,
         description="A cursor; a time, which means `recordedAt`; or `now`. Left out: the oldest change that is kept.",
         extra_json_schema={
-            "anyOf": [{"pattern": "^[0-9]{1,19}$"}, {"format": "date-time"}, {"const": "now"}],
+            "anyOf": [{"pattern": _PLACE}, {"format": "date-time"}, {"const": "now"}],
             "examples": ["4711", "2026-11-21T10:15:30Z", "now"],
         },
     ),
@@ -77,12 +84,33 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class GapFailure(msgspec.Struct, frozen=True):
-    """Some of what was asked for is not kept. oldest: the smallest id that can be there. cursor: goes on with it."""
+    """Some of what was asked for is not kept.
+
+    cursor: nothing is missing behind it; `oldest` is the smallest id there. resume: goes on where `since` was, with
+    what is left of other entity types in between.
+    """
 
     error: str
     hint: str
     oldest: str
-    cursor: str
+    cursor: Cursor
+    resume: Place
+
+
+def place_of(text: str) -> tuple[int, int]:
+    """The id that a place stands for, and the one up to which its reader knows that something is missing."""
+    cursor, _, forgiven = text.partition("~")
+    return cursor_of(cursor), cursor_of(forgiven or "0")
+
+
+def place_text(cursor: int, forgiven: int) -> str:
+    """What `place_of` reads."""
+    return str(cursor) if cursor >= forgiven else f"{cursor}~{forgiven}"
+
+
+def is_place(text: str) -> bool:
+    """Whether it has that form."""
+    return re.fullmatch(_PLACE, text) is not None
 
 
 def cursor_of(text: str) -> int:

@@ -13,7 +13,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from cdc.api.change import Change, Cursor, GapFailure, Name, Since, cursor_of, moment_of
+from cdc.api.change import (
+    Change,
+    Cursor,
+    GapFailure,
+    Name,
+    Place,
+    Since,
+    cursor_of,
+    is_place,
+    moment_of,
+    place_of,
+    place_text,
+)
 from cdc.api.feed import Feed
 from cdc.api.filters import Filters
 from cdc.api.operation import operation
@@ -44,7 +56,7 @@ class Polled(msgspec.Struct, frozen=True, rename="camel"):
     """cursor: how far the feed was looked through; give it back as `since`. hasMore: ask again at once."""
 
     changes: tuple[Change, ...]
-    cursor: Cursor
+    cursor: Place
     has_more: bool
     timestamp: datetime
 
@@ -78,11 +90,22 @@ class Removed(msgspec.Struct, frozen=True):
 
 
 class _Page(msgspec.Struct, frozen=True):
-    """Changes as JSON, and the id up to (or, backwards, down to) which was looked."""
+    """Changes as JSON, and the id up to (or, backwards, down to) which was looked.
+
+    forgiven: up to here the reader knows already that something is missing.
+    """
 
     changes: tuple[msgspec.Raw, ...]
     cursor: int
     more: bool
+    forgiven: int = 0
+
+
+class _Missed(msgspec.Struct, frozen=True):
+    """A gap, and the cursor behind which it was found."""
+
+    gap: Gap
+    cursor: int
 
 
 class Changes:
@@ -110,8 +133,8 @@ class Changes:
         found = await self._feed.call(search.first, query.since or "")
         while isinstance(found, _Page) and not found.changes and await self._go_on(request, found, head, deadline):
             head = self._feed.ring.head
-            found = await self._feed.call(search.behind, found.cursor)
-        return _gone(found) if isinstance(found, Gap) else _polled(found)
+            found = await self._feed.call(search.behind, found.cursor, found.forgiven)
+        return _gone(found) if isinstance(found, _Missed) else _polled(found)
 
     async def _go_on(self, request: Request, found: _Page, head: int, deadline: float) -> bool:
         """Whether there is something more to look at in time, for somebody who still waits for it.
@@ -165,28 +188,34 @@ class _Search(msgspec.Struct, frozen=True):
     limit: int
     limits: Limits
 
-    def first(self, since: str) -> _Page | Gap:
+    def first(self, since: str) -> _Page | _Missed:
         """Look from where the client says. Raises `BadRequest` where that cannot be understood."""
         if not since:
             return self._from_oldest()
         if since == "now":
             return _Page((), self.reader.head(), more=False)
-        if since.isascii() and since.isdigit():
-            return self.behind(cursor_of(since))
+        if is_place(since):
+            return self.behind(*place_of(since))
         recorded_at = moment_of("since", since)
-        page = self._look(self.reader.cursor_at(recorded_at))
-        return find_gap_at(self.reader, recorded_at, self.wanted) or page
+        cursor = self.reader.cursor_at(recorded_at)
+        page = self._look(cursor)
+        gap = find_gap_at(self.reader, recorded_at, self.wanted)
+        return page if gap is None else _Missed(gap, cursor)
 
     def _from_oldest(self) -> _Page:
         """Whatever is kept: nothing can be missing. What was removed behind the last is passed over, too."""
         head = self.reader.head()  # first: what is committed or removed after the look is not to be skipped
         page = self._look(0)
-        return page if page.more else msgspec.structs.replace(page, cursor=max(page.cursor, head))
+        if not page.more:
+            return msgspec.structs.replace(page, cursor=max(page.cursor, head))
+        gap = find_gap(self.reader, 0, self.wanted)
+        return page if gap is None else msgspec.structs.replace(page, forgiven=gap.cursor)
 
-    def behind(self, cursor: int) -> _Page | Gap:
+    def behind(self, cursor: int, forgiven: int) -> _Page | _Missed:
         """Look behind a cursor, and then whether something was removed before it could be seen."""
         page = self._look(cursor)
-        return find_gap(self.reader, cursor, self.wanted) or page
+        gap = find_gap(self.reader, max(cursor, forgiven), self.wanted)
+        return _Missed(gap, cursor) if gap is not None else msgspec.structs.replace(page, forgiven=forgiven)
 
     def _look(self, cursor: int) -> _Page:
         scan = self.reader.scan(cursor, self.wanted, self.limit)
@@ -216,16 +245,25 @@ def _encoded(records: Sequence[Record], limits: Limits) -> tuple[msgspec.Raw, ..
 
 def _polled(page: _Page) -> Response:
     now = iso_time(time.time_ns() // 1_000)
-    return answer({"changes": page.changes, "cursor": str(page.cursor), "hasMore": page.more, "timestamp": now})
+    return answer(
+        {
+            "changes": page.changes,
+            "cursor": place_text(page.cursor, page.forgiven),
+            "hasMore": page.more,
+            "timestamp": now,
+        }
+    )
 
 
-def _gone(gap: Gap) -> Response:
+def _gone(missed: _Missed) -> Response:
+    gap = missed.gap
     return answer(
         GapFailure(
             "changes behind this cursor are not kept any more, or it is of another feed",
-            "read the entities anew, and go on with `cursor`",
+            "read the entities anew, and go on with `cursor`, or with `resume` to see what is left in between",
             str(gap.oldest),
             str(gap.cursor),
+            place_text(min(missed.cursor, gap.cursor), gap.cursor),
         ),
         410,
     )
