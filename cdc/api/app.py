@@ -20,7 +20,7 @@ from cdc.api.control import Control
 from cdc.api.feed import Feed
 from cdc.api.guard import Guard
 from cdc.api.keyring import Keyring
-from cdc.api.observe import Metrics, Observe
+from cdc.api.observe import FeedReady, Metrics, Observe
 from cdc.api.openapi import Document
 from cdc.api.origins import Origins
 from cdc.api.page import Page
@@ -58,6 +58,7 @@ def create_app(backend: Backend | None = None, http: Http = Http(), feed: Feed |
     if feed is not None:
         realtime = Realtime(feed, http)
         groups += [realtime, Changes(feed), Publish(feed)]
+        groups += [FeedReady(feed)] if backend is None else []
     status = None if backend is None else backend.status
     groups.append(Metrics(registry(status, None if realtime is None else realtime.status)))
     routes = [route for group in groups for route in group.routes()]

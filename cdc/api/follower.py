@@ -80,7 +80,8 @@ class Follower(Thread):
     def _wait(self, error: Exception, attempts: int) -> None:
         self.connected = False
         seconds = min(0.1 * 2 ** min(attempts, 10), _MAX_BACKOFF_SECONDS) * random.uniform(0.8, 1)  # noqa: S311
-        log.warning("the feed is away", error=str(error), retry_seconds=round(seconds, 1))
+        tell = log.warning if self.located else log.info  # at a first start, the sink has yet to make it
+        tell("the feed is away", error=str(error), retry_seconds=round(seconds, 1))
         self._ending.wait(seconds)
 
     def _follow(self) -> None:

@@ -1,4 +1,4 @@
-"""Routes that only look: `/ready` and `/status` of a daemon, `/metrics` of any process."""
+"""Routes that only look: `/ready` and `/metrics` of any process, `/status` of a daemon."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from cdc.api.backend import Backend
+from cdc.api.feed import Feed
 from cdc.api.operation import operation
 from cdc.api.responses import answer
 from cdc.status import DaemonStatus, to_json
@@ -45,6 +46,22 @@ class Observe:
     async def status(self, _request: Request) -> Response:
         """The whole snapshot. 200 also when unhealthy: `healthy` says so."""
         return Response(to_json(self._backend.status()), media_type="application/json")
+
+
+class FeedReady:
+    """`/ready` of a gateway, which has no sources."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    def routes(self) -> list[BaseRoute]:
+        """The routes of this group."""
+        return [Route("/ready", self.ready)]
+
+    @operation("overview", {200: Ready, 503: Ready})
+    async def ready(self, _request: Request) -> Response:
+        """200 while the feed can be reached, 503 otherwise."""
+        return answer(Ready(self._feed.connected, {}), 200 if self._feed.connected else 503)
 
 
 class Metrics:

@@ -49,11 +49,14 @@ def serving(daemon: FeedDaemon, name: str) -> Iterator[str]:
 
 
 def test_gateways_show_the_same_feed_and_publish_into_it(daemon: FeedDaemon, source_db: Database) -> None:
+    with serving(daemon, "early") as early:
+        assert httpx.get(f"{early}/ready").status_code == 503, "there is no feed yet"
     with serving(daemon, "early") as early, daemon.following(), serving(daemon, "late") as late:
         for url in (early, late):
             wait_until(lambda: httpx.get(f"{url}/api/changes/poll").status_code == 200)  # noqa: B023 - used at once
             assert httpx.get(f"{url}/status").status_code == 404, "there is no daemon in a gateway"
             assert httpx.get(f"{url}/health").status_code == 200
+            assert httpx.get(f"{url}/ready").json() == {"ready": True, "sources": {}}
         with event_stream(late, "?since=0") as events:
             source_db.execute("INSERT INTO products VALUES (1, 'tea')")
             assert next(events)["event"] == "created"
