@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -35,18 +34,6 @@ HTTP = Http(
         TokenConfig(name="tills", token=Token("tills-token"), scopes=("publish",), channels=("tills",)),
     )
 )
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(None, tmp_path)
-
-
-@pytest.fixture
-def source(place: Place) -> Iterator[Source]:
-    source = Source(writer(place, "shop"))
-    yield source
-    source.close()
 
 
 @pytest.fixture

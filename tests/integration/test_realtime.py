@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,24 +15,6 @@ from cdc.secret import Token
 from cdc.testing_feed import MemoryFeed
 from tests.gateway import Gateway, Source, closed, events, receive, record, subscribe
 from tests.processes import wait_until
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(None, tmp_path)
-
-
-@pytest.fixture
-def source(place: Place) -> Iterator[Source]:
-    source = Source(writer(place, "shop"))
-    yield source
-    source.close()
-
-
-@pytest.fixture
-def gateway(place: Place, source: Source) -> Iterator[Gateway]:
-    with Gateway(Feed.at(place)) as gateway:
-        yield gateway
 
 
 def test_subscriber_gets_what_is_committed_from_now_on(gateway: Gateway, source: Source) -> None:

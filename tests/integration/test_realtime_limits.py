@@ -5,9 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 import httpx
 import jwt
@@ -17,7 +15,7 @@ from websockets.exceptions import InvalidStatus
 from cdc.api.connections import MAX_FRAGMENTS
 from cdc.api.feed import Feed
 from cdc.api.websocket import MAX_MESSAGE_BYTES, MAX_MESSAGES
-from cdc.feed.place import Place, writer
+from cdc.feed.place import Place
 from cdc.http_config import Http, JwtConfig
 from cdc.secret import Token
 from tests.gateway import Gateway, Source, closed, events, record, subscribe
@@ -27,24 +25,6 @@ FIN, RSV, MASKED = 0x80, 0x40, 0x80
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 
 BIG = b'"%s"' % (b"x" * 50_000)
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(None, tmp_path)
-
-
-@pytest.fixture
-def source(place: Place) -> Iterator[Source]:
-    source = Source(writer(place, "shop"))
-    yield source
-    source.close()
-
-
-@pytest.fixture
-def gateway(place: Place, source: Source) -> Iterator[Gateway]:
-    with Gateway(Feed.at(place)) as gateway:
-        yield gateway
 
 
 def raw_connection(gateway: Gateway, request: str, receive_buffer: int | None = None) -> socket.socket:

@@ -1,0 +1,30 @@
+"""A feed in SQLite, who commits to it, and a gateway that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cdc.api.feed import Feed
+from cdc.feed.place import Place, writer
+from tests.gateway import Gateway, Source
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(None, tmp_path)
+
+
+@pytest.fixture
+def source(place: Place) -> Iterator[Source]:
+    source = Source(writer(place, "shop"))
+    yield source
+    source.close()
+
+
+@pytest.fixture
+def gateway(place: Place, source: Source) -> Iterator[Gateway]:
+    with Gateway(Feed.at(place)) as gateway:
+        yield gateway
