@@ -115,8 +115,8 @@ class _Shape:
         before = None if change.before is None else decode_row(change.before)
         if before is not None:
             after = merge(after, before)
-        old = before if before is not None else decode_key(change.key) if change.key is not None else after
-        if self._names(old) == self._names(after):
+        old = before if before is not None or change.key is None else decode_key(change.key)
+        if old is None or self._names(old) == self._names(after):
             event = self.event(ChangeType.UPDATE, before=before, after=after)
             if before is not None:
                 event = msgspec.structs.replace(event, changed=self._changed(before, after))
