@@ -302,7 +302,7 @@ def test_f105_a_json_web_token_carries_rights_and_limits() -> None:
         ({"exp": "soon"}, "the token is wrong"),
         ({"exp": [1]}, "the token is wrong"),
         ({"exp": float("inf")}, "the token is wrong"),
-        ({"nbf": int(time.time()) + 600}, "the token is wrong"),
+        ({"nbf": int(time.time()) + 10**8}, "the token is wrong"),
         ({"aud": None}, "the token is wrong"),
         ({"aud": "other"}, "the token is wrong"),
         ({"iss": "other"}, "the token is wrong"),
