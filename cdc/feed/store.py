@@ -14,7 +14,7 @@ import msgspec
 from cdc.feed.record import EntityState, Pruned, Record
 from cdc.position import Position
 
-SCAN_ROWS = 3_000
+SCAN_ROWS = 2_000
 """How many rows one `scan` looks at, at most: so that it answers at once however rarely something matches."""
 
 
