@@ -12,7 +12,7 @@ from cdc.errors import ResyncRequired
 from cdc.queue import Queue
 from cdc.retry import keep_trying
 from cdc.sink import StreamSink
-from cdc.status import DeliveryStats, State
+from cdc.status import DeliveryStats, note_waiting
 
 log = structlog.get_logger()
 
@@ -34,18 +34,18 @@ def begin(sink: StreamSink, queue: Queue, *, stats: DeliveryStats, stop: threadi
 
 def _begin(sink: StreamSink, queue: Queue) -> None:
     fact = begun_fact(sink.name)
+    has_begun = queue.get(fact) is not None
     if sink.stored_position() is None:
-        if queue.get(fact) is not None:
+        if has_begun:
             raise ResyncRequired(
                 f"sink {sink.name}: its target has no position: it was emptied, or restored from before it began",
                 hint=f"`cdc drop {sink.name}`, then `cdc run`: it begins anew, with what the queue still has",
             )
         sink.begin(queue.beginning)
-    queue.set(fact, _BEGUN)
+    if not has_begun:
+        queue.set(fact, _BEGUN)
 
 
 def _waiting(stats: DeliveryStats, error: BaseException, seconds: float) -> None:
-    stats.error, stats.hint = str(error), getattr(error, "hint", "")
-    stats.state = State.WAITING
-    stats.retries += 1
+    note_waiting(stats, error)
     log.warning("target unavailable", sink=stats.name, error=str(error), retry_in_seconds=round(seconds, 1))

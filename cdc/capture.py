@@ -17,7 +17,7 @@ from cdc.position import SourcePosition, format_position
 from cdc.queue import Queue
 from cdc.retry import keep_trying
 from cdc.source import Source
-from cdc.status import OPERATIONS, CaptureStats, State
+from cdc.status import OPERATIONS, CaptureStats, State, note_waiting
 
 log = structlog.get_logger()
 
@@ -148,10 +148,7 @@ class Capture:
         self._stats.hint = ""
 
     def _waiting(self, error: BaseException, seconds: float) -> None:
-        self._stats.state = State.WAITING
-        self._stats.error = str(error)
-        self._stats.hint = getattr(error, "hint", "")
-        self._stats.retries += 1
+        note_waiting(self._stats, error)
         self._log.warning("source unavailable", error=str(error), retry_in_seconds=round(seconds, 1))
 
     def _count(self, batch: Batch) -> None:

@@ -24,7 +24,7 @@ from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Queue, Stored
 from cdc.retry import keep_trying
 from cdc.sink import Applied, Sink
-from cdc.status import DeliveryStats, State
+from cdc.status import DeliveryStats, State, note_waiting
 
 log = structlog.get_logger()
 
@@ -277,10 +277,7 @@ class Delivery:
         self._stats.state = State.RUNNING if self._sink.consistent else State.CATCHING_UP
 
     def _waiting(self, error: BaseException, seconds: float) -> None:
-        self._stats.state = State.WAITING
-        self._stats.error = str(error)
-        self._stats.hint = getattr(error, "hint", "")
-        self._stats.retries += 1
+        note_waiting(self._stats, error)
         self._log.warning("target unavailable", error=str(error), retry_in_seconds=round(seconds, 1))
 
 

@@ -21,7 +21,7 @@ from cdc.queue import Queue
 from cdc.retry import keep_trying
 from cdc.sink import Mirror
 from cdc.source import Source
-from cdc.status import CaptureStats, CopyStatus, DeliveryStats, State
+from cdc.status import CaptureStats, CopyStatus, DeliveryStats, State, note_waiting
 
 log = structlog.get_logger()
 
@@ -175,7 +175,5 @@ def _copying(stats: DeliveryStats, progress: CopyProgress) -> None:
 
 
 def _waiting(stats: DeliveryStats, error: BaseException, seconds: float) -> None:
-    stats.error, stats.hint = str(error), getattr(error, "hint", "")
-    stats.state = State.WAITING
-    stats.retries += 1
+    note_waiting(stats, error)
     log.warning("copy interrupted", sink=stats.name, error=str(error), retry_in_seconds=round(seconds, 1))

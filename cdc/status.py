@@ -150,6 +150,13 @@ class DeliveryStats:
     copy: Callable[[], CopyStatus] | None = None
 
 
+def note_waiting(stats: CaptureStats | DeliveryStats, error: BaseException) -> None:
+    """Its server is away, or asked for patience: a pipeline backs off."""
+    stats.state = State.WAITING
+    stats.error, stats.hint = str(error), getattr(error, "hint", "")
+    stats.retries += 1
+
+
 class SlotStatus(msgspec.Struct, frozen=True):
     """`SlotStats`, with positions as text."""
 

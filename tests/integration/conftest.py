@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from cdc.api.feed import Feed
-from cdc.feed.place import Place, writer
+from cdc.feed.place import Place, reader, writer
+from cdc.feed.store import FeedReader
+from tests.feed_stores import opened
 from tests.gateway import Gateway, Source
 
 
@@ -28,3 +30,14 @@ def source(place: Place) -> Iterator[Source]:
 def gateway(place: Place, source: Source) -> Iterator[Gateway]:
     with Gateway(Feed.at(place)) as gateway:
         yield gateway
+
+
+@pytest.fixture
+def feed(place: Place) -> Iterator[FeedReader]:
+    """A reader of the feed, which is there and empty."""
+    with opened(place):
+        pass
+    found = reader(place)
+    found.open()
+    yield found
+    found.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -19,16 +18,6 @@ from tests.mongod.fixture import MongoDatabase, NewStandIn
 @pytest.fixture
 def place(mongodb: str, mongo_database: MongoDatabase, tmp_path: Path) -> Place:
     return place_at(with_database(mongodb, mongo_database.name), tmp_path)
-
-
-@pytest.fixture
-def feed(place: Place) -> Iterator[FeedReader]:
-    with opened(place):
-        pass
-    found = reader(place)
-    found.open()
-    yield found
-    found.close()
 
 
 def test_the_collection_is_for_people_too(place: Place, mongo_database: MongoDatabase) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,16 +22,6 @@ from tests.servers import Database, PostgresServer
 @pytest.fixture
 def place(target_db: Database, tmp_path: Path) -> Place:
     return place_at(target_db.url, tmp_path)
-
-
-@pytest.fixture
-def feed(place: Place) -> Iterator[FeedReader]:
-    with opened(place):
-        pass
-    found = reader(place)
-    found.open()
-    yield found
-    found.close()
 
 
 def test_the_table_is_for_people_too(place: Place, target_db: Database) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -52,17 +51,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, new_database: NewDatab
         return place_at(with_database(request.getfixturevalue("mongodb"), name), tmp_path)
     server = request.getfixturevalue(request.param.replace("pg", "postgres"))
     return place_at(new_database(server).url, tmp_path)
-
-
-@pytest.fixture
-def feed(place: Place) -> Iterator[FeedReader]:
-    """A reader of the feed, which is there and empty."""
-    with opened(place):
-        pass
-    found = reader(place)
-    found.open()
-    yield found
-    found.close()
 
 
 # positions, transactions
