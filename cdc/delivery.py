@@ -23,7 +23,7 @@ from cdc.parts import emptied
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Queue, Stored
 from cdc.retry import keep_trying
-from cdc.sink import Applied, Sink
+from cdc.sink import Applied, NeedsFilling, Sink
 from cdc.status import DeliveryStats, State, note_waiting
 
 log = structlog.get_logger()
@@ -60,6 +60,7 @@ class Delivery:
         self._ahead: _Ahead | None = None
         self._upkeep_at = 0.0
         self._refused_seq = 0  # up to here changes are looked at one by one
+        self._fill_wanted = threading.Event()
 
     def pause(self) -> None:
         """Stop applying after the batch at hand; the queue keeps what comes."""
@@ -69,6 +70,11 @@ class Delivery:
     def resume(self) -> None:
         """Go on where it was."""
         self._running.set()
+
+    def want_filling(self) -> None:
+        """Let `run` return between two transactions: there is something to copy. From any thread."""
+        self._fill_wanted.set()
+        self._queue.wake()
 
     def hold(self, until: SourcePosition | None, seconds: float) -> SourcePosition:
         """Let the target reach exactly `until` (`None`: where it is) and stand still there; returns its position.
@@ -84,18 +90,24 @@ class Delivery:
         """End a hold. Harmless without one."""
         self._hold.release()
 
-    def run(self, stop: threading.Event) -> None:
-        """Deliver until `stop` is set. Retries for ever what is transient; raises what is not."""
+    def run(self, stop: threading.Event) -> bool:
+        """Deliver until `stop` is set, or the sink has to be filled again; whether it has.
+
+        Retries for ever what is transient; raises what is not.
+        """
         with ThreadPoolExecutor(1, f"read-ahead:{self._sink.name}") as reader, closing(self._sink):
-            while not stop.is_set():
+            while not stop.is_set() and not self._fill_wanted.is_set():
                 if self._running.is_set():
                     keep_trying(lambda: self._session(stop, reader), stop, self._waiting)
                 else:
                     self._stats.state = State.PAUSED
                     stop.wait(READ_SECONDS)
+        wanted = self._fill_wanted.is_set() and not stop.is_set()
+        self._fill_wanted.clear()
+        return wanted
 
     def _session(self, stop: threading.Event, reader: ThreadPoolExecutor) -> None:
-        """One connection to the target: until stopped, paused, or broken after it got somewhere."""
+        """One connection to the target: until stopped, paused, to be filled, or broken after it got somewhere."""
         self._open()
         first_seq = self._stored.seq
 
@@ -103,13 +115,16 @@ class Delivery:
             return self._running.is_set() and not stop.is_set()
 
         try:
-            while wanted():
+            while wanted() and (self._in_transaction or not self._fill_wanted.is_set()):
                 request = self._hold.request
                 self._retry_parked(request)
                 if self._step(request, reader) and request is not None:
                     self._stats.state = State.HELD
                     self._hold.stand(request, request.until or self._stored.source, wanted)
                     self._running_state()
+        except NeedsFilling as exc:
+            self._log.info("to be filled again", reason=str(exc))
+            self._fill_wanted.set()
         except TransientError as exc:
             if self._stored.seq == first_seq:
                 raise

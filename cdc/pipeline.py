@@ -89,7 +89,10 @@ AnyPipeline = Pipeline[CaptureStats] | Pipeline[DeliveryStats]
 
 
 class FillThenDeliver:
-    """A sink's thread: first what it needs before the stream can come (a mirror: the copy), then the stream."""
+    """A sink's thread: first what it needs before the stream can come (a mirror: the copy), then the stream.
+
+    And again, where the stream brings something that has to be copied, or somebody else wants that.
+    """
 
     def __init__(
         self, fill: Callable[[threading.Event], None], delivery: Delivery, queue: Queue, stats: DeliveryStats
@@ -103,9 +106,10 @@ class FillThenDeliver:
 
     def run(self, stop: threading.Event) -> None:
         """Fill, and deliver. Paused before that began, it does not begin; later the pause waits for its end."""
-        if self._may_begin(stop):
+        fill_wanted = True
+        while fill_wanted and self._may_begin(stop):
             self._fill(stop)
-        self._delivery.run(stop)
+            fill_wanted = self._delivery.run(stop)
 
     def _may_begin(self, stop: threading.Event) -> bool:
         """Wait until the capture has begun, or what changes between the copy and it would be lost. False: stopped."""

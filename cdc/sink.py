@@ -61,6 +61,13 @@ class SinkContext:
     row_limits: tuple[str, ...] = ()
 
 
+class NeedsFilling(Exception):
+    """Raised by a sink whose target cannot take what comes next before it was filled again (tables are to be copied).
+
+    Nothing of the open target transaction is visible then, and what the sink wants to be filled with is durable.
+    """
+
+
 class Sink(Protocol):
     """A target that changes are delivered to."""
 

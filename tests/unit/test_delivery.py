@@ -12,8 +12,10 @@ import pytest
 from cdc.change import INSERT, Batch, Change, Transaction
 from cdc.config import BatchBounds
 from cdc.delivery import Delivery, _bounded, _select
+from cdc.pipeline import FillThenDeliver
 from cdc.position import Position, SourcePosition
 from cdc.queue import Queue, Stored
+from cdc.sink import Applied, NeedsFilling
 from cdc.status import DeliveryStats
 from cdc.testing import MemorySink
 from tests.batches import batch
@@ -138,3 +140,43 @@ def test_a_sink_is_left_alone_while_it_prepares(tmp_path: Path, monkeypatch: pyt
     queue.close()
     assert sink.prepared > 5
     assert not sink.disturbed
+
+
+class Growing(MemorySink):
+    """Wants to be filled before its third transaction."""
+
+    filled = 0
+
+    def apply(self, batches: Sequence[Batch], position: Position) -> Applied:
+        if self.filled < 2 and any(each.xid == 3 for batch in batches for each in batch.transactions):
+            raise NeedsFilling("a table is new")
+        return super().apply(batches, position)
+
+
+def test_a_sink_that_needs_it_is_filled_in_mid_stream(tmp_path: Path) -> None:
+    """Before the stream, where the sink says so, and when somebody else wants it."""
+    queue = Queue(tmp_path / "shop.queue", max_bytes=10**9, min_free_bytes=0)
+    queue.begin(0)
+    for number in range(1, 6):
+        queue.append(batch(number, size=1000))
+    sink = Growing("mirror")
+    stats = DeliveryStats("mirror", "shop")
+    delivery = Delivery(sink, queue, stats, BatchBounds(max_bytes=10))
+
+    def fill(_stop: threading.Event) -> None:
+        sink.position = sink.position or Position(queue.queue_id, 0, 0)
+        sink.filled += 1
+
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(FillThenDeliver(fill, delivery, queue, stats).run, stop)
+        wait_until(lambda: len(sink.transactions) == 5, what="all to arrive")
+        assert sink.filled == 2
+        delivery.want_filling()
+        wait_until(lambda: sink.filled == 3, what="the sink to be filled once more")
+        queue.append(batch(6))
+        wait_until(lambda: len(sink.transactions) == 6, what="the stream to go on")
+        stop.set()
+        running.result(timeout=10)
+    queue.close()
+    assert [each.xid for each in sink.transactions] == [1, 2, 3, 4, 5, 6]
