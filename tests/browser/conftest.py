@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from tests.browser.service import Line, Service
 
@@ -23,6 +23,8 @@ ARGUMENTS = [
     "--no-first-run",
     "--disable-quic",
 ]
+
+expect.set_options(timeout=20_000)
 
 NewService = Callable[..., Service]
 NewLine = Callable[[Service], Line]
