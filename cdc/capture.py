@@ -13,6 +13,7 @@ import structlog
 
 from cdc.change import Batch
 from cdc.errors import TransientError
+from cdc.failpoints import failpoint
 from cdc.position import SourcePosition, format_position
 from cdc.queue import Queue
 from cdc.retry import keep_trying
@@ -111,7 +112,9 @@ class Capture:
         batch = self._source.read(READ_SECONDS)
         if batch is None:
             return False
+        failpoint("capture.append.before")
         self._queue.append(batch)
+        failpoint("capture.append.after")
         self._count(batch)
         return True
 
@@ -131,7 +134,9 @@ class Capture:
     def _confirm(self) -> None:
         durable = self._queue.position
         if durable is not None:
+            failpoint("capture.confirm.before")
             self._source.confirm(durable=durable, applied=self._applied())
+            failpoint("capture.confirm.after")
             self._stats.confirmed = durable
         self._source.observe(self._stats)
         if self._stats.confirmed == self._stats.server_end:

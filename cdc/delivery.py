@@ -16,6 +16,7 @@ from cdc.capture import count_changes
 from cdc.change import Batch
 from cdc.config import BatchBounds
 from cdc.errors import FatalError, PermanentError, ResyncRequired, TransientError
+from cdc.failpoints import failpoint
 from cdc.hold import Hold, Request
 from cdc.metrics import APPLY_SECONDS, LATENCY_SECONDS
 from cdc.parking import Parker
@@ -225,12 +226,14 @@ class Delivery:
         position = Position(self._queue.queue_id, last.seq, last.batch.position)
         if any(batch.transactions for batch in batches):
             self._read_ahead(pieces, reader)
+            failpoint("delivery.apply.before")
             started = time.monotonic()
             if self._parker is None:
                 applied = self._sink.apply(batches, position)
             else:
                 batches, applied = self._apply_or_park(self._parker, pieces, position)
             APPLY_SECONDS.labels(self._sink.name).observe(time.monotonic() - started)
+            failpoint("delivery.apply.after")
             self._stats.missing_rows += applied.missing_rows
             self._stats.healed_rows += applied.healed_rows
             self._stats.fallbacks += applied.fallback

@@ -20,6 +20,7 @@ import msgspec
 
 from cdc.change import Batch
 from cdc.errors import CdcError, DirectoryInUse, FatalError, ResyncRequired
+from cdc.failpoints import failpoint
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue_file import Begin, Contents, Cursor, Fact, Item, QueueFile, Stored, Upkeep, read_file_status
 from cdc.queue_parked import Park, ParkedChange, ParkedCount, ParkedId, Retried, Unpark, UnparkAfter
@@ -308,7 +309,9 @@ class Queue:
 
         They are kept when their batches are pruned, and when they are parked a second time.
         """
+        failpoint("queue.park.before")
         self._write_now(Park(sink, changes))
+        failpoint("queue.park.after")
 
     def unpark(self, sink: str, ids: Sequence[ParkedId]) -> None:
         """Forget parked changes, which are applied. Durable on return."""

@@ -20,6 +20,7 @@ import msgspec
 from cdc import queue_parked
 from cdc.change import Batch
 from cdc.errors import FatalError, QueueCorrupt
+from cdc.failpoints import failpoint
 from cdc.position import SourcePosition
 from cdc.queue_parked import ParkedChange, ParkedCount, ParkedId, ParkedOrder
 
@@ -218,7 +219,9 @@ class QueueFile:
             stored = [stored for item in items if (stored := self._put(item)) is not None]
             if self._state is not before:
                 _save_state(self._writer, self._state)
+            failpoint("queue.fsync.before")
             self._writer.execute("COMMIT")
+            failpoint("queue.fsync.after")
             if upkeep is not None:
                 self._give_back()
         self._contents = msgspec.structs.replace(self._contents, state=self._state)
@@ -340,6 +343,8 @@ class QueueFile:
             self._put_cursor(cursor)
         pruned = self._prune(upkeep.prune_to, upkeep.created_before)
         deleted = self._writer.execute(_DELETE, (self._state.pruned_seq, _STEP_ROWS)).rowcount
+        if deleted:
+            failpoint("queue.prune.after")
         self._more = _STEP_ROWS in (pruned, deleted)
 
     def _prune(self, prune_to: int, created_before: float) -> int:
@@ -352,6 +357,7 @@ class QueueFile:
         rows = self._writer.execute(_PRUNABLE, (before, prune_to, _STEP_ROWS)).fetchall()
         rows = list(takewhile(lambda row: row[2] <= created_before, rows))
         if rows:
+            failpoint("queue.prune.before")
             seq, position, _ = rows[-1]
             self._state = msgspec.structs.replace(self._state, pruned_seq=seq, pruned_position=position)
             self._forget(before, seq)

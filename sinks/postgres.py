@@ -16,6 +16,7 @@ import structlog
 from cdc.change import Batch, Change, Table, TableName, Transaction, Truncate
 from cdc.config import SinkConfig
 from cdc.errors import PermanentError, TransientError
+from cdc.failpoints import failpoint
 from cdc.position import Lsn, Position, SourcePosition, as_lsn, format_lsn, format_position
 from cdc.postgres.apply import Applier
 from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
@@ -189,7 +190,9 @@ class PostgresSink(CopyTarget):
                 [position.queue_id, position.seq, format_lsn(reached), self.name],
                 prepare=True,
             )
+            failpoint("target.commit.before")
             connection.execute("COMMIT")
+        failpoint("target.commit.after")
         self._begun = False
         self._position = reached
 

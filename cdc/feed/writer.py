@@ -12,6 +12,7 @@ from typing import Final, Protocol
 import msgspec
 
 from cdc.errors import FatalError, TransientError
+from cdc.failpoints import failpoint
 from cdc.feed.cache import Key, StateCache
 from cdc.feed.place import Place
 from cdc.feed.record import EntityState, Record
@@ -170,7 +171,9 @@ class StoreWriter(ABC):
         with self._leaving_on_error():
             session, turn = self._begun()
             session.move(self._source, position)
+            failpoint("target.commit.before")
             session.commit(turn.head, turn.recorded_at)
+            failpoint("target.commit.after")
         self._turn, self._position = None, position
 
     def publish(self, record: Record) -> Record | None:

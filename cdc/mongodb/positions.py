@@ -25,6 +25,7 @@ from pymongo.write_concern import WriteConcern
 
 from cdc.change import TableName
 from cdc.errors import TransientError
+from cdc.failpoints import failpoint
 from cdc.mongodb.client import Client, translated_errors
 from cdc.position import Position
 
@@ -137,7 +138,9 @@ class Positions:
         passes: it is at or behind what `move_through` was told last (whose batch may be an earlier one than was said).
         """
         through = {"$min": {"through_seq": Int64(position.seq)}} if passes else {}
+        failpoint("target.commit.before")
         self._change({"$set": _fields(position), **through}, session)
+        failpoint("target.commit.after")
 
     def move_through(self, through: bytes, seq: int) -> None:
         """Store that everything up to a transaction is applied, that one included; the position stays.

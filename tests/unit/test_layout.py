@@ -31,7 +31,17 @@ ONLY: Final = {
         "cdc.http_config",
         "cdc.feed",
     ),
-    "sinks": (*VALUES, "sinks", "cdc.sink", "cdc.config", "cdc.feed", "cdc.postgres", "cdc.mongodb", "cdc.preflight"),
+    "sinks": (
+        *VALUES,
+        "sinks",
+        "cdc.failpoints",
+        "cdc.sink",
+        "cdc.config",
+        "cdc.feed",
+        "cdc.postgres",
+        "cdc.mongodb",
+        "cdc.preflight",
+    ),
 }
 """Who may import only these of ours. (Of `cdc.config` they take the frozen structs of their own options.)"""
 
