@@ -117,10 +117,13 @@ class CopyProgress:
         self._copied: set[TableName] = set()
 
     def expect(self, table: TableName, chunks: Iterable[Chunk]) -> None:
-        """A table is going to be copied. The clock starts with the first."""
+        """A table is going to be copied, from its first chunk or again. The clock starts with the first table."""
         with self._lock:
             self._started = self._started or time.monotonic()
             self._chunks[table] = list(chunks)
+            del self._sizes[table]
+            for chunk in [chunk for chunk in self._under_way if chunk.table == table]:
+                del self._under_way[chunk]
 
     def sent(self, chunk: Chunk, count: int) -> None:
         """So many bytes of a chunk have been relayed."""

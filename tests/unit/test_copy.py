@@ -284,6 +284,18 @@ def test_progress_counts_in_the_middle_of_a_chunk() -> None:
     assert (status.tables_done, status.tables_expected, status.rows_done, status.rows_expected) == (1, 2, 12, 20)
 
 
+def test_progress_of_a_table_that_begins_again_begins_again() -> None:
+    progress, chunk = CopyProgress(), Chunk(A, (0,), rows=10, size=100)
+    progress.expect(A, [chunk])
+    progress.chunk_done(chunk, 10)
+    progress.sent(other := Chunk(A, (1,), rows=10, size=100), 40)
+    progress.expect(A, [chunk, other])
+    assert (progress.snapshot().size_done, progress.snapshot().size) == (0, 200)
+    progress.chunk_done(chunk, 10)
+    progress.chunk_done(other, 10)
+    assert progress.snapshot().seconds_left == 0.0
+
+
 def test_progress_is_bars_on_a_terminal() -> None:
     output, progress = io.StringIO(), CopyProgress()
     chunk = Chunk(A, (0,), rows=10, size=100)
