@@ -20,7 +20,6 @@ from cdc.failpoints import failpoint
 from cdc.hold import Hold, Request
 from cdc.metrics import APPLY_SECONDS, LATENCY_SECONDS
 from cdc.parking import Parker
-from cdc.parts import emptied
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Queue, Stored
 from cdc.retry import keep_trying
@@ -158,7 +157,7 @@ class Delivery:
         self._running_state()
         self._stats.error, self._stats.hint = None, ""
         if self._parker is not None:
-            self._parker.open(after)
+            self._parker.open(self._stored)
         self._log.info("delivering", position=format_position(stored.source))
 
     def _step(self, hold: Request | None, reader: ThreadPoolExecutor) -> bool:
@@ -195,7 +194,8 @@ class Delivery:
             found = self._queue.read(after_seq, max_bytes=self._bounds.max_bytes, timeout_seconds=0)
             stored = _bounded(found, self._bounds.max_changes)
             if stored:
-                self._sink.prepare([each.batch for each in stored])
+                expected = stored if self._parker is None else self._parker.foresee(stored)
+                self._sink.prepare([each.batch for each in expected])
             return stored
 
         self._ahead = _Ahead(after_seq, reader.submit(read))
@@ -225,13 +225,13 @@ class Delivery:
         last = pieces[-1]
         position = Position(self._queue.queue_id, last.seq, last.batch.position)
         if any(batch.transactions for batch in batches):
-            self._read_ahead(pieces, reader)
             failpoint("delivery.apply.before")
             started = time.monotonic()
             if self._parker is None:
+                self._read_ahead(pieces, reader)
                 applied = self._sink.apply(batches, position)
             else:
-                batches, applied = self._apply_or_park(self._parker, pieces, position)
+                batches, applied = self._apply_or_park(self._parker, pieces, position, reader)
             APPLY_SECONDS.labels(self._sink.name).observe(time.monotonic() - started)
             failpoint("delivery.apply.after")
             self._stats.missing_rows += applied.missing_rows
@@ -244,21 +244,21 @@ class Delivery:
             self._stats.position, self._stats.seq = position.source, position.seq
             self._queue.advance(self._sink.name, position.seq, position.source)
             if self._parker is not None:
-                self._parker.passed(position.seq)
+                self._parker.passed(position)
 
     def _apply_or_park(
-        self, parker: Parker, pieces: Sequence[Stored], position: Position
+        self, parker: Parker, pieces: Sequence[Stored], position: Position, reader: ThreadPoolExecutor
     ) -> tuple[Sequence[Batch], Applied]:
         """Apply what does not have to wait; returns that. Where something is refused the sink is opened once more."""
-        if pieces[0].seq <= self._refused_seq:
-            self._wait_prepared()
-            parker.carefully(pieces, position)
-            return [each.batch for each in parker.without_parked(pieces)], self._sink.apply(_emptied(pieces), position)
-        batches = [each.batch for each in parker.admit(pieces)]
         try:
+            if pieces[0].seq <= self._refused_seq:
+                kept, applied = parker.carefully(pieces, position)
+                return [each.batch for each in kept], applied
+            batches = [each.batch for each in parker.admit(pieces)]
+            self._read_ahead(pieces, reader)  # behind what waits of these
             return batches, self._sink.apply(batches, position)
         except PermanentError as exc:
-            self._refused_seq = pieces[-1].seq
+            self._refused_seq = max(self._refused_seq, pieces[-1].seq)
             raise _Refused(str(exc)) from exc
 
     def _retry_parked(self, hold: Request | None) -> None:
@@ -308,13 +308,6 @@ class _Ahead(NamedTuple):
 
     after_seq: int
     stored: Future[list[Stored]]
-
-
-def _emptied(pieces: Sequence[Stored]) -> list[Batch]:
-    """The positions alone."""
-    return [
-        msgspec.structs.replace(each.batch, transactions=list(map(emptied, each.batch.transactions))) for each in pieces
-    ]
 
 
 def _bounded(stored: Sequence[Stored], max_changes: int) -> list[Stored]:

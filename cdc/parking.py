@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, NamedTuple, Protocol, TypeGuard
+from itertools import groupby
+from operator import attrgetter, is_
+from typing import Final, NamedTuple, TypeGuard
 
 import msgspec
 import structlog
@@ -22,7 +24,8 @@ import structlog
 from cdc.capture import count_changes
 from cdc.change import Transaction
 from cdc.errors import FatalError, PermanentError
-from cdc.parts import Item, Part, Subjects, alone, batches_of, items_of, parts_of
+from cdc.narrowing import Narrowing, ParkingSink
+from cdc.parts import Item, Subjects, alone, has_ddl, items_of, sifted
 from cdc.position import Position
 from cdc.queue import Queue, Stored
 from cdc.queue_parked import ParkedChange, ParkedId, payload_of
@@ -37,6 +40,9 @@ RELEASED_BYTES: Final = 4 * 1024**2
 RETRY_SECONDS: Final = 0.1
 """So long changes are tried again between two batches; the stream is not to wait for many that fail."""
 
+_ID: Final = attrgetter("id")
+_POSITION: Final = attrgetter("position")
+
 log = structlog.get_logger()
 
 
@@ -45,10 +51,6 @@ class ParkingBounds(msgspec.Struct, frozen=True):
 
     max_changes: int
     max_bytes: int
-
-
-class ParkingSink(Sink, Parking, Protocol):
-    """A sink whose changes can be parked."""
 
 
 def can_park(sink: Sink) -> TypeGuard[ParkingSink]:
@@ -64,14 +66,28 @@ class Clock(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What can be done now: released are those that wait behind nothing any more; heads were refused before.
+    """What can be done now: released are those that wait behind nothing any more; heads begin with a refused one.
 
+    A head is what a transaction has parked that waits behind nothing else: a target may only take it together.
     unreached: whether there are some that the target's position has not passed; they come first again.
     """
 
     released: Sequence[ParkedChange]
-    heads: Sequence[ParkedChange]
+    heads: Sequence[Sequence[ParkedChange]]
     unreached: bool
+
+
+class _Admission(NamedTuple):
+    """What may pass of `given`, and what has to wait, while nothing else is parked or released (see `version`)."""
+
+    version: int
+    given: Sequence[Stored]
+    admitted: Sequence[Stored]
+    waiting: Sequence[tuple[Item, Subject]]
+
+    def holds_for(self, pieces: Sequence[Stored], version: int) -> bool:
+        """Whether it is about these very pieces."""
+        return version == self.version and len(pieces) == len(self.given) and all(map(is_, pieces, self.given))
 
 
 class Parker:
@@ -90,62 +106,93 @@ class Parker:
         self._due: dict[ParkedId, float] = {}  # by the monotonic clock
         self._subjects = Subjects()
         self._bytes = 0
-        self._stored_seq = 0
+        self._version = 0  # of `_subjects`
+        self._reached = 0
         self._ahead: Ahead | None = None
         self._plan: _Plan | None = None
+        self._foreseen: _Admission | None = None
+        self._steady = True  # a target's own equality may change with its tables
+        self._narrowing = Narrowing(sink, self)
         self._restarted = True
 
-    def open(self, stored_seq: int) -> None:
+    def open(self, stored: Position) -> None:
         """Begin where the target stands. What it never came to is forgotten: it comes again."""
         self._ahead = self._sink.ahead()
-        reached = stored_seq if self._ahead is None else max(stored_seq, self._ahead.seq)
+        self._foreseen, self._steady = None, False
+        self._reached = reached = _reached(stored)
+        if self._ahead is not None:
+            reached = max(reached, self._ahead.seq + 1)
+        settled = set(self._sink.settled())
         rows = self._queue.parked(self._sink.name)
-        if any(row.seq > reached for row in rows):
-            self._queue.unpark_after(self._sink.name, reached)
-        self._rows.clear()
-        self._due.clear()
-        self._subjects = Subjects()
-        self._bytes = 0
-        self._stored_seq = stored_seq
-        self._plan = None
+        gone = [row.id for row in rows if row.place >= reached or (row.position, row.ordinal) in settled]
+        if gone:
+            self._queue.unpark(self._sink.name, gone)
+        self._see(row for row in rows if row.id not in set(gone))
         monotonic, unix = self._clock.monotonic(), self._clock.unix()
-        for row in rows:
-            if row.seq <= reached:
-                self._add(row)
-                if row.attempts:  # at a start at once: somebody may have put the target right
-                    wait = 0.0 if self._restarted else row.next_attempt_at - unix
-                    self._due[row.id] = monotonic + min(max(wait, 0.0), parked_wait_seconds(row.attempts))
+        for row in self._rows.values():
+            if row.attempts:  # at a start at once: somebody may have put the target right
+                wait = 0.0 if self._restarted else row.next_attempt_at - unix
+                self._due[row.id] = monotonic + min(max(wait, 0.0), parked_wait_seconds(row.attempts))
         self._restarted = False
-        self._publish()
         if self._rows:
             self._log.warning("changes are parked", parked=self._stats.parked, dead=self._stats.dead)
 
-    def passed(self, seq: int) -> None:
+    def passed(self, stored: Position) -> None:
         """The target's position is stored: what was parked up to there counts."""
-        self._stored_seq = seq
-        if self._ahead is not None and seq >= self._ahead.seq:
+        self._reached = _reached(stored)
+        self._narrowing.passed()
+        if self._ahead is not None and stored.seq >= self._ahead.seq:
             self._ahead = None
         if self._plan is not None and self._plan.unreached:
             self._plan = None
 
     # the stream
 
+    def foresee(self, pieces: Sequence[Stored]) -> Sequence[Stored]:
+        """What `admit` will probably return for these. From another thread, while the target is busy with others."""
+        self._foreseen = self._look_at(pieces) if self._rows and self._steady else None
+        return pieces if self._foreseen is None else self._foreseen.admitted
+
     def admit(self, pieces: Sequence[Stored]) -> Sequence[Stored]:
-        """Leave out, and park durably, what has to wait behind parked changes."""
-        if not self._rows or not any(self._subjects.concern(piece.batch) for piece in pieces):
+        """Leave out, and park durably, what has to wait behind parked changes. The very pieces that were foreseen."""
+        foreseen, self._foreseen = self._foreseen, None
+        if not self._rows:
             return pieces
-        self._wait_behind(item for piece in pieces if self._subjects.concern(piece.batch) for item in items_of(piece))
-        return self.without_parked(pieces)
+        if foreseen is None or not foreseen.holds_for(pieces, self._version):
+            foreseen = self._look_at(pieces)
+        self._steady = self._ahead is None and not any(has_ddl(piece.batch) for piece in pieces)
+        self._park([self._new(item, subject) for item, subject in foreseen.waiting])
+        return foreseen.admitted
 
-    def without_parked(self, pieces: Sequence[Stored]) -> Sequence[Stored]:
-        """The same without the changes that are parked. Transactions stay, if need be empty: they are positions."""
-        seqs = {seq for seq, _ in self._rows}
-        return [self._unparked(piece) if piece.seq in seqs else piece for piece in pieces]
+    def _look_at(self, pieces: Sequence[Stored]) -> _Admission:
+        version, subjects, behind = self._version, self._subjects, Subjects()
+        again = {place for place, _ in self._rows} if self._ahead is not None else frozenset[int]()
+        waiting: list[tuple[Item, Subject]] = []
 
-    def carefully(self, pieces: Sequence[Stored], position: Position) -> None:
-        """Apply what was refused as a whole, without moving the position; park what is refused by itself."""
-        for part in parts_of(self._new_to_target(pieces)):
-            self._narrow(part, position)
+        def passes(item: Item) -> bool:
+            if item.id in self._rows and item.id[0] in again:
+                return False
+            subject = self._subject(item)
+            if not (subjects.block(subject) or behind.block(subject)):
+                return True
+            behind.add(subject)  # what comes next may have to wait behind it
+            waiting.append((item, subject))
+            return False
+
+        admitted = [
+            sifted(piece, passes, subjects.concerned(piece.batch)) if subjects.concern(piece.batch) else piece
+            for piece in pieces
+        ]
+        return _Admission(version, pieces, admitted, waiting)
+
+    def carefully(self, pieces: Sequence[Stored], position: Position) -> tuple[Sequence[Stored], Applied]:
+        """Apply what was refused as a whole, and park what is refused by itself; returns what is not parked.
+
+        Raises `PermanentError` where the sink is to be opened again, to call this with all that it then has not.
+        """
+        self._narrowing.apply(self._new_to_target(pieces), position)
+        applied = self._narrowing.finish(pieces, position)
+        return [sifted(piece, lambda item: item.id not in self._rows) for piece in pieces], applied
 
     def _new_to_target(self, pieces: Sequence[Stored]) -> Iterator[tuple[Transaction, list[Item]]]:
         """Transactions, without those that were applied when the target was opened."""
@@ -159,57 +206,44 @@ class Parker:
                 elif transaction.complete and transaction.position == ahead.position:
                     ahead = self._ahead = None
 
-    def _narrow(self, part: Part, position: Position) -> None:
-        items = self._wait_behind(part.items)
-        if not items:
-            return
-        try:
-            self._count(self._sink.apply_part(batches_of(items, part.before), position))
-        except PermanentError as exc:
-            if len(items) == 1:
-                self._refused(items[0], exc)
-                return
-            middle = len(items) // 2
-            self._narrow(Part(items[:middle], part.before), position)
-            self._narrow(Part(items[middle:], part.before), position)
-
-    def _wait_behind(self, items: Iterable[Item]) -> Sequence[Item]:
+    def wait_behind(self, items: Iterable[Item]) -> Sequence[Item]:
         """Park what has to wait; return the rest."""
         free: list[Item] = []
-        waiting: list[tuple[ParkedChange, bytes]] = []
+        waiting: list[tuple[Item, Subject]] = []
+        behind = Subjects()
         for item in items:
             if item.id in self._rows:
                 continue
             subject = self._subject(item)
-            if self._subjects.block(subject):
-                waiting.append(self._new(item, subject))
-                self._subjects.add(subject)  # what comes next may have to wait behind it
+            if self._subjects.block(subject) or behind.block(subject):
+                waiting.append((item, subject))
+                behind.add(subject)
             else:
                 free.append(item)
-        for row, _ in waiting:
-            self._subjects.add(Subject(row.tables, row.key), -1)  # `_add` counts it
-        self._park(waiting)
+        self._park([self._new(item, subject) for item, subject in waiting])
         return free
 
-    def _refused(self, item: Item, error: PermanentError) -> None:
+    def refused(self, item: Item, error: PermanentError) -> None:
+        """Park a change that the target refuses by itself."""
         row, payload = self._new(item, self._subject(item))
         row = self._failed(row, error)
         self._park([(row, payload)])
         self._plan = None
         tables = ", ".join(map(str, row.tables))
-        self._log.warning("parked", tables=tables, seq=row.seq, ordinal=row.ordinal, error=str(error))
+        self._log.warning("parked", tables=tables, place=row.place, ordinal=row.ordinal, error=str(error))
 
     def _subject(self, item: Item) -> Subject:
         return self._sink.subject_of(item.stored.batch.tables, item.change)
 
     def _new(self, item: Item, subject: Subject) -> tuple[ParkedChange, bytes]:
         payload = payload_of(alone(item))
+        place, ordinal = item.id
         row = ParkedChange(
-            seq=item.stored.seq,
-            ordinal=item.ordinal,
+            place=place,
+            ordinal=ordinal,
             position=item.transaction.position,
             tables=subject.tables,
-            key=subject.key,
+            keys=subject.keys,
             size=len(payload),
             created_at=self._clock.unix(),
         )
@@ -231,20 +265,6 @@ class Parker:
             self._add(row)
         self._publish()
 
-    def _unparked(self, piece: Stored) -> Stored:
-        ordinal = 0
-        kept: list[Transaction] = []
-        for transaction in piece.batch.transactions:
-            changes = [
-                change
-                for number, change in enumerate(transaction.changes, ordinal)
-                if (piece.seq, number) not in self._rows
-            ]
-            ordinal += len(transaction.changes)
-            whole = len(changes) == len(transaction.changes)
-            kept.append(transaction if whole else msgspec.structs.replace(transaction, changes=changes))
-        return Stored(piece.seq, msgspec.structs.replace(piece.batch, transactions=kept))
-
     # what is parked
 
     @property
@@ -253,8 +273,7 @@ class Parker:
         if not self._rows:
             return False
         plan = self._planned()
-        now = self._clock.monotonic()
-        return bool(plan.released) or any(self._due.get(row.id, 0.0) <= now for row in plan.heads)
+        return bool(plan.released) or any(map(self._is_due, plan.heads))
 
     def retry(self) -> None:
         """Try what is due, and apply what is released by that. Between two transactions only."""
@@ -266,8 +285,11 @@ class Parker:
                 continue
             if time.monotonic() - begin > RETRY_SECONDS:
                 return
-            now = self._clock.monotonic()
-            self._try([next(row for row in plan.heads if self._due.get(row.id, 0.0) <= now)])
+            self._try(next(filter(self._is_due, plan.heads)))
+
+    def _is_due(self, head: Sequence[ParkedChange]) -> bool:
+        now = self._clock.monotonic()
+        return any(row.attempts and self._due.get(row.id, 0.0) <= now for row in head)
 
     def _planned(self) -> _Plan:
         if self._plan is None:
@@ -278,26 +300,33 @@ class Parker:
         """The order of the source decides: nothing overtakes what it would have to wait behind."""
         waiting = Subjects()
         released: list[ParkedChange] = []
-        heads: list[ParkedChange] = []
+        heads: list[Sequence[ParkedChange]] = []
         size = 0
-        for _, row in sorted(self._rows.items()):
-            subject = Subject(row.tables, row.key)
-            if row.seq > self._stored_seq or waiting.block(subject):
-                waiting.add(subject)
-            elif row.attempts or row.state == "dead":
-                waiting.add(subject)
-                if row.state != "dead":
-                    heads.append(row)
-            elif row.key is None:
-                if not released:
+        for _, rows in groupby(sorted(self._rows.values(), key=_ID), _POSITION):
+            head: list[ParkedChange] = []
+            behind_head = Subjects()
+            for row in rows:
+                subject = _subject_of(row)
+                if row.place >= self._reached or row.state == "dead" or waiting.block(subject):
+                    waiting.add(subject)
+                elif row.attempts or behind_head.block(subject):
+                    behind_head.add(subject)
+                    head.append(row)
+                elif released and (
+                    row.keys is None
+                    or released[-1].keys is None
+                    or size > RELEASED_BYTES
+                    or len(released) >= RELEASED_CHANGES
+                ):
+                    waiting.add(subject)
+                else:
+                    size += row.size
                     released.append(row)
-                break
-            else:
-                size += row.size
-                if released and (size > RELEASED_BYTES or len(released) >= RELEASED_CHANGES):
-                    break
-                released.append(row)
-        return _Plan(released, heads, any(seq > self._stored_seq for seq, _ in self._rows))
+            for row in head:
+                waiting.add(_subject_of(row))
+            if head:
+                heads.append(head)
+        return _Plan(released, heads, any(place >= self._reached for place, _ in self._rows))
 
     def _try(self, rows: Sequence[ParkedChange]) -> None:
         """Apply rows that nothing holds back, in order; those that are refused wait, and those behind them."""
@@ -307,17 +336,17 @@ class Parker:
         self._publish()
 
     def _try_part(self, rows: Sequence[ParkedChange], failed: Subjects) -> None:
-        rows = [row for row in rows if not failed.block(Subject(row.tables, row.key))]
+        rows = [row for row in rows if not failed.block(_subject_of(row))]
         if not rows:
             return
         ids = [row.id for row in rows]
         batches = self._queue.parked_batches(self._sink.name, ids)
         try:
-            self._count(self._sink.apply_parked(batches))
+            self.applied(self._sink.apply_parked(batches))
         except PermanentError as exc:
             if len(rows) == 1:
                 self._failed_again(rows[0], exc)
-                failed.add(Subject(rows[0].tables, rows[0].key))
+                failed.add(_subject_of(rows[0]))
                 return
             middle = len(rows) // 2
             self._try_part(rows[:middle], failed)
@@ -334,7 +363,7 @@ class Parker:
         row = self._failed(row, error)
         self._rows[row.id] = row
         self._queue.retried(self._sink.name, row)
-        facts = {"seq": row.seq, "ordinal": row.ordinal, "attempts": row.attempts, "error": row.error}
+        facts = {"place": row.place, "ordinal": row.ordinal, "attempts": row.attempts, "error": row.error}
         if row.state == "dead":
             self._log.error("a parked change is dead", **facts)
         else:
@@ -354,17 +383,36 @@ class Parker:
 
     # counting
 
+    def applied(self, applied: Applied) -> None:
+        """Count what was done to rows."""
+        self._stats.missing_rows += applied.missing_rows
+        self._stats.healed_rows += applied.healed_rows
+
+    def _see(self, rows: Iterable[ParkedChange]) -> None:
+        """Take these for all that there are."""
+        self._rows.clear()
+        self._due.clear()
+        self._subjects = Subjects()
+        self._version += 1
+        self._bytes = 0
+        self._plan = None
+        for row in rows:
+            self._add(row)
+        self._publish()
+
     def _add(self, row: ParkedChange) -> None:
         if row.id not in self._rows:
             self._rows[row.id] = row
             self._bytes += row.size
-            self._subjects.add(Subject(row.tables, row.key))
+            self._subjects.add(_subject_of(row))
+            self._version += 1
 
     def _remove(self, row: ParkedChange) -> None:
         del self._rows[row.id]
         self._due.pop(row.id, None)
         self._bytes -= row.size
-        self._subjects.add(Subject(row.tables, row.key), -1)
+        self._subjects.add(_subject_of(row), -1)
+        self._version += 1
 
     def _publish(self) -> None:
         rows = self._rows.values()
@@ -372,6 +420,11 @@ class Parker:
         self._stats.dead = sum(row.state == "dead" for row in rows)
         self._stats.parked_oldest_at = min((row.created_at for row in rows), default=None)
 
-    def _count(self, applied: Applied) -> None:
-        self._stats.missing_rows += applied.missing_rows
-        self._stats.healed_rows += applied.healed_rows
+
+def _reached(stored: Position) -> int:
+    """What is parked at lower places was passed by a target that stands there."""
+    return stored.source if isinstance(stored.source, int) else stored.seq + 1
+
+
+def _subject_of(row: ParkedChange) -> Subject:
+    return Subject(row.tables, row.keys)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import groupby
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Final, NamedTuple
 
 import msgspec
 
-from cdc.change import DDL, Batch, Change, TableName, Transaction, Truncate
+from cdc.change import DDL, TRUNCATE, Batch, Change, TableName, Transaction, Truncate
 from cdc.queue import Stored
 from cdc.queue_parked import ParkedId
 from cdc.sink import Subject
@@ -22,13 +22,13 @@ class Subjects:
     """Counts what changes are about, and tells whether another one has to wait behind them."""
 
     def __init__(self) -> None:
-        # (table,): anything; (table, None): as a whole; (table, key): a row
+        # (table,): anything; (table, None): as a whole; (table, key): a row, or what it has taken
         self._counts: Counter[tuple[object, ...]] = Counter()
 
     def add(self, subject: Subject, count: int = 1) -> None:
         """Count a change; -1 takes it back."""
         for table in subject.tables:
-            parts: list[tuple[object, ...]] = [(table,), (table, subject.key)]
+            parts: list[tuple[object, ...]] = [(table,), *((table, key) for key in subject.keys or (None,))]
             if table.name:
                 parts.append((_schema(table),))
             for part in parts:
@@ -39,18 +39,32 @@ class Subjects:
     def block(self, subject: Subject) -> bool:
         """Whether a later change must wait."""
         return any(
-            ((table,) if subject.key is None else (table, subject.key)) in self._counts
-            or (table, None) in self._counts
+            (table, None) in self._counts
             or (_schema(table), None) in self._counts
+            or ((table,) in self._counts if subject.keys is None else self._has_one(table, subject.keys))
             for table in subject.tables
         )
 
     def concern(self, batch: Batch) -> bool:
         """Whether any change of a batch might have to wait."""
-        names = [table.qualified for table in batch.tables]
-        if any((name,) in self._counts or (_schema(name), None) in self._counts for name in names):
-            return True
-        return any(DDL in map(_OPERATION, transaction.changes) for transaction in batch.transactions)
+        return bool(self.concerned(batch)) or has_ddl(batch)
+
+    def concerned(self, batch: Batch) -> set[int]:
+        """The tables, as their indexes in a batch, whose changes might have to wait."""
+        names = (table.qualified for table in batch.tables)
+        return {
+            index
+            for index, name in enumerate(names)
+            if (name,) in self._counts or (_schema(name), None) in self._counts
+        }
+
+    def _has_one(self, table: TableName, keys: Iterable[bytes]) -> bool:
+        return any((table, key) in self._counts for key in keys)
+
+
+def has_ddl(batch: Batch) -> bool:
+    """Whether there are changes of tables as such."""
+    return any(DDL in map(_OPERATION, transaction.changes) for transaction in batch.transactions)
 
 
 def _schema(table: TableName) -> TableName:
@@ -58,17 +72,12 @@ def _schema(table: TableName) -> TableName:
 
 
 class Item(NamedTuple):
-    """A change that is on its way, and where it stands in the queue."""
+    """A change that is on its way, and its place in the order of the source."""
 
     stored: Stored
     transaction: Transaction
     change: Change
-    ordinal: int
-
-    @property
-    def id(self) -> ParkedId:
-        """Its place in the order of the source."""
-        return (self.stored.seq, self.ordinal)
+    id: ParkedId
 
 
 class Part(NamedTuple):
@@ -80,11 +89,38 @@ class Part(NamedTuple):
 
 def items_of(piece: Stored) -> Iterator[Item]:
     """All changes of a stored batch."""
-    ordinal = 0
+    for transaction, (place, ordinal) in places_of(piece):
+        for number, change in enumerate(transaction.changes, ordinal):
+            yield Item(piece, transaction, change, (place, number))
+
+
+def places_of(piece: Stored) -> Iterator[tuple[Transaction, ParkedId]]:
+    """The transactions of a stored batch, each beside the place of its first change."""
+    before = 0
     for transaction in piece.batch.transactions:
-        for change in transaction.changes:
-            yield Item(piece, transaction, change, ordinal)
-            ordinal += 1
+        position = transaction.position
+        yield transaction, (position, transaction.first_ordinal) if isinstance(position, int) else (piece.seq, before)
+        before += len(transaction.changes)
+
+
+def sifted(piece: Stored, passes: Callable[[Item], bool], tables: Container[int] | None = None) -> Stored:
+    """Without the changes that do not pass. Transactions stay, if need be empty: they are positions.
+
+    tables: indexes of those whose rows are to be looked at; all, if left out.
+    """
+    kept: list[Transaction] = []
+    for transaction, (place, ordinal) in places_of(piece):
+        changes = [
+            change
+            for number, change in enumerate(transaction.changes, ordinal)
+            if (tables is not None and change.operation < TRUNCATE and change.table not in tables)
+            or passes(Item(piece, transaction, change, (place, number)))
+        ]
+        whole = len(changes) == len(transaction.changes)
+        kept.append(transaction if whole else msgspec.structs.replace(transaction, changes=changes))
+    if all(map(is_, kept, piece.batch.transactions)):
+        return piece
+    return Stored(piece.seq, msgspec.structs.replace(piece.batch, transactions=kept))
 
 
 def parts_of(work: Iterable[tuple[Transaction, list[Item]]]) -> Iterator[Part]:

@@ -23,7 +23,7 @@ from cdc.errors import CdcError, DirectoryInUse, FatalError, ResyncRequired
 from cdc.failpoints import failpoint
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue_file import Begin, Contents, Cursor, Fact, Item, QueueFile, Stored, Upkeep, read_file_status
-from cdc.queue_parked import Park, ParkedChange, ParkedCount, ParkedId, Retried, Unpark, UnparkAfter
+from cdc.queue_parked import Park, ParkedChange, ParkedCount, ParkedId, Retried, Unpark
 
 __all__ = ["DirectoryLock", "Queue", "QueueOnDisk", "QueueStats", "Stored", "lock_directory", "read_status"]
 
@@ -314,12 +314,8 @@ class Queue:
         failpoint("queue.park.after")
 
     def unpark(self, sink: str, ids: Sequence[ParkedId]) -> None:
-        """Forget parked changes, which are applied. Durable on return."""
+        """Forget parked changes, which are applied, or come again. Durable on return."""
         self._write_now(Unpark(sink, ids))
-
-    def unpark_after(self, sink: str, seq: int) -> None:
-        """Forget those of later batches: the sink's target never got so far, so that they come again."""
-        self._write_now(UnparkAfter(sink, seq))
 
     def retried(self, sink: str, change: ParkedChange) -> None:
         """Store a parked change's state, attempts and error. Durable on return."""

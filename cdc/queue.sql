@@ -1,4 +1,4 @@
--- One file a source. Its format is the number in PRAGMA user_version: any change here needs a new one.
+-- One file a source. Its format is the number in PRAGMA user_version: any change here, or in queue_parked.sql, needs a new one.
 -- Columns without a type keep a position as it is given: an integer (LSN) or a blob (resume token).
 
 CREATE TABLE state (
@@ -35,22 +35,3 @@ CREATE TABLE fact (
     key TEXT PRIMARY KEY,
     value TEXT NOT NULL
 ) WITHOUT ROWID;
-
--- The retry queue. A row counts once its sink's target has passed `seq`; until then the change comes again.
-CREATE TABLE parked (
-    sink TEXT NOT NULL,
-    seq INTEGER NOT NULL,           -- of the batch that it came in
-    ordinal INTEGER NOT NULL,       -- its place in that batch
-    position NOT NULL,              -- its transaction's
-    tables TEXT NOT NULL,           -- JSON: names of what it is about; an empty name stands for a whole schema
-    key BLOB,                       -- later changes of the same key wait behind it; NULL: all of its tables
-    size INTEGER NOT NULL,          -- of the payload
-    created_at REAL NOT NULL,       -- unix seconds, as all times here
-    crc INTEGER NOT NULL,           -- of all columns above and the payload
-    state TEXT NOT NULL CHECK (state IN ('retrying', 'dead')),
-    attempts INTEGER NOT NULL,      -- 0: it only waits behind another one
-    next_attempt_at REAL NOT NULL,
-    error TEXT NOT NULL,
-    payload BLOB NOT NULL,          -- msgpack of a Batch with this change alone
-    UNIQUE (sink, seq, ordinal)
-);

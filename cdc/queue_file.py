@@ -24,7 +24,9 @@ from cdc.failpoints import failpoint
 from cdc.position import SourcePosition
 from cdc.queue_parked import ParkedChange, ParkedCount, ParkedId, ParkedOrder
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+"""Files of format 1 are brought to this one when they are opened for writing, and read as they are otherwise."""
+
 APPLICATION_ID: Final = int.from_bytes(b"cdcq", "big")
 
 PAGE_BYTES: Final = 16 * 1024
@@ -457,6 +459,8 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         if not _is_ours(connection, path):
             _create(connection)
+        elif _format(connection) < FORMAT:
+            _upgrade(connection)
         _configure(connection)
     except BaseException:
         connection.close()
@@ -465,10 +469,10 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _is_ours(connection: sqlite3.Connection, path: Path) -> bool:
-    """False for an empty file. Raises `QueueCorrupt` for any other that this version did not make."""
+    """False for an empty file. Raises `QueueCorrupt` for any other that this version cannot read."""
     application_id = connection.execute("PRAGMA application_id").fetchone()[0]
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if (application_id, version) == (APPLICATION_ID, FORMAT):
+    version = _format(connection)
+    if application_id == APPLICATION_ID and 1 <= version <= FORMAT:
         return True
     if application_id == APPLICATION_ID:
         raise QueueCorrupt(
@@ -484,10 +488,22 @@ def _create(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
     connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     connection.execute("PRAGMA journal_mode = WAL")
-    schema = Path(__file__).with_name("queue.sql").read_text(encoding="utf-8")
+    schema = Path(__file__).with_name("queue.sql").read_text(encoding="utf-8") + queue_parked.schema()
     marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT};"
     connection.executescript(f"BEGIN IMMEDIATE; {schema} {marks}")
     _save_state(connection, State(uuid.uuid4().hex))
+    connection.execute("COMMIT")
+
+
+def _format(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _upgrade(connection: sqlite3.Connection) -> None:
+    """All or nothing: a file is of one format or the other, whenever this is interrupted."""
+    connection.execute("BEGIN IMMEDIATE")
+    queue_parked.upgrade(connection)
+    connection.execute(f"PRAGMA user_version = {FORMAT}")
     connection.execute("COMMIT")
 
 

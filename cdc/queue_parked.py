@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
@@ -15,43 +16,50 @@ from cdc.position import SourcePosition
 ParkedState = Literal["retrying", "dead"]
 
 ParkedId = tuple[int, int]
-"""Seq and ordinal: the order of the source."""
+"""Place and ordinal: the order of the source.
+
+Where positions are numbers: the position of the change's transaction, and its ordinal there. So it does not depend on
+how transactions were cut into batches, and a target knows what it has passed. Else the seq of its batch, and its
+ordinal there.
+"""
 
 _COLUMNS: Final = (
-    "seq", "ordinal", "position", "tables", "key", "size", "created_at", "crc", "state", "attempts", "next_attempt_at",
-    "error",
+    "place", "ordinal", "position", "tables", "keys", "size", "created_at", "crc", "state", "attempts",
+    "next_attempt_at", "error",
 )  # fmt: skip
 _FACTS: Final = ", ".join(_COLUMNS)
-_LIST: Final = f"SELECT {_FACTS} FROM parked WHERE sink = ? ORDER BY seq, ordinal"  # noqa: S608 - no values
-_PAYLOAD: Final = f"SELECT {_FACTS}, payload FROM parked WHERE sink = ? AND seq = ? AND ordinal = ?"  # noqa: S608
+_LIST: Final = f"SELECT {_FACTS} FROM parked WHERE sink = ? ORDER BY place, ordinal"  # noqa: S608 - no values
+_PAYLOAD: Final = f"SELECT {_FACTS}, payload FROM parked WHERE sink = ? AND place = ? AND ordinal = ?"  # noqa: S608
 _INSERT: Final = "INSERT OR IGNORE INTO parked VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _UPDATE: Final = """
-    UPDATE parked SET state = ?, attempts = ?, next_attempt_at = ?, error = ? WHERE sink = ? AND seq = ? AND ordinal = ?
+    UPDATE parked SET state = ?, attempts = ?, next_attempt_at = ?, error = ?
+     WHERE sink = ? AND place = ? AND ordinal = ?
 """
-_DELETE: Final = "DELETE FROM parked WHERE sink = ? AND seq = ? AND ordinal = ?"
+_DELETE: Final = "DELETE FROM parked WHERE sink = ? AND place = ? AND ordinal = ?"
 _COUNT: Final = "SELECT sink, count(*), sum(state = 'dead'), min(created_at) FROM parked GROUP BY sink"
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Batch).decode
+_decode_keys = msgspec.msgpack.Decoder(tuple[bytes, ...]).decode
 
 
 class ParkedChange(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What is known of a parked change, without the change itself.
 
-    seq, ordinal: the batch that it came in, and its place there.
+    place, ordinal: see `ParkedId`.
     position: its transaction's.
-    tables, key: what it is about (see `cdc.sink.Subject`).
+    tables, keys: what it is about (see `cdc.sink.Subject`).
     size: bytes that the change takes.
     attempts: how often it was tried by itself; 0: it waits behind another one.
     next_attempt_at: unix seconds, for people and for a restart; without meaning where `attempts` is 0.
     error: why the last attempt failed, without values.
     """
 
-    seq: int
+    place: int
     ordinal: int
     position: SourcePosition
     tables: tuple[TableName, ...]
-    key: bytes | None
+    keys: tuple[bytes, ...] | None
     size: int
     created_at: float
     state: ParkedState = "retrying"
@@ -62,7 +70,7 @@ class ParkedChange(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def id(self) -> ParkedId:
         """Its place in the order of the source."""
-        return (self.seq, self.ordinal)
+        return (self.place, self.ordinal)
 
 
 class Park(msgspec.Struct, frozen=True):
@@ -80,20 +88,13 @@ class Retried(msgspec.Struct, frozen=True):
 
 
 class Unpark(msgspec.Struct, frozen=True):
-    """Write order: these are applied (or discarded)."""
+    """Write order: forget these: they are applied (or discarded), or come again."""
 
     sink: str
     ids: Sequence[ParkedId]
 
 
-class UnparkAfter(msgspec.Struct, frozen=True):
-    """Write order: forget those of later batches than `seq`: they come again."""
-
-    sink: str
-    seq: int
-
-
-ParkedOrder = Park | Retried | Unpark | UnparkAfter
+ParkedOrder = Park | Retried | Unpark
 
 
 class ParkedCount(msgspec.Struct, frozen=True):
@@ -119,13 +120,30 @@ def write(connection: sqlite3.Connection, order: ParkedOrder) -> None:
             connection.execute(_UPDATE, values)
         case Unpark(sink, ids):
             connection.executemany(_DELETE, ((sink, *each) for each in ids))
-        case UnparkAfter(sink, seq):
-            connection.execute("DELETE FROM parked WHERE sink = ? AND seq > ?", (sink, seq))
 
 
 def forget_sink(connection: sqlite3.Connection, sink: str) -> None:
     """Nothing is kept for this sink any more."""
     connection.execute("DELETE FROM parked WHERE sink = ?", (sink,))
+
+
+def schema() -> str:
+    """The statement that creates the table."""
+    return Path(__file__).with_suffix(".sql").read_text(encoding="utf-8")
+
+
+def upgrade(connection: sqlite3.Connection) -> None:
+    """From format 1, inside a transaction: there a change had one key at most. What is damaged stays recognisable."""
+    connection.execute("ALTER TABLE parked RENAME TO parked_before")
+    connection.execute(schema())
+    for sink, *row in connection.execute("SELECT * FROM parked_before").fetchall():
+        facts, crc, payload = row[:7], row[7], row[-1]
+        old = _crc(sink, facts, payload)
+        if facts[4] is not None:
+            facts[4] = _encode((facts[4],))
+        row[:8] = (*facts, crc ^ old ^ _crc(sink, facts, payload))
+        connection.execute(_INSERT, (sink, *row))
+    connection.execute("DROP TABLE parked_before")
 
 
 def listed(connection: sqlite3.Connection, sink: str) -> list[ParkedChange]:
@@ -151,7 +169,8 @@ def counts(connection: sqlite3.Connection) -> dict[str, ParkedCount]:
 
 def _row(sink: str, change: ParkedChange, payload: bytes) -> tuple[object, ...]:
     tables = msgspec.json.encode(change.tables).decode()
-    facts = (*change.id, change.position, tables, change.key, change.size, change.created_at)
+    keys = None if change.keys is None else _encode(change.keys)
+    facts = (*change.id, change.position, tables, keys, change.size, change.created_at)
     retries = (change.state, change.attempts, change.next_attempt_at, change.error)
     return (sink, *facts, _crc(sink, facts, payload), *retries, payload)
 
@@ -160,6 +179,8 @@ def _parked(row: Sequence[Any]) -> ParkedChange:
     found = dict(zip(_COLUMNS, row, strict=True))
     del found["crc"]
     found["tables"] = msgspec.json.decode(found["tables"], type=tuple[TableName, ...])
+    if found["keys"] is not None:
+        found["keys"] = _decode_keys(found["keys"])
     return ParkedChange(**found)
 
 

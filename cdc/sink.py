@@ -110,12 +110,13 @@ class Sink(Protocol):
 class Subject(NamedTuple):
     """What a change is about: those about the same must stay in order.
 
-    tables: one, or all that a change without key concerns; an empty name stands for all tables of a schema.
-    key: equal for two changes of a table if and only if they may be about the same row; `None`: all rows.
+    tables: one, or all that a change without keys concerns; an empty name stands for all tables of a schema.
+    keys: two changes of a table have one in common if they may be about the same row, and so does a later change that
+        wants what an earlier one took (a value of a unique index); `None`: all rows.
     """
 
     tables: tuple[TableName, ...]
-    key: bytes | None
+    keys: tuple[bytes, ...] | None
 
 
 class Ahead(NamedTuple):
@@ -136,6 +137,13 @@ class Parking(Protocol):
         """As `open` found it; `None` where the position says all."""
         ...
 
+    def settled(self) -> Collection[tuple[SourcePosition, int]]:
+        """What the last `apply_parked` applied, before `open`: each change's position and its ordinal there.
+
+        Empty where a change that is applied once more changes nothing. Only positions that are numbers are told.
+        """
+        ...
+
     def subject_of(self, tables: Sequence[Table], change: Change) -> Subject:
         """What a change is about. tables: those of its batch. Runs for each change of a table with parked changes."""
         ...
@@ -143,18 +151,21 @@ class Parking(Protocol):
     def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:
         """Apply a part of what `apply` could not, without moving the position: `apply` then gets it emptied of changes.
 
-        Parts come in order. A change of tables as such (DDL) comes by itself, behind an empty transaction that tells
-        the position before it; or with others of its transaction, which then may be incomplete. After a
-        `PermanentError` the sink stays open, and the same may be applied again in smaller parts.
+        Parts come in order. Only the last transaction of one may go on in the next, and is incomplete then; an empty
+        complete one says that it does not. A change of tables as such (DDL) comes by itself, behind an empty
+        transaction that tells the position before it; or with others of its transaction. After a `PermanentError`
+        nothing of the part is done, the sink stays open, and the same may be applied again in smaller parts.
 
         position: as `apply` would have got it.
         """
         ...
 
     def apply_parked(self, batches: Sequence[Batch]) -> Applied:
-        """Apply parked changes, which the position has passed, in order. Done again it changes nothing.
+        """Apply parked changes, each in a batch of its own, which the position has passed, in order.
 
-        After a `PermanentError` the sink stays open, and the same may be applied again one by one.
+        They are visible at once and durable, and are not forgotten (see `settled`) before the next call: so a caller
+        that died before it could forget them itself can tell. After a `PermanentError` nothing is done, the sink stays
+        open, and the same may be applied again in smaller parts.
         """
         ...
 

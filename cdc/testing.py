@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from threading import Condition
 
 from cdc.change import Batch, Change, Image, Operation, Table, TableName, Transaction
@@ -148,6 +148,7 @@ class MemorySink:
         self._pending: list[tuple[tuple[Table, ...], Transaction]] | None = None
         self._errors: deque[Exception] = deque()
         self._refused: set[Image | None] = set()
+        self._settled: Collection[tuple[SourcePosition, int]] = ()
 
     @property
     def rows(self) -> list[tuple[TableName, Operation, Image | None]]:
@@ -188,20 +189,36 @@ class MemorySink:
         """Never: data and position are stored together."""
         return None
 
+    def settled(self) -> Collection[tuple[SourcePosition, int]]:
+        """What `apply_parked` applied last."""
+        return self._settled
+
     def refuse(self, *images: Image) -> None:
         """From now on refuse all changes to these rows, and no others."""
         self._refused = set(images)
 
     def subject_of(self, tables: Sequence[Table], change: Change) -> Subject:
         """A row by its key, or what stands for it; a change without is about its table."""
-        return Subject((tables[change.table].qualified,), change.key) if change.table >= 0 else Subject((), None)
+        if change.table < 0:
+            return Subject((), None)
+        return Subject((tables[change.table].qualified,), None if change.key is None else (change.key,))
 
     def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:  # noqa: ARG002 - protocol
         """Keep the changes, visible at once."""
-        return self.apply_parked(batches)
+        return self._keep(batches)
 
     def apply_parked(self, batches: Sequence[Batch]) -> Applied:
-        """Keep the changes, visible at once."""
+        """Keep the changes, visible at once, and which they are."""
+        applied = self._keep(batches)
+        self._settled = [
+            (each.position, each.first_ordinal)
+            for batch in batches
+            for each in batch.transactions
+            if isinstance(each.position, int)
+        ]
+        return applied
+
+    def _keep(self, batches: Sequence[Batch]) -> Applied:
         self._raise_next()
         self._check(batches)
         for batch in batches:

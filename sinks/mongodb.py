@@ -8,7 +8,7 @@ one transaction, if the target has such. How changes become writes is in `cdc.mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -112,6 +112,10 @@ class MongodbSink(MongoCopyTarget):
         standing = self._opened().standing
         return None if standing.through is None else Ahead(standing.through, standing.through_seq)
 
+    def settled(self) -> Collection[tuple[SourcePosition, int]]:
+        """Documents are what they are, however often they are written."""
+        return ()
+
     def subject_of(self, tables: Sequence[Table], change: Change) -> Subject:
         """A document by its `_id`. Collections by name, as far as their documents are concerned."""
         if change.operation == DDL:
@@ -123,7 +127,7 @@ class MongodbSink(MongoCopyTarget):
         assert change.key is not None
         # a collation may take more `_id`s for the same, and capped collections keep the order of all documents
         in_order = table in self._opened().ddl.in_order
-        return Subject((table,), None if in_order else key_bytes(change.key))
+        return Subject((table,), None if in_order else (key_bytes(change.key),))
 
     def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:
         """Apply, and leave the position where it is."""

@@ -287,7 +287,7 @@ def ddl_subject(ddl: Ddl, table: TableName | None) -> Subject:
     if ddl.kind == "rename":
         names.append(_namespace(ddl.description, b"to"))
     about = tuple(name for name in names if name.name)
-    return Subject(about, None if ddl.kind in {"drop", "rename"} else _DEFINITION)
+    return Subject(about, None if ddl.kind in {"drop", "rename"} else (_DEFINITION,))
 
 
 def _namespace(event: bytes, name: bytes) -> TableName:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cdc.change import DDL, UPDATE, Batch, Change, Ddl, Table, TableName, Transaction
@@ -127,6 +130,9 @@ class World:
                 what=lambda: f"delivery: {self.stats}",
             )
 
+    def position(self, seq: int) -> Position:
+        return Position(self.queue.queue_id, seq, b"%06d" % seq)
+
     def later(self, seconds: float = PARKED_MAX_SECONDS) -> None:
         self.now += seconds
 
@@ -150,7 +156,7 @@ def test_f89_only_the_key_of_a_refused_change_waits(world: World) -> None:
     assert (world.stats.parked, world.stats.dead, world.stats.parked_oldest_at) == (3, 0, world.now + 10**9)
     first, *behind = world.queue.parked("mirror")
     assert (first.attempts, first.error, first.state) == (1, "mirror: a row is refused", "retrying")
-    assert [(row.attempts, row.error, row.key) for row in behind] == [(0, "", b"7")] * 2
+    assert [(row.attempts, row.error, row.keys) for row in behind] == [(0, "", (b"7",))] * 2
     assert world.stats.changes["update"] == 100, "parked ones are not applied"
     counted = read_status(world.path).parked["mirror"]
     assert (counted.parked, counted.dead) == (3, 0)
@@ -238,7 +244,7 @@ def test_f89_parked_changes_that_the_target_never_passed_come_again(world: World
     world.queue.register("mirror")
     rows = [Position(world.queue.queue_id, 0, b"begin")]
     assert before == rows[0]
-    world.parker.open(0)
+    world.parker.open(world.position(0))
     assert world.queue.parked("mirror") == []
 
 
@@ -250,12 +256,12 @@ def test_f90_what_was_parked_up_to_a_mark_does_not_come_again_and_is_kept(world:
     world.deliver()
     world.sink.given_ahead = Ahead(b"000002", 1)
     world.restart()
-    world.parker.open(0)
+    world.parker.open(world.position(0))
     assert [row.id for row in world.queue.parked("mirror")] == [(1, 0), (1, 1)]
     world.sink.bad = set()
     world.parker.retry()
     assert world.sink.values(7) == [], "not before the position has passed them"
-    world.parker.passed(1)
+    world.parker.passed(world.position(1))
     world.parker.retry()
     assert world.sink.values(7) == [1, 2]
 
@@ -353,16 +359,16 @@ def test_f89_f90_at_random(world: World, seed: int) -> None:
 def test_subjects() -> None:
     subjects = Subjects()
     a, b, database = TableName("s", "a"), TableName("s", "b"), TableName("s", "")
-    subjects.add(Subject((a,), b"1"))
-    assert subjects.block(Subject((a,), b"1"))
-    assert not subjects.block(Subject((a,), b"2"))
+    subjects.add(Subject((a,), (b"1",)))
+    assert subjects.block(Subject((a,), (b"1",)))
+    assert not subjects.block(Subject((a,), (b"2",)))
     assert not subjects.block(Subject((b,), None))
     assert subjects.block(Subject((b, a), None))
     assert subjects.block(Subject((database,), None))
     subjects.add(Subject((database,), None))
-    assert subjects.block(Subject((b,), b"9"))
+    assert subjects.block(Subject((b,), (b"9",)))
     subjects.add(Subject((database,), None), -1)
-    subjects.add(Subject((a,), b"1"), -1)
+    subjects.add(Subject((a,), (b"1",)), -1)
     assert not subjects.block(Subject((a, b, database), None))
 
 
@@ -381,8 +387,8 @@ class TestFile:
         batch = Batch((ORDERS,), [Transaction(token, token, 0, 0, 0, True, [change(seq, 1)])], token, 0)
         payload = payload_of(batch)
         found = ParkedChange(
-            seq=seq, ordinal=ordinal, position=token, tables=(ORDERS.qualified,), key=b"%d" % seq, size=len(payload),
-            created_at=5.0,
+            place=seq, ordinal=ordinal, position=token, tables=(ORDERS.qualified,), keys=(b"%d" % seq, b"b"),
+            size=len(payload), created_at=5.0,
         )  # fmt: skip
         return found, payload
 
@@ -394,8 +400,7 @@ class TestFile:
         assert world.queue.parked("mirror") == [row for row, _ in rows]
         batches = world.queue.parked_batches("mirror", [(5, 0), (3, 1)])
         assert [batch.transactions[0].changes[0].key for batch in batches] == [b"5", b"3"]
-        world.queue.unpark_after("mirror", 3)
-        world.queue.unpark("mirror", [(3, 0)])
+        world.queue.unpark("mirror", [(3, 0), (5, 0)])
         assert [row.id for row in world.queue.parked("mirror")] == [(3, 1)]
         assert world.queue.parked("other") == []
 
@@ -413,3 +418,45 @@ class TestFile:
         world.queue._file._writer.execute("UPDATE parked SET payload = ?", (payload[:-1] + b"\1",))
         with pytest.raises(QueueCorrupt, match="fails its checksum"):
             world.queue.parked_batches("mirror", [row.id])
+
+    def test_f92_a_file_of_format_1_is_brought_to_the_newest(self, world: World) -> None:
+        """Read as it is, upgraded where it is written to; what was damaged in it is noticed still."""
+        rows = [self.row(seq) for seq in (3, 4, 5)]
+        whole = (msgspec.structs.replace(rows[1][0], keys=None), rows[1][1])
+        world.queue.park("mirror", [rows[0], whole, rows[2]])
+        world.queue.close()
+        with closing(sqlite3.connect(world.path)) as connection, connection:
+            as_format_1(connection)
+            connection.execute("UPDATE parked SET error = '' WHERE seq = 3")
+            connection.execute("UPDATE parked SET payload = zeroblob(9) WHERE seq = 5")
+        before = world.path.read_bytes()
+        assert read_status(world.path).parked["mirror"].parked == 3
+        assert world.path.read_bytes() == before
+        for _ in range(2):
+            world.open()
+            assert [row.keys for row in world.queue.parked("mirror")] == [(b"3",), None, (b"5",)]
+            assert [row.id for row in world.queue.parked("mirror")] == [(3, 0), (4, 0), (5, 0)]
+            assert world.queue.parked_batches("mirror", [(3, 0)])[0].transactions[0].changes == [change(3, 1)]
+            with pytest.raises(QueueCorrupt, match="fails its checksum"):
+                world.queue.parked_batches("mirror", [(5, 0)])
+            world.queue.close()
+        world.open()
+
+
+def as_format_1(connection: sqlite3.Connection) -> None:
+    """What that version would have written: `seq` for the place, and a single key."""
+    rows = connection.execute("SELECT * FROM parked").fetchall()
+    connection.executescript(
+        """DROP TABLE parked;
+           CREATE TABLE parked (
+               sink TEXT NOT NULL, seq INTEGER NOT NULL, ordinal INTEGER NOT NULL, position NOT NULL,
+               tables TEXT NOT NULL, key BLOB, size INTEGER NOT NULL, created_at REAL NOT NULL, crc INTEGER NOT NULL,
+               state TEXT NOT NULL CHECK (state IN ('retrying', 'dead')), attempts INTEGER NOT NULL,
+               next_attempt_at REAL NOT NULL, error TEXT NOT NULL, payload BLOB NOT NULL, UNIQUE (sink, seq, ordinal));
+           PRAGMA user_version = 1"""
+    )
+    for sink, seq, ordinal, position, tables, keys, size, at, _, *rest in rows:
+        key = None if keys is None else msgspec.msgpack.decode(keys)[0]
+        facts = (seq, ordinal, position, tables, key, size, at)
+        crc = zlib.crc32(rest[-1], zlib.crc32(msgspec.msgpack.encode((sink, *facts))))
+        connection.execute(f"INSERT INTO parked VALUES ({', '.join('?' * 14)})", (sink, *facts, crc, *rest))
