@@ -21,6 +21,7 @@ from pymongo.errors import (
     InvalidName,
     InvalidURI,
     OperationFailure,
+    ProtocolError,
     PyMongoError,
     ServerSelectionTimeoutError,
     WriteError,
@@ -106,7 +107,8 @@ def to_cdc_error(error: PyMongoError | BSONError, *, streaming: bool = False) ->
         return _of_configuration(error)
     if isinstance(error, ServerSelectionTimeoutError):
         return TransientError(f"no server could be used: {_first_reason(str(error))}", hint=_REACHABLE)
-    if isinstance(error, ConnectionFailure | ExecutionTimeout | WTimeoutError):
+    # a ProtocolError ends its connection: what came was no message, and the next connection may be a better one
+    if isinstance(error, ConnectionFailure | ProtocolError | ExecutionTimeout | WTimeoutError):
         return TransientError(_first_reason(str(error)), hint=_REACHABLE)
     if isinstance(error, InvalidName):
         return FatalError(f"a database or collection cannot have this name: {clean(str(error))}", hint="correct it")
