@@ -32,7 +32,16 @@ Client = pymongo.MongoClient[dict[str, Any]]
 class Workload:
     """Random commands against one database. Whatever the server refuses is passed over."""
 
-    def __init__(self, client: Client, database: str, seed: int, *, ddl: bool = True, moves: bool = True) -> None:
+    def __init__(
+        self,
+        client: Client,
+        database: str,
+        seed: int,
+        *,
+        ddl: bool = True,
+        moves: bool = True,
+        drops_database: bool = True,
+    ) -> None:
         """moves: also what puts a field that was there to the end, of which no delta tells."""
         self._client = client
         self._database = client[database]
@@ -45,7 +54,7 @@ class Workload:
         if ddl:
             self._operations += [
                 (self._rename, 2), (self._drop, 1), (self._create, 2), (self._index, 2), (self._drop_index, 1),
-                (self._modify, 1), (self._drop_database, 0.3),
+                (self._modify, 1), (self._drop_database, 0.3 if drops_database else 0),
             ]  # fmt: skip
 
     def run(self, count: int) -> None:

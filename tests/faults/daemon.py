@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -25,12 +26,11 @@ log_format = "json"
 address = "127.0.0.1:0"
 
 [queue]
-min_free_bytes = 0
+min_free_bytes = {min_free_bytes}
 
 [sources.shop]
 url = {source}
-pg_dump = {pg_dump}
-heartbeat_seconds = 1.0
+{source_options}
 
 [sinks.mirror]
 from = "shop"
@@ -43,17 +43,36 @@ _STOP_SECONDS: Final = 60
 class Daemon:
     """One configuration, and the process that runs it.
 
+    pg_dump: of a PostgreSQL source. source_options: more lines of TOML for the source; more: more sections.
     tracer: a command line that the daemon's is put behind (strace).
+    environment: variables of its process, besides its surroundings.
     """
 
-    def __init__(self, folder: Path, *, source: str, target: str, pg_dump: Path, tracer: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        source: str,
+        target: str,
+        pg_dump: Path | None = None,
+        source_options: str = "",
+        more: str = "",
+        min_free_bytes: int = 0,
+        tracer: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.data_dir = folder / "data"
         self.log_file = folder / "daemon.log"
         self._config_file = folder / "cdc.toml"
         self._tracer = tracer
         self._process: subprocess.Popen[bytes] | None = None
-        values = {"data_dir": self.data_dir, "source": source, "target": target, "pg_dump": pg_dump}
-        self._config_file.write_text(_CONFIG.format_map({key: json.dumps(str(value)) for key, value in values.items()}))
+        self._environment = {**os.environ, **(environment or {})}
+        if pg_dump is not None:
+            source_options += f"\npg_dump = {json.dumps(str(pg_dump))}\nheartbeat_seconds = 1.0"
+        texts = {"data_dir": str(self.data_dir), "source": source, "target": target}
+        quoted = {key: json.dumps(text) for key, text in texts.items()}
+        config = _CONFIG.format(**quoted, source_options=source_options, min_free_bytes=min_free_bytes)
+        self._config_file.write_text(config + more)
 
     def __enter__(self) -> Self:
         self.start()
@@ -64,12 +83,13 @@ class Daemon:
             kill_tree(self._process.pid)
             self._process.wait()
 
-    def start(self) -> None:
-        """Start the process, and do not wait for anything."""
+    def start(self, **environment: str) -> None:
+        """Start the process, with more variables, and do not wait for anything."""
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [*self._tracer, *self._command("run")],
                 cwd=CHECKOUT,
+                env={**self._environment, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -87,11 +107,19 @@ class Daemon:
         self._process.kill()
         self._process.wait()
 
-    def stop(self) -> None:
-        """SIGTERM, and wait for an orderly end."""
-        psutil.Process(self._own_pid).send_signal(signal.SIGTERM)
+    def stop(self) -> int:
+        """SIGTERM, and wait for an orderly end; the exit code."""
+        self.signal(signal.SIGTERM)
+        return self.wait(_STOP_SECONDS)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        psutil.Process(self._own_pid).send_signal(number)
+
+    def wait(self, seconds: float) -> int:
+        """Wait until it ends by itself; the exit code, negative for a signal."""
         assert self._process is not None
-        self._process.wait(_STOP_SECONDS)
+        return self._process.wait(seconds)
 
     @property
     def peak_memory_bytes(self) -> int:

@@ -1,11 +1,12 @@
-"""A load on which lost, doubled, torn or reordered changes show: see `tests.faults.crash_watch` for how."""
+"""A load on which lost, doubled, torn or reordered changes show: see `tests.faults.watch_postgres` for how."""
 
 from __future__ import annotations
 
 import base64
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Self
 
 import psycopg
@@ -26,6 +27,7 @@ TABLES: Final = (
     "documents",
     "bulk",
     "scratch",
+    "marks",
 )
 
 BULK_ROWS: Final = 15_000
@@ -47,6 +49,7 @@ CREATE TABLE seats (id int PRIMARY KEY, guest text NOT NULL);
 CREATE TABLE places (id int PRIMARY KEY, moves bigint NOT NULL, document text NOT NULL);
 CREATE TABLE documents (id int PRIMARY KEY, revision bigint NOT NULL, body text NOT NULL);
 CREATE TABLE bulk (id int PRIMARY KEY, run bigint NOT NULL, filling text NOT NULL);
+CREATE TABLE marks (id text PRIMARY KEY);
 CREATE TABLE scratch (id bigint GENERATED ALWAYS AS IDENTITY, line text);
 ALTER TABLE entries REPLICA IDENTITY FULL;
 ALTER TABLE twins REPLICA IDENTITY FULL;
@@ -76,6 +79,8 @@ class Load:
         self._pause_seconds = clients / rate
         self._stopping = threading.Event()
         self._counting = threading.Lock()
+        self._clients = clients
+        self._turns = threading.BoundedSemaphore(clients)
         self._errors: list[Exception] = []
         self._threads = [
             threading.Thread(target=self._work, args=(random.Random(f"{seed}:{number}"),), name=f"client-{number}")
@@ -98,6 +103,16 @@ class Load:
         if self._errors:
             raise self._errors[0]
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """No transaction is open meanwhile, and none begins."""
+        for _ in range(self._clients):
+            self._turns.acquire()
+        try:
+            yield
+        finally:
+            self._turns.release(self._clients)
+
     def _work(self, rng: random.Random) -> None:
         try:
             while not self._stopping.is_set():
@@ -110,7 +125,7 @@ class Load:
             with psycopg.connect(self._url, autocommit=True) as connection:
                 while not self._stopping.wait(self._pause_seconds):
                     (action,) = rng.choices(_ACTIONS, _WEIGHTS)
-                    with connection.transaction():
+                    with self._turns, connection.transaction():
                         action(connection, rng)
                     with self._counting:
                         self.transactions += 1

@@ -1,4 +1,4 @@
-"""What a mirror of the crash test's load must show in every single snapshot, and who looks at it all the time."""
+"""What a mirror of the load must show in every single snapshot, and who looks at it all the time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, Self
 import psycopg
 from psycopg import errors
 
-from tests.faults.crash_load import BULK_ROWS, KEYS, OPENING_BALANCE
+from tests.faults.load_postgres import BULK_ROWS, KEYS, OPENING_BALANCE
 
 Connection = psycopg.Connection[Any]
 

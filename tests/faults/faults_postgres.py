@@ -1,0 +1,115 @@
+"""What happens to PostgreSQL servers, and what their users do, besides `tests.faults.faults`.
+
+To come, each a function here: DDL on the load's tables, poison for a mirror that parks, a slot that is lost (`cdc
+resync` is the way out).
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Final
+
+import psutil
+import psycopg
+
+from tests.faults.faults import Fault
+from tests.faults.world_postgres import PostgresWorld
+from tests.servers import PostgresServer
+
+_BACKENDS: Final = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+ WHERE pid <> pg_backend_pid() AND (application_name LIKE 'cdc%' OR backend_type = 'walsender')
+"""
+
+
+def server_killed(world: PostgresWorld, rng: random.Random) -> None:
+    """kill -9 of a server; what it had committed is there again."""
+    server = _any(world, rng)
+    server.kill()
+    world.rest(rng.uniform(0.0, 3.0))
+    server.start()
+
+
+def server_restarted(world: PostgresWorld, rng: random.Random) -> None:
+    """An orderly restart, which waits for walsenders (smart and fast do)."""
+    _any(world, rng).restart(rng.choice(("fast", "immediate")))
+
+
+def server_suspended(world: PostgresWorld, rng: random.Random) -> None:
+    """SIGSTOP of all its processes: connections stay, nothing answers."""
+    postmaster = psutil.Process(_any(world, rng).pid)
+    processes = [postmaster, *postmaster.children()]
+    for process in processes:
+        process.suspend()
+    world.rest(rng.choice((0.5, 2.0, 8.0)))
+    for process in processes:
+        process.resume()
+
+
+def backends_terminated(world: PostgresWorld, rng: random.Random) -> None:
+    """An administrator ends all that the daemon has."""
+    database = world.databases[rng.choice(("source", "target"))]
+    for _ in range(rng.randint(1, 3)):
+        database.execute(_BACKENDS)
+        world.rest(rng.uniform(0.0, 0.5))
+
+
+def target_down(world: PostgresWorld, rng: random.Random) -> None:
+    """For a while: the queue takes what comes."""
+    world.servers["target"].stop("immediate")
+    world.rest(rng.uniform(2.0, 8.0))
+    world.servers["target"].start()
+
+
+def target_read_only(world: PostgresWorld, rng: random.Random) -> None:
+    """As when it is demoted."""
+    _set(world, "ALTER SYSTEM SET default_transaction_read_only = on")
+    world.rest(rng.uniform(1.0, 4.0))
+    _set(world, "ALTER SYSTEM RESET default_transaction_read_only")
+
+
+def target_locked(world: PostgresWorld, rng: random.Random) -> None:
+    """Somebody holds what is to be written, longer than time-outs that he has set for everybody."""
+    world.target.execute("ALTER DATABASE shop SET lock_timeout = '100ms'")
+    world.target.execute("ALTER DATABASE shop SET statement_timeout = '200ms'")
+    with world.target.connect(autocommit=False) as connection:
+        connection.execute("SET statement_timeout = 0")
+        connection.execute("SET lock_timeout = 0")
+        connection.execute("LOCK TABLE journal, bulk IN EXCLUSIVE MODE")
+        world.rest(rng.uniform(0.5, 3.0))
+    world.target.execute("ALTER DATABASE shop RESET ALL")
+
+
+def deadlock(world: PostgresWorld, rng: random.Random) -> None:
+    """Somebody locks in the other order: the server ends one of the two."""
+    for _ in range(rng.randint(1, 2)):
+        with world.target.connect(autocommit=False) as connection:
+            connection.execute("LOCK TABLE counters, journal IN EXCLUSIVE MODE")
+            world.rest(0.5)  # by now the sink waits, and has locked its position
+            try:
+                connection.execute("SELECT FROM cdc.positions FOR UPDATE")
+            except psycopg.errors.DeadlockDetected:
+                continue
+
+
+def _any(world: PostgresWorld, rng: random.Random) -> PostgresServer:
+    return world.servers[rng.choice(("source", "target"))]
+
+
+def _set(world: PostgresWorld, command: str) -> None:
+    with world.target.connect() as connection:
+        connection.execute("SET default_transaction_read_only = off")
+        connection.execute(command)
+        connection.execute("SELECT pg_reload_conf()")
+
+
+POSTGRES: Final = (
+    Fault("server killed", server_killed),
+    Fault("server restarted", server_restarted),
+    Fault("server suspended", server_suspended),
+    Fault("backends terminated", backends_terminated),
+    Fault("target down", target_down),
+    Fault("target read-only", target_read_only),
+    Fault("target locked", target_locked),
+    Fault("deadlock", deadlock),
+)

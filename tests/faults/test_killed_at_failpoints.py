@@ -1,0 +1,83 @@
+"""kill -9 at every boundary that a change passes, under load: nothing is lost, nothing is doubled."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Final, TypeVar
+
+import pytest
+
+from cdc.failpoints import FAILPOINTS, VARIABLE
+from tests.faults.faults import await_end
+from tests.faults.faults_mongodb import parked
+from tests.faults.world import World
+from tests.faults.world_mongodb import MongodbWorld
+from tests.faults.world_postgres import PostgresWorld
+
+W = TypeVar("W", bound=World)
+
+EVERY: Final = [name for name in FAILPOINTS if not name.startswith("queue.park")]
+
+
+@pytest.fixture(scope="module")
+def postgres_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresWorld]:
+    with PostgresWorld(tmp_path_factory.mktemp("postgres"), seed=1) as world:
+        yield from begun(world)
+
+
+@pytest.fixture(scope="module")
+def mongodb_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MongodbWorld]:
+    with MongodbWorld(tmp_path_factory.mktemp("mongodb"), seed=2) as world:
+        yield from begun(world)
+
+
+def begun(world: W) -> Iterator[W]:
+    """What the tests leave behind is compared at the end: each of them begins where the one before has died."""
+    world.daemon.start()
+    world.arrive()
+    yield world
+    start(world)
+    assert world.settle() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_f3_f4_f83_f94_f116_killed_at(postgres_world: PostgresWorld, name: str) -> None:
+    die_at(postgres_world, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_f57_f83_f94_f101_killed_at(mongodb_world: MongodbWorld, name: str) -> None:
+    die_at(mongodb_world, name)
+
+
+def die_at(world: World, name: str) -> None:
+    start(world, f"{name}=kill@2")
+    await_end(world, -signal.SIGKILL)
+
+
+def start(world: World, failpoints: str = "") -> None:
+    """In place of the daemon that was there, if one was left."""
+    if world.daemon.running:
+        world.daemon.kill()
+    world.daemon.start(**{VARIABLE: failpoints})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["queue.park.before", "queue.park.after"])
+def test_f83_f89_killed_while_a_change_is_parked(mongodb_world: MongodbWorld, name: str) -> None:
+    world = mongodb_world
+    world.target.poisoned.create_index("p", unique=True, sparse=True, name="of the mirror alone")
+    start(world, f"{name}=kill")
+    world.source.poisoned.insert_many([{"_id": f"{name} {number}", "p": name} for number in range(2)])
+    await_end(world, -signal.SIGKILL)
+    start(world)
+    world.arrive()
+    world.wait(lambda: parked(world) == 1, "the change to be parked once")
+    world.target.poisoned.drop_index("of the mirror alone")
+    start(world)  # it is tried again at once
+    world.wait(lambda: not parked(world), "the parked change to be applied")
+    world.source.poisoned.delete_many({"p": name})
+    world.arrive()

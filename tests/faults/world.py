@@ -1,0 +1,225 @@
+"""A daemon between two servers under load, a network and a disk that can be broken, and what must hold all the time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import ClassVar, Final, Protocol, Self
+
+import psutil
+
+from tests.faults.daemon import Daemon
+from tests.faults.feed_check import Counter, FeedCheck
+from tests.faults.interposer import AVAILABLE, Interposer
+from tests.faults.proxy import Proxy
+
+MEMORY_LIMIT_BYTES: Final = 250 * 1024**2
+
+CATCH_UP_SECONDS: Final = 120
+"""Within this time what was committed last has arrived, whatever was broken before, or something is wrong."""
+
+FREE_BYTES: Final = 500_000_000
+"""`min_free_bytes`: more than the queue's file ever has inside it."""
+
+_FEED: Final = """
+[sinks.changes]
+kind = "data_changes"
+from = "shop"
+retention = "never"
+"""
+
+_LOOK_SECONDS: Final = 2.0
+"""How often a wait looks whether a pipeline has failed."""
+
+
+class Violation(Exception):
+    """Something that must never be; the message says what."""
+
+
+class Load(Protocol):
+    """Clients at work. transactions: how many they have done."""
+
+    transactions: int
+
+    def resting(self) -> AbstractContextManager[None]:
+        """Nothing is written meanwhile."""
+        ...
+
+    def stop(self) -> None:
+        """End; raises what went wrong."""
+        ...
+
+
+class World(ABC):
+    """A context manager. On entry the servers are up and the load is at work; the daemon is yet to be started.
+
+    lines: the network to `source` and `target`. interposer: disk and clock of the daemon, where there is a compiler.
+    """
+
+    kind: ClassVar[str]
+    counters: ClassVar[Mapping[str, Counter]]
+    load: Load
+    daemon: Daemon
+    lines: Mapping[str, Proxy]
+
+    def __init__(self, folder: Path, *, seed: int) -> None:
+        self.folder = folder
+        self.seed = seed
+        self.feed = FeedCheck(folder / "data" / "data_changes.sqlite", self.counters, self.is_versioned)
+        self.interposer = Interposer(folder, folder / "data") if AVAILABLE else None
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as on_error:
+            on_error.push(self.stack)
+            self.begin()
+            self.memory = self.stack.enter_context(MemoryWatch(self.daemon))
+            on_error.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Start everything; what is to be ended goes onto `stack`."""
+
+    @abstractmethod
+    def mark(self) -> str:
+        """Commit something at the source; returns what it is known by. Tries again while the server is away."""
+
+    @abstractmethod
+    def has_arrived(self, mark: str) -> bool:
+        """Whether the mirror has it; False, too, while its server is away."""
+
+    @abstractmethod
+    def differences(self) -> list[str]:
+        """Of a mirror at rest."""
+
+    @abstractmethod
+    def counted(self) -> Mapping[str, Mapping[str, int]]:
+        """What has counted its own changes, as the source says: by entity type and id."""
+
+    @abstractmethod
+    def is_versioned(self, entity_type: str) -> bool:
+        """Whether the feed holds all versions of such entities, under one name."""
+
+    def seen(self) -> Sequence[str]:
+        """What was seen in passing that must never be."""
+        return ()
+
+    def make_daemon(self, source: str, target: str, *, pg_dump: Path | None = None, options: str = "") -> Daemon:
+        """The daemon, with a mirror and a feed."""
+        environment = self.interposer.environment if self.interposer else {}
+        retention = f'[sinks.changes.entities."{self.bulk_table}"]\nretention = "20s"\n'
+        return self.stack.enter_context(
+            _Unstarted(
+                self.folder,
+                source=source,
+                target=target,
+                pg_dump=pg_dump,
+                source_options=options,
+                more=_FEED + retention,
+                min_free_bytes=FREE_BYTES,
+                environment=environment,
+            )
+        )
+
+    bulk_table: ClassVar[str]
+
+    # waiting
+
+    def rest(self, seconds: float) -> None:
+        """Let time pass: how much is a fault's matter."""
+        threading.Event().wait(seconds)
+
+    def arrive(self, seconds: float = CATCH_UP_SECONDS) -> float:
+        """Wait until what is committed now is in the mirror; returns how many seconds that took."""
+        begin = time.monotonic()
+        mark = self.mark()
+        self.wait(lambda: self.has_arrived(mark), "the mirror to catch up", seconds)
+        return time.monotonic() - begin
+
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = CATCH_UP_SECONDS) -> None:
+        """Wait for something that a healthy daemon does. Raises `Violation` where it does not."""
+        begin = looked = time.monotonic()
+        while not condition():
+            self.check()
+            now = time.monotonic()
+            if now - looked > _LOOK_SECONDS:
+                looked = now
+                self._check_pipelines()
+            if now - begin > seconds:
+                status = self.daemon.ask("status").stdout
+                raise Violation(f"waited {seconds:.0f} s for {what}\n{status}\n{self.daemon.log_tail()}")
+            self.rest(0.02)
+
+    def check(self) -> None:
+        """Raise `Violation` if the daemon ended by itself, or something was seen that must not be."""
+        if self.seen():
+            raise Violation(f"seen in the mirror: {'; '.join(self.seen())}")
+        if not self.daemon.running:
+            raise Violation(f"the daemon ended by itself; its log ends:\n{self.daemon.log_tail()}")
+
+    def _check_pipelines(self) -> None:
+        status = self.daemon.ask("status", "--json")
+        if '"state":"failed"' in status.stdout.replace(" ", ""):
+            raise Violation(f"a pipeline has failed:\n{status.stdout}\n{self.daemon.log_tail()}")
+
+    # the check
+
+    def settle(self) -> list[str]:
+        """Let the load rest, and everything arrive; then say what is wrong."""
+        with self.load.resting():
+            self.arrive()
+            self.wait(self._feed_is_through, "the feed to catch up")
+            problems = [*self.differences(), *self.feed.problems()]
+            for kind, at_source in self.counted().items():
+                problems += self.feed.missing(kind, at_source)
+            verified = self.daemon.ask("verify")
+            if verified.returncode:
+                problems.append(f"cdc verify: {verified.stdout}{verified.stderr}")
+        if self.memory.peak_bytes > MEMORY_LIMIT_BYTES:
+            problems.append(f"the daemon had {self.memory.peak_bytes / 1024**2:.0f} MB of memory")
+        return problems
+
+    def _feed_is_through(self) -> bool:
+        sinks = self.daemon.status()["sinks"]
+        return bool(sinks["changes"]["position"] == sinks["mirror"]["position"] and sinks["changes"]["position"])
+
+
+class MemoryWatch:
+    """peak_bytes: the most physical memory that the daemon ever had, whichever of its lives it was in."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.peak_bytes = 0
+        self._daemon = daemon
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(0.2):
+            try:
+                if self._daemon.running:
+                    self.peak_bytes = max(self.peak_bytes, self._daemon.peak_memory_bytes)
+            except (OSError, ValueError, psutil.Error):  # it was just killed
+                continue
+
+
+class _Unstarted(Daemon):
+    """Ended on exit, but not started on entry."""
+
+    def __enter__(self) -> Self:
+        return self
