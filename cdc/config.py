@@ -416,12 +416,7 @@ def _complete_mirror(sink: SinkConfig, source: SourceConfig) -> SinkConfig:
 
 
 def _complete_postgres_sink(sink: SinkConfig) -> SinkConfig:
-    if sink.on_error == "park":
-        raise ConfigError(
-            f"sinks.{sink.name}.on_error: 'park' would tear transactions: not supported yet for {POSTGRES}",
-            hint="leave it out, or write 'stop'",
-        )
-    return msgspec.structs.replace(sink, on_error="stop")
+    return msgspec.structs.replace(sink, on_error=sink.on_error or "stop")  # parking tears transactions
 
 
 def _complete_mongodb_sink(sink: SinkConfig, source: SourceConfig) -> SinkConfig:

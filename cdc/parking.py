@@ -312,12 +312,7 @@ class Parker:
                 elif row.attempts or behind_head.block(subject):
                     behind_head.add(subject)
                     head.append(row)
-                elif released and (
-                    row.keys is None
-                    or released[-1].keys is None
-                    or size > RELEASED_BYTES
-                    or len(released) >= RELEASED_CHANGES
-                ):
+                elif not self._goes_with(released, size, row):
                     waiting.add(subject)
                 else:
                     size += row.size
@@ -327,6 +322,13 @@ class Parker:
             if head:
                 heads.append(head)
         return _Plan(released, heads, any(place >= self._reached for place, _ in self._rows))
+
+    def _goes_with(self, released: Sequence[ParkedChange], size: int, row: ParkedChange) -> bool:
+        """Whether a row may be applied together with those, which weigh `size`."""
+        if not released:
+            return True
+        alone = not self._sink.all_or_nothing and (row.keys is None or released[-1].keys is None)
+        return not alone and size < RELEASED_BYTES and len(released) < RELEASED_CHANGES
 
     def _try(self, rows: Sequence[ParkedChange]) -> None:
         """Apply rows that nothing holds back, in order; those that are refused wait, and those behind them."""

@@ -131,7 +131,13 @@ class Ahead(NamedTuple):
 
 @runtime_checkable
 class Parking(Protocol):
-    """What a sink offers besides, so that a change which its target refuses can be parked and tried again."""
+    """What a sink offers besides, so that a change which its target refuses can be parked and tried again.
+
+    all_or_nothing: whether what is refused leaves nothing behind. Else it may be done in part, and changes nothing when
+        it is done again, in order; a change of tables as such then comes by itself.
+    """
+
+    all_or_nothing: bool
 
     def ahead(self) -> Ahead | None:
         """As `open` found it; `None` where the position says all."""
@@ -154,7 +160,7 @@ class Parking(Protocol):
         Parts come in order. Only the last transaction of one may go on in the next, and is incomplete then; an empty
         complete one says that it does not. A change of tables as such (DDL) comes by itself, behind an empty
         transaction that tells the position before it; or with others of its transaction. After a `PermanentError`
-        nothing of the part is done, the sink stays open, and the same may be applied again in smaller parts.
+        the sink stays open, and the same may be applied again in smaller parts.
 
         position: as `apply` would have got it.
         """
@@ -164,8 +170,8 @@ class Parking(Protocol):
         """Apply parked changes, each in a batch of its own, which the position has passed, in order.
 
         They are visible at once and durable, and are not forgotten (see `settled`) before the next call: so a caller
-        that died before it could forget them itself can tell. After a `PermanentError` nothing is done, the sink stays
-        open, and the same may be applied again in smaller parts.
+        that died before it could forget them itself can tell. After a `PermanentError` the sink stays open, and the
+        same may be applied again in smaller parts.
         """
         ...
 

@@ -139,6 +139,8 @@ class MemorySink:
     transactions: what is visible, in order. A transaction that came in several batches is one again.
     """
 
+    all_or_nothing = True
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.consistent = True

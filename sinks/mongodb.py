@@ -70,6 +70,8 @@ class _Connection(msgspec.Struct):
 class MongodbSink(MongoCopyTarget):
     """A mirror. Implements `cdc.sink.Mirror` and `cdc.sink.Parking`."""
 
+    all_or_nothing = False
+
     def __init__(self, config: SinkConfig, context: SinkContext) -> None:
         super().__init__(config)
         self._reread = context.reread

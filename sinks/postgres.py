@@ -6,8 +6,9 @@ by the last. How changes become statements is in `cdc.postgres.apply`; the initi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from typing import Literal
 
 import msgspec
 import psycopg
@@ -19,12 +20,14 @@ from cdc.errors import PermanentError, TransientError
 from cdc.failpoints import failpoint
 from cdc.position import Lsn, Position, SourcePosition, as_lsn, format_lsn, format_position
 from cdc.postgres.apply import Applier
+from cdc.postgres.bookkeeping import FORGOTTEN, Settled
 from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
 from cdc.postgres.fold import FoldError
+from cdc.postgres.parking import SubjectFinder, read_uniqueness, with_ends
 from cdc.postgres.schema import read_tables
 from cdc.postgres.steps import Step
 from cdc.postgres.target import CopyTarget
-from cdc.sink import Applied, SinkContext, are_same
+from cdc.sink import Ahead, Applied, SinkContext, Subject, are_same
 
 FEW_CHANGES = 64
 """Up to so many changes, prepared statements in one pipeline are faster than staging tables."""
@@ -56,7 +59,9 @@ class _Todo(msgspec.Struct, frozen=True):
 
 
 class PostgresSink(CopyTarget):
-    """A mirror. Implements `cdc.sink.Mirror`."""
+    """A mirror. Implements `cdc.sink.Mirror` and `cdc.sink.Parking`."""
+
+    all_or_nothing = True
 
     def __init__(self, config: SinkConfig, context: SinkContext) -> None:
         super().__init__(config)
@@ -68,6 +73,7 @@ class PostgresSink(CopyTarget):
         self._strangers: set[TableName] = set()
         self._begun = False
         self._finished = False
+        self._subjects: SubjectFinder | None = None
         self._ahead: _Todo | None = None
 
     def open(self) -> Position | None:
@@ -85,29 +91,90 @@ class PostgresSink(CopyTarget):
             self._copied_at = {table: as_lsn(copied_at) for table, copied_at in self.applied_from().items()}
             copied = {name for table in self._copied_at if (name := self.config.target_name(table)) in tables}
             self._applier = Applier(connection, self.config, {name: tables[name] for name in copied}, self._reread)
+            if self.config.on_error == "park":
+                Settled(connection, self.name).create()
+                mirrored = {table for table, at in self._copied_at.items() if at != FORGOTTEN}
+                self._subjects = SubjectFinder(self._applier.plan, mirrored, read_uniqueness(connection))
         return position
 
     def prepare(self, batches: Sequence[Batch]) -> None:
         """Fold ahead what `apply` is to get next."""
         _, applier = self._opened()
-        self._ahead = self._look_at(applier, batches)
+        with suppress(PermanentError):  # `apply` will tell
+            self._ahead = self._look_at(applier, batches)
 
     def apply(self, batches: Sequence[Batch], position: Position) -> Applied:
         """Apply in order; visible together with `position` when `batches` end with a complete transaction."""
         connection, applier = self._opened()
-        missing, healed = applier.missing, applier.healed
         todo, self._ahead = self._ahead, None
         if todo is None or not are_same(todo.batches, batches):
             todo = self._look_at(applier, batches)
         with translated_errors():
-            fallback = not self._apply_fast(connection, applier, todo)
-            if fallback:
-                applier.carefully(todo.wanted)
+            applied = self._do(connection, applier, todo)
             if batches[-1].complete:
                 self._commit(connection, position)
                 applier.committed()
+        return applied
+
+    def ahead(self) -> Ahead | None:
+        """Never: data and position are committed together."""
+        return None
+
+    def settled(self) -> Collection[tuple[SourcePosition, int]]:
+        """What the target remembers."""
+        connection, _ = self._opened()
+        with translated_errors():
+            return Settled(connection, self.name).read()
+
+    def subject_of(self, tables: Sequence[Table], change: Change) -> Subject:
+        """A row by its key, and by what it takes of other unique columns; or its table as a whole."""
+        if self._subjects is None:
+            raise TransientError(f"sink {self.name} is not connected")
+        return self._subjects.find(tables, change)
+
+    def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:  # noqa: ARG002 - protocol
+        """Apply within the target transaction that `apply` commits."""
+        connection, applier = self._opened()
+        todo = self._look_at(applier, with_ends(batches, last_ends=False))
+        missing, healed = applier.missing, applier.healed
+        try:
+            with translated_errors():
+                return self._do(connection, applier, todo)
+        except PermanentError:
+            with translated_errors():
+                connection.execute("ROLLBACK TO SAVEPOINT batch")
+                applier.rolled_back()
+            applier.missing, applier.healed = missing, healed
+            raise
+
+    def apply_parked(self, batches: Sequence[Batch]) -> Applied:
+        """Apply in a transaction that also remembers which they were; without what a later copy holds."""
+        connection, applier = self._opened()
+        todo = self._look_at(applier, with_ends(batches, last_ends=True))
+        missing, healed = applier.missing, applier.healed
+        changes = [(as_lsn(each.position), each.first_ordinal) for batch in batches for each in batch.transactions]
+        try:
+            with translated_errors():
+                applied = self._do(connection, applier, todo)
+                Settled(connection, self.name).replace(changes)
+                self._end(connection, "COMMIT")
+                applier.committed()
+        except PermanentError:
+            with translated_errors():
+                self._end(connection, "ROLLBACK")
+                applier.rolled_back()
+            applier.missing, applier.healed = missing, healed
+            raise
+        return applied
+
+    def _do(self, connection: Connection, applier: Applier, todo: _Todo) -> Applied:
+        """Apply, and leave the target transaction open."""
+        missing, healed = applier.missing, applier.healed
+        fallback = not self._apply_fast(connection, applier, todo)
+        if fallback:
+            applier.carefully(todo.wanted)
         return Applied(
-            changes=sum(batch.change_count for batch in batches),
+            changes=sum(batch.change_count for batch in todo.batches),
             missing_rows=applier.missing - missing,
             healed_rows=applier.healed - healed,
             fallback=fallback,
@@ -124,7 +191,7 @@ class PostgresSink(CopyTarget):
         if self._connection is not None:
             with suppress(psycopg.Error):
                 self._connection.close()
-        self._connection = self._applier = self._ahead = None
+        self._connection = self._applier = self._ahead = self._subjects = None
         self._begun = False
 
     def _opened(self) -> tuple[Connection, Applier]:
@@ -139,11 +206,13 @@ class PostgresSink(CopyTarget):
 
     def _apply_fast(self, connection: Connection, applier: Applier, todo: _Todo) -> bool:
         """Try the fast way that suits; False, and all of it undone, where only the careful way will do."""
+        unchecked: Callable[[], None] | None = None
         try:
             with connection.pipeline():
-                check = self._begin(connection)
+                check = unchecked = self._begin(connection)
                 sent = applier.send(todo.wanted) if todo.few else ()
             check()
+            unchecked = None
             if todo.few:
                 applier.check(sent)
                 return True
@@ -158,6 +227,8 @@ class PostgresSink(CopyTarget):
             pass
         connection.execute("ROLLBACK TO SAVEPOINT batch")
         applier.rolled_back()
+        if unchecked is not None:
+            unchecked()  # what is refused may be there already
         return False
 
     def _begin(self, connection: Connection) -> Callable[[], None]:
@@ -191,10 +262,13 @@ class PostgresSink(CopyTarget):
                 prepare=True,
             )
             failpoint("target.commit.before")
-            connection.execute("COMMIT")
+            self._end(connection, "COMMIT")
         failpoint("target.commit.after")
-        self._begun = False
         self._position = reached
+
+    def _end(self, connection: Connection, statement: Literal["COMMIT", "ROLLBACK"]) -> None:
+        connection.execute(statement)
+        self._begun = False
 
     def _without_copied(self, batch: Batch) -> Batch:
         """Leave out what the initial copy holds already, table by table."""

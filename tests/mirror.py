@@ -13,6 +13,7 @@ from cdc.capture import Capture
 from cdc.config import parse
 from cdc.delivery import Delivery
 from cdc.filling import fill
+from cdc.parking import Clock, Parker, ParkingBounds
 from cdc.position import Position
 from cdc.postgres.source import PostgresSource
 from cdc.queue import Queue
@@ -36,7 +37,7 @@ def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = TIMEOU
 class Mirror:
     """A source database, a target database, and what runs between them.
 
-    error: what the capture or the delivery stopped with.
+    error: what the capture or the delivery stopped with. clock: of what is parked.
     """
 
     def __init__(self, source_db: Database, target_db: Database, folder: Path, pg_dump: Path, **options: Any) -> None:
@@ -50,6 +51,7 @@ class Mirror:
         )
         self.queue = Queue(folder / "shop.queue", max_bytes=options.pop("max_bytes", 10**9), min_free_bytes=0)
         self.error: BaseException | None = None
+        self.clock: Clock | None = options.pop("clock", None)
         self._threads: list[threading.Thread] = []
         self._stop = threading.Event()
         self._make()
@@ -62,7 +64,11 @@ class Mirror:
         self.capture = Capture(
             self.source, self.queue, self.capture_stats, applied=lambda: self.delivery_stats.position
         )
-        self.delivery = Delivery(self.sink, self.queue, self.delivery_stats, self.config.sinks["mirror"].batch)
+        sink = self.config.sinks["mirror"]
+        bounds = ParkingBounds(sink.max_parked, sink.max_parked_bytes)
+        parks = sink.on_error == "park"
+        self.parker = Parker(self.sink, self.queue, self.delivery_stats, bounds, self.clock) if parks else None
+        self.delivery = Delivery(self.sink, self.queue, self.delivery_stats, sink.batch, parker=self.parker)
 
     def prepare(self) -> None:
         """Create publication, slot and the mirror's tables; all tables must be empty."""

@@ -94,7 +94,7 @@ class Applier:
     def fold(self, batches: Sequence[Batch]) -> list[Step] | None:
         """What `many` is to do; `None` where only `carefully` will do. Needs no connection, from whatever thread."""
         try:
-            return steps(batches, self._plan)
+            return steps(batches, self.plan)
         except FoldError:
             return None
 
@@ -128,7 +128,8 @@ class Applier:
 
     # statements
 
-    def _plan(self, table: Table) -> TablePlan:
+    def plan(self, table: Table) -> TablePlan:
+        """How changes of a table become statements. Raises `PermanentError` where the mirror has none that fits."""
         plan = self._plans.get(table)
         if plan is None:
             name = self._config.target_name(table.qualified)
@@ -146,7 +147,7 @@ class Applier:
             return self._truncate(tables, change)
         if change.operation == MESSAGE:
             return None
-        plan = self._plan(tables[change.table])
+        plan = self.plan(tables[change.table])
         if change.operation == INSERT:
             assert change.after is not None
             return plan.insert(change.after)
@@ -208,14 +209,14 @@ class Applier:
     def _one(self, tables: Tables, change: Change) -> None:
         if change.operation == INSERT:
             assert change.after is not None
-            self._execute(self._plan(tables[change.table]).insert(change.after, upsert=True))
+            self._execute(self.plan(tables[change.table]).insert(change.after, upsert=True))
             return
         statement = self._statement(tables, change)
         if statement is None or self._execute(statement).rowcount != 0 or change.operation == TRUNCATE:
             return
         self.missing += 1
         if change.operation == UPDATE:
-            self._heal(self._plan(tables[change.table]), change)
+            self._heal(self.plan(tables[change.table]), change)
 
     def _heal(self, plan: TablePlan, change: Change) -> None:
         """Write a row that should have been there: from the change, or as the source has it now.

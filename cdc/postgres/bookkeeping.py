@@ -155,6 +155,39 @@ class Bookkeeping:
         )
 
 
+class Settled:
+    """The parked changes of a sink that were applied last, so that none is applied twice: see `cdc.sink.Parking`.
+
+    Made where a sink parks; in transactions of the caller's.
+    """
+
+    def __init__(self, connection: Connection, sink: str) -> None:
+        self._connection = connection
+        self._sink = sink
+
+    def create(self) -> None:
+        """Create the table where it is not there."""
+        with while_doing("creating cdc.settled on the target"), self._connection.transaction():
+            self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.bookkeeping', 0))")
+            ((exists,),) = self._connection.execute("SELECT to_regclass('cdc.settled') IS NOT NULL").fetchall()
+            if not exists:
+                self._connection.execute(_SETTLED)
+
+    def read(self) -> list[tuple[Lsn, int]]:
+        """Position and ordinal of each."""
+        query = "SELECT position::text, ordinal FROM cdc.settled WHERE sink = %s"
+        return [(parse_lsn(position), ordinal) for position, ordinal in self._connection.execute(query, [self._sink])]
+
+    def replace(self, changes: Iterable[tuple[Lsn, int]]) -> None:
+        """Remember these, and no others any more."""
+        self._connection.execute("DELETE FROM cdc.settled WHERE sink = %s", [self._sink])
+        with self._connection.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO cdc.settled (sink, position, ordinal) VALUES (%s, %s, %s)",
+                [(self._sink, format_lsn(position), ordinal) for position, ordinal in changes],
+            )
+
+
 def changed_tables(
     marks: Mapping[TableName, Mark], wanted: Collection[TableName]
 ) -> tuple[list[TableName], list[TableName]]:
@@ -184,6 +217,15 @@ DELETE FROM cdc.post_data
 _INSERT_ENTRY: Final = """
 INSERT INTO cdc.post_data (sink, kind, name, source_schema, source_table, relations, sql, ordinal)
 SELECT %s, %s, %s, %s, %s, %s, %s, coalesce(max(ordinal) + 1, 0) FROM cdc.post_data WHERE sink = %s
+"""
+
+_SETTLED: Final = """
+CREATE TABLE cdc.settled (
+    sink text,
+    position pg_lsn,
+    ordinal bigint,
+    PRIMARY KEY (sink, position, ordinal)
+)
 """
 
 _TABLES: Final = """

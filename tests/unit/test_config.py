@@ -265,9 +265,7 @@ def test_f98_what_is_refused_is_parked_on_mongodb_and_stops_postgres(tmp_path: P
     assert configure(mongodb, tmp_path).sinks["mirror"].on_error == "park"
     assert configure(f'{mongodb}on_error = "stop"\n', tmp_path).sinks["mirror"].on_error == "stop"
     assert configure(postgres, tmp_path).sinks["mirror"].on_error == "stop"
-    assert "sinks.mirror.on_error: 'park' would tear transactions: not supported yet" in refusal(
-        f'{postgres}on_error = "park"\n', tmp_path
-    )
+    assert configure(f'{postgres}on_error = "park"\n', tmp_path).sinks["mirror"].on_error == "park"
     refusal(f'{postgres}on_error = "ignore"\n', tmp_path)
 
 
