@@ -273,7 +273,7 @@ class Parker:
         if not self._rows:
             return False
         plan = self._planned()
-        return bool(plan.released) or any(map(self._is_due, plan.heads))
+        return bool(plan.released) or self._is_due(plan)
 
     def retry(self) -> None:
         """Try what is due, and apply what is released by that. Between two transactions only."""
@@ -285,11 +285,13 @@ class Parker:
                 continue
             if time.monotonic() - begin > RETRY_SECONDS:
                 return
-            self._try(next(filter(self._is_due, plan.heads)))
+            self._try(min(plan.heads, key=self._due_at))
 
-    def _is_due(self, head: Sequence[ParkedChange]) -> bool:
-        now = self._clock.monotonic()
-        return any(row.attempts and self._due.get(row.id, 0.0) <= now for row in head)
+    def _is_due(self, plan: _Plan) -> bool:
+        return bool(plan.heads) and min(map(self._due_at, plan.heads)) <= self._clock.monotonic()
+
+    def _due_at(self, head: Sequence[ParkedChange]) -> float:
+        return min(self._due.get(row.id, 0.0) for row in head if row.attempts)
 
     def _planned(self) -> _Plan:
         if self._plan is None:

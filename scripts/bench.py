@@ -3,6 +3,7 @@
 drain: both drain one backlog, then both follow small transactions; every run ends with proof that target and source are
 equal. limit: a bare reader takes the same backlog out of its socket, which is as fast as any reader can be. mongodb:
 the daemon drains a backlog of a MongoDB server: `CDC_TEST_MONGODB_URL`, a `mongod` from PATH, or a stand-in for tests.
+poison: drains of a parking mirror, with and without a key that it refuses.
 feed: polls and histories of a large feed, in SQLite and in PostgreSQL.
 realtime: a thousand WebSocket clients follow a daemon that also keeps a mirror.
 """
@@ -35,6 +36,7 @@ from tests.benchmarks.drain import Drain, drain
 from tests.benchmarks.feed import Asked, measure
 from tests.benchmarks.latency import Latency, latency
 from tests.benchmarks.mongodb import drain_mongodb
+from tests.benchmarks.poison import compare as compare_poison
 from tests.benchmarks.reader import read
 from tests.benchmarks.realtime import Load, stream
 from tests.benchmarks.table import Backlog, BenchFailed, create_source
@@ -167,12 +169,29 @@ def main() -> int:
             PostgresServer(fsync=True, settings=SETTINGS) as target,
         ):
             _describe_surroundings(source)
+            if options.command == "poison":
+                return _poison(options, source, target, folder)
             _perform(Bench(source, target, folder, SMALL if options.small else FULL), options)
     except (BenchFailed, TimeoutError, ServerUnavailable) as exc:
         console.print(f"The benchmark failed: {exc}", style="bold red", markup=False)
         return 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def _poison(options: argparse.Namespace, source: PostgresServer, target: PostgresServer, folder: Path) -> int:
+    backlog = Backlog(inserts=2_000, updates=4_000) if options.small else Backlog(inserts=10_000, updates=160_000)
+    with console.status("draining"):
+        drained = compare_poison(source, target, folder, backlog, options.runs)
+    found = drained.as_json()
+    each = "; ".join(" ".join(f"{seconds:.2f}" for seconds in runs) for runs in (drained.without, drained.with_poison))
+    console.print(
+        f"{found['rows']:,} changes of {found['keys']:,} keys: {found['seconds']:.2f} s without and"
+        f" {found['poison_seconds']:.2f} s with one that is refused, ratio {found['ratio']:.2f} ({each})"
+    )
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 
@@ -285,6 +304,9 @@ def _parser() -> argparse.ArgumentParser:
     comparing = commands.add_parser("drain", parents=[small], help="compare with PostgreSQL's own subscription")
     comparing.add_argument("--runs", type=int, default=3, help="drains of each (%(default)s)")
     comparing.add_argument("--json", type=Path, metavar="FILE", help="write the medians there")
+    poison = commands.add_parser("poison", parents=[small], help="what one refused key costs all others")
+    poison.add_argument("--runs", type=int, default=3, help="drains of each (%(default)s)")
+    poison.add_argument("--json", type=Path, metavar="FILE", help="write the medians there")
     mongodb = commands.add_parser("mongodb", parents=[small], help="drain a backlog of a MongoDB server")
     mongodb.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there")
     feed = commands.add_parser("feed", parents=[small], help="poll a large feed")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from typing import Literal
 
 import msgspec
 import psycopg
@@ -142,8 +141,7 @@ class PostgresSink(CopyTarget):
                 return self._do(connection, applier, todo)
         except PermanentError:
             with translated_errors():
-                connection.execute("ROLLBACK TO SAVEPOINT batch")
-                applier.rolled_back()
+                self._undo(connection, applier)
             applier.missing, applier.healed = missing, healed
             raise
 
@@ -157,27 +155,32 @@ class PostgresSink(CopyTarget):
             with translated_errors():
                 applied = self._do(connection, applier, todo)
                 Settled(connection, self.name).replace(changes)
-                self._end(connection, "COMMIT")
+                self._end(connection)
                 applier.committed()
         except PermanentError:
             with translated_errors():
-                self._end(connection, "ROLLBACK")
-                applier.rolled_back()
+                self._undo(connection, applier)
+                self._end(connection)
             applier.missing, applier.healed = missing, healed
             raise
         return applied
 
     def _do(self, connection: Connection, applier: Applier, todo: _Todo) -> Applied:
-        """Apply, and leave the target transaction open."""
+        """Apply, and leave the target transaction open.
+
+        Where many are refused together and may be parked, the caller will find out which by halves, set-wise: faster.
+        """
         missing, healed = applier.missing, applier.healed
-        fallback = not self._apply_fast(connection, applier, todo)
-        if fallback:
+        failure = self._apply_fast(connection, applier, todo)
+        if isinstance(failure, PermanentError) and not todo.few and self.config.on_error == "park":
+            raise failure
+        if failure is not None:
             applier.carefully(todo.wanted)
         return Applied(
             changes=sum(batch.change_count for batch in todo.batches),
             missing_rows=applier.missing - missing,
             healed_rows=applier.healed - healed,
-            fallback=fallback,
+            fallback=failure is not None,
         )
 
     def upkeep(self, position: SourcePosition) -> None:
@@ -204,8 +207,9 @@ class PostgresSink(CopyTarget):
         few = sum(batch.change_count for batch in wanted) <= FEW_CHANGES
         return _Todo(batches, wanted, few, None if few else applier.fold(wanted))
 
-    def _apply_fast(self, connection: Connection, applier: Applier, todo: _Todo) -> bool:
-        """Try the fast way that suits; False, and all of it undone, where only the careful way will do."""
+    def _apply_fast(self, connection: Connection, applier: Applier, todo: _Todo) -> PermanentError | FoldError | None:
+        """Try the fast way that suits. Where it does not work all of it is undone, and the reason returned."""
+        failure: PermanentError | FoldError = FoldError()
         unchecked: Callable[[], None] | None = None
         try:
             with connection.pipeline():
@@ -215,21 +219,21 @@ class PostgresSink(CopyTarget):
             unchecked = None
             if todo.few:
                 applier.check(sent)
-                return True
+                return None
             if todo.folded is not None:
                 applier.many(todo.folded, complete=todo.wanted[-1].complete)
-                return True
+                return None
         except psycopg.Error as exc:
             error = to_cdc_error(exc)
             if connection.closed or not isinstance(error, PermanentError):
                 raise error from exc
+            failure = error
         except FoldError:
             pass
-        connection.execute("ROLLBACK TO SAVEPOINT batch")
-        applier.rolled_back()
+        self._undo(connection, applier)
         if unchecked is not None:
             unchecked()  # what is refused may be there already
-        return False
+        return failure
 
     def _begin(self, connection: Connection) -> Callable[[], None]:
         """Send BEGIN, if no transaction is open, and a savepoint. Call the result when they have been executed."""
@@ -262,13 +266,20 @@ class PostgresSink(CopyTarget):
                 prepare=True,
             )
             failpoint("target.commit.before")
-            self._end(connection, "COMMIT")
+            self._end(connection)
         failpoint("target.commit.after")
         self._position = reached
 
-    def _end(self, connection: Connection, statement: Literal["COMMIT", "ROLLBACK"]) -> None:
-        connection.execute(statement)
+    def _end(self, connection: Connection) -> None:
+        connection.execute("COMMIT")
         self._begun = False
+
+    def _undo(self, connection: Connection, applier: Applier) -> None:
+        """Go back to the savepoint, and behind what cleaning up after that takes: it is not to be undone as well."""
+        connection.execute("ROLLBACK TO SAVEPOINT batch")
+        applier.rolled_back()
+        connection.execute("RELEASE SAVEPOINT batch")
+        connection.execute("SAVEPOINT batch")
 
     def _without_copied(self, batch: Batch) -> Batch:
         """Leave out what the initial copy holds already, table by table."""

@@ -37,6 +37,7 @@ pg_dump = {pg_dump}
 [sinks.mirror]
 from = "bench"
 url = {target}
+on_error = {on_error}
 """
 
 
@@ -135,10 +136,12 @@ class Native(Contender):
 class Cdc(Contender):
     """`cdc copy` of the empty table, then `cdc run`, with default options."""
 
-    def __init__(self, name: str, source: Database, target_server: PostgresServer, folder: Path) -> None:
+    def __init__(
+        self, name: str, source: Database, target_server: PostgresServer, folder: Path, *, on_error: str = "stop"
+    ) -> None:
         super().__init__(name, source, target_server)
         self._log = folder / f"{name}.log"
-        self._config = self._write_config(folder)
+        self._config = self._write_config(folder, on_error)
         self._process: subprocess.Popen[bytes] | None = None
 
     def prepare(self) -> None:
@@ -167,7 +170,7 @@ class Cdc(Contender):
     def log_tail(self) -> str:
         return self._log.read_text(errors="replace")[-3000:]
 
-    def _write_config(self, folder: Path) -> Path:
+    def _write_config(self, folder: Path, on_error: str) -> Path:
         values = {
             "data_dir": str(folder / self.name),
             "source": self.source.url,
@@ -175,6 +178,7 @@ class Cdc(Contender):
             "publication": PUBLICATION,
             "pg_dump": str(self.source.server.bin_dir / "pg_dump"),
             "target": self.target.url,
+            "on_error": on_error,
         }
         path = folder / f"{self.name}.toml"
         path.write_text(_CONFIG.format_map({key: json.dumps(value) for key, value in values.items()}))

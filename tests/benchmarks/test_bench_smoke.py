@@ -82,6 +82,15 @@ def test_feed_is_polled_in_both_stores(tmp_path: Path) -> None:
         assert all(0 < each["p50_ms"] <= each["p99_ms"] for each in asked.values())
 
 
+def test_poison_is_refused_and_everything_else_flows(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    output = bench("poison", "--small", "--runs", "1", "--json", file)
+    assert "6,000 changes of 2,000 keys" in output
+    found = json.loads(file.read_text())
+    assert sorted(found) == ["keys", "poison_seconds", "ratio", "rows", "seconds"]
+    assert all(value > 0 for value in found.values())
+
+
 def test_mongodb_drains_a_backlog_and_writes_what_it_cost(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     output = bench("mongodb", "--small", "--json", file)
