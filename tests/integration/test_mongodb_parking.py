@@ -139,7 +139,7 @@ def test_f90_what_a_change_is_about(pair: MongoPair) -> None:
     ]
     documents = [subject for operation, subject in found if operation != 5]
     assert documents[0] == documents[1] == documents[2] != documents[3]
-    whole = [[table.name for table in subject.tables] for operation, subject in found if subject.key is None]
+    whole = [[table.name for table in subject.tables] for operation, subject in found if subject.keys is None]
     assert whole == [["orders", "archive"], ["archive"]]
     assert names
     assert isinstance(batch.tables[0], Table)
