@@ -409,6 +409,8 @@ def verify_command(context: typer.Context, sink: AnySink = None, *, as_json: AsJ
     reports = {
         chosen.name: kinds.pair(chosen.kind).verify_pair(session.mirroring(chosen)) for chosen in session.mirrors(sink)
     }
+    parked = {name: status.parked for name, status in session.status().sinks.items()}
+    reports = {name: msgspec.structs.replace(report, parked=parked.get(name, 0)) for name, report in reports.items()}
     equal = all(report.equal for report in reports.values())
     if as_json:
         _print_json(msgspec.json.encode({"equal": equal, "sinks": reports}))

@@ -22,7 +22,7 @@ import msgspec
 import structlog
 
 from cdc.capture import count_changes
-from cdc.change import Transaction
+from cdc.change import Change, Transaction
 from cdc.errors import FatalError, PermanentError
 from cdc.narrowing import Narrowing, ParkingSink
 from cdc.parts import Item, Subjects, alone, has_ddl, items_of, sifted
@@ -168,22 +168,24 @@ class Parker:
         version, subjects, behind = self._version, self._subjects, Subjects()
         again = {place for place, _ in self._rows} if self._ahead is not None else frozenset[int]()
         waiting: list[tuple[Item, Subject]] = []
+        subject_of = self._sink.subject_of
 
-        def passes(item: Item) -> bool:
-            if item.id in self._rows and item.id[0] in again:
+        def admitted(piece: Stored) -> Stored:
+            tables = piece.batch.tables
+
+            def passes(transaction: Transaction, change: Change, place: ParkedId) -> bool:
+                if place[0] in again and place in self._rows:
+                    return False
+                subject = subject_of(tables, change)
+                if not (subjects.block(subject) or (behind and behind.block(subject))):
+                    return True
+                behind.add(subject)  # what comes next may have to wait behind it
+                waiting.append((Item(piece, transaction, change, place), subject))
                 return False
-            subject = self._subject(item)
-            if not (subjects.block(subject) or behind.block(subject)):
-                return True
-            behind.add(subject)  # what comes next may have to wait behind it
-            waiting.append((item, subject))
-            return False
 
-        admitted = [
-            sifted(piece, passes, subjects.concerned(piece.batch)) if subjects.concern(piece.batch) else piece
-            for piece in pieces
-        ]
-        return _Admission(version, pieces, admitted, waiting)
+            return sifted(piece, passes, subjects.concerned(piece.batch)) if subjects.concern(piece.batch) else piece
+
+        return _Admission(version, pieces, list(map(admitted, pieces)), waiting)
 
     def carefully(self, pieces: Sequence[Stored], position: Position) -> tuple[Sequence[Stored], Applied]:
         """Apply what was refused as a whole, and park what is refused by itself; returns what is not parked.
@@ -192,7 +194,9 @@ class Parker:
         """
         self._narrowing.apply(self._new_to_target(pieces), position)
         applied = self._narrowing.finish(pieces, position)
-        return [sifted(piece, lambda item: item.id not in self._rows) for piece in pieces], applied
+        return [
+            sifted(piece, lambda _transaction, _change, place: place not in self._rows) for piece in pieces
+        ], applied
 
     def _new_to_target(self, pieces: Sequence[Stored]) -> Iterator[tuple[Transaction, list[Item]]]:
         """Transactions, without those that were applied when the target was opened."""
@@ -208,6 +212,8 @@ class Parker:
 
     def wait_behind(self, items: Iterable[Item]) -> Sequence[Item]:
         """Park what has to wait; return the rest."""
+        if not self._rows:
+            return list(items)
         free: list[Item] = []
         waiting: list[tuple[Item, Subject]] = []
         behind = Subjects()

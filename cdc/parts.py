@@ -22,28 +22,41 @@ class Subjects:
     """Counts what changes are about, and tells whether another one has to wait behind them."""
 
     def __init__(self) -> None:
-        # (table,): anything; (table, None): as a whole; (table, key): a row, or what it has taken
-        self._counts: Counter[tuple[object, ...]] = Counter()
+        # by table its keys, `None` for the table as a whole; a schema as a whole is a table without a name
+        self._keys: dict[TableName, Counter[bytes | None]] = {}
+        self._schemas: Counter[str] = Counter()
+
+    def __bool__(self) -> bool:
+        """Whether anything was added."""
+        return bool(self._keys)
 
     def add(self, subject: Subject, count: int = 1) -> None:
         """Count a change; -1 takes it back."""
         for table in subject.tables:
-            parts: list[tuple[object, ...]] = [(table,), *((table, key) for key in subject.keys or (None,))]
-            if table.name:
-                parts.append((_schema(table),))
-            for part in parts:
-                self._counts[part] += count
-                if not self._counts[part]:
-                    del self._counts[part]
+            keys = self._keys.setdefault(table, Counter())
+            for key in subject.keys or (None,):
+                keys[key] += count
+                if not keys[key]:
+                    del keys[key]
+            if not keys:
+                del self._keys[table]
+            self._schemas[table.schema] += count
 
     def block(self, subject: Subject) -> bool:
-        """Whether a later change must wait."""
-        return any(
-            (table, None) in self._counts
-            or (_schema(table), None) in self._counts
-            or ((table,) in self._counts if subject.keys is None else self._has_one(table, subject.keys))
-            for table in subject.tables
-        )
+        """Whether a later change must wait. Written out, since it runs for every change."""
+        for table in subject.tables:
+            if self._schemas and (table.schema, "") in self._keys:
+                return True
+            keys = self._keys.get(table)
+            if keys is not None:
+                if subject.keys is None or None in keys:
+                    return True
+                for key in subject.keys:
+                    if key in keys:
+                        return True
+            elif not table.name and self._schemas[table.schema]:
+                return True
+        return False
 
     def concern(self, batch: Batch) -> bool:
         """Whether any change of a batch might have to wait."""
@@ -52,14 +65,7 @@ class Subjects:
     def concerned(self, batch: Batch) -> set[int]:
         """The tables, as their indexes in a batch, whose changes might have to wait."""
         names = (table.qualified for table in batch.tables)
-        return {
-            index
-            for index, name in enumerate(names)
-            if (name,) in self._counts or (_schema(name), None) in self._counts
-        }
-
-    def _has_one(self, table: TableName, keys: Iterable[bytes]) -> bool:
-        return any((table, key) in self._counts for key in keys)
+        return {index for index, name in enumerate(names) if name in self._keys or (name.schema, "") in self._keys}
 
 
 def has_ddl(batch: Batch) -> bool:
@@ -103,7 +109,9 @@ def places_of(piece: Stored) -> Iterator[tuple[Transaction, ParkedId]]:
         before += len(transaction.changes)
 
 
-def sifted(piece: Stored, passes: Callable[[Item], bool], tables: Container[int] | None = None) -> Stored:
+def sifted(
+    piece: Stored, passes: Callable[[Transaction, Change, ParkedId], bool], tables: Container[int] | None = None
+) -> Stored:
     """Without the changes that do not pass. Transactions stay, if need be empty: they are positions.
 
     tables: indexes of those whose rows are to be looked at; all, if left out.
@@ -114,7 +122,7 @@ def sifted(piece: Stored, passes: Callable[[Item], bool], tables: Container[int]
             change
             for number, change in enumerate(transaction.changes, ordinal)
             if (tables is not None and change.operation < TRUNCATE and change.table not in tables)
-            or passes(Item(piece, transaction, change, (place, number)))
+            or passes(transaction, change, (place, number))
         ]
         whole = len(changes) == len(transaction.changes)
         kept.append(transaction if whole else msgspec.structs.replace(transaction, changes=changes))

@@ -53,6 +53,7 @@ class VerifyReport(msgspec.Struct, frozen=True):
     exact: both sides were seen at the same `position`, so a difference is one; or, without a position, what differed
     was read again when the mirror had passed what the source showed. Otherwise a difference may be a change that is
     not applied yet; the mirror was then `lag_bytes` behind, where that is known.
+    parked: changes that the sink has parked: their rows on the mirror are older than at the source.
     """
 
     equal: bool
@@ -61,6 +62,7 @@ class VerifyReport(msgspec.Struct, frozen=True):
     seconds: float
     position: str | None = None
     lag_bytes: int | None = None
+    parked: int = 0
 
 
 def render(report: VerifyReport) -> RenderableType:
@@ -79,7 +81,14 @@ def render(report: VerifyReport) -> RenderableType:
         equal = sum(table.equal for table in hidden)
         grid.add_row(f"and {len(hidden)} more", "", "", f"{equal} equal, {len(hidden) - equal} different")
     keys = [line for table in shown[:_SHOWN_TABLES] if not table.equal for line in _key_lines(table)]
-    return Group(grid, *keys, _summary(report))
+    return Group(grid, *keys, _summary(report), *_parked(report))
+
+
+def _parked(report: VerifyReport) -> Iterator[Text]:
+    if report.parked:
+        count = "1 change is" if report.parked == 1 else f"{report.parked:,} changes are"
+        note = "" if report.equal else ": rows that differ may be theirs"
+        yield Text(f"{count} parked{note}", style="yellow")
 
 
 def _result(table: TableReport) -> Text:

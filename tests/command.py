@@ -46,6 +46,7 @@ class Cdc:
             [sinks.mirror]
             from = "shop"
             {url}
+            {options.get("sink", "")}
             """
         )
 

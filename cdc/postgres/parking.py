@@ -33,6 +33,8 @@ varchar, date, time, timestamp, timestamptz (in one time zone), uuid, pg_lsn. So
 
 _ENUM: Final = 0
 
+_MOST_KNOWN: Final = 1000
+
 NOTHING: Final = Subject((), None)
 
 
@@ -69,7 +71,7 @@ class SubjectFinder:
         self._plan_of = plan_of
         self._mirrored = mirrored
         self._uniqueness = uniqueness
-        self._keys: dict[Table, _Keys | None] = {}
+        self._known: dict[int, _Known] = {}
 
     def find(self, tables: Sequence[Table], change: Change) -> Subject:
         """See `cdc.sink.Parking.subject_of`. A table that is not mirrored is nothing that could be waited for."""
@@ -79,14 +81,19 @@ class SubjectFinder:
             names = [tables[index].qualified for index in change.detail.tables]
             return Subject(tuple(name for name in names if name in self._mirrored), None)
         table = tables[change.table]
+        known = self._known.get(id(table))
+        if known is None:
+            known = self._learn(table)
+        return known.whole if known.keys is None else Subject(known.whole.tables, known.keys.of(change))
+
+    def _learn(self, table: Table) -> _Known:
         name = table.qualified
-        if name not in self._mirrored:
-            return NOTHING
-        try:
-            keys = self._keys[table]
-        except KeyError:
-            keys = self._keys[table] = self._keys_of(table)
-        return Subject((name,), None if keys is None else keys.of(change))
+        whole = Subject((name,), None) if name in self._mirrored else NOTHING
+        if len(self._known) > _MOST_KNOWN:
+            self._known.clear()
+        # by what it is in memory: comparing tables takes longer than all the rest
+        known = self._known[id(table)] = _Known(table, whole, self._keys_of(table) if whole is not NOTHING else None)
+        return known
 
     def _keys_of(self, table: Table) -> _Keys | None:
         try:
@@ -95,6 +102,14 @@ class SubjectFinder:
             return None  # the mirror's table does not fit: nothing of it can be applied
         keys = _Keys(plan, self._uniqueness.get(plan.target.name, Uniqueness({}, {})))
         return keys if keys.usable else None
+
+
+class _Known(NamedTuple):
+    """A table as some batch describes it. keys: `None` where only the table as a whole will do."""
+
+    table: Table
+    whole: Subject
+    keys: _Keys | None
 
 
 class _Keys:
@@ -117,6 +132,9 @@ class _Keys:
     def of(self, change: Change) -> tuple[bytes, ...] | None:
         """`None` where a key did not travel."""
         old, after = change.before or change.key, change.after
+        if old is None and after is not None and not self._others:  # nearly always
+            key = self._key(after)
+            return None if key is None else (key,)
         if after is None:
             key = None if old is None else self._key(old)
             return None if key is None else (key,)

@@ -249,3 +249,10 @@ def test_what_is_not_exact_says_so() -> None:
 def test_a_report_travels_as_json() -> None:
     report = VerifyReport(True, True, (table_report("public.t"),), 1.0, "0/1", 0)
     assert msgspec.json.decode(msgspec.json.encode(report), type=VerifyReport) == report
+
+
+@pytest.mark.parametrize(("parked", "text"), [(1, "1 change is parked"), (1234, "1,234 changes are parked"), (0, "")])
+def test_f89_parked_changes_are_told_as_a_reason(parked: int, text: str) -> None:
+    table = table_report("public.orders", equal=False, different=Keys(1, ("7",)))
+    report = VerifyReport(equal=False, exact=True, tables=(table,), seconds=1.0, position="0/1", parked=parked)
+    assert (f"{text}: rows that differ may be theirs" in shown(report)) == bool(parked)
