@@ -98,6 +98,23 @@ class BatchBounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_bytes: Count = 4 * 1024**2
 
 
+class RetryOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[sinks.NAME] retry`: how a parked change is tried again.
+
+    initial, max: seconds until the second attempt, and at most until a later one. attempts: the first, which parked
+    it, included; about an hour. Then it is dead.
+    """
+
+    initial: Seconds = 1.0
+    max: Seconds = 300.0
+    attempts: Count = 20
+
+    def __post_init__(self) -> None:
+        """Refuse a wait that would shrink."""
+        if self.initial > self.max:
+            raise ValueError("initial is larger than max")
+
+
 class TableOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[sinks.NAME.tables."schema.table"]`: what of one table is mirrored."""
 
@@ -126,6 +143,7 @@ class SinkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     on_error: Literal["", "stop", "park"] = ""
     max_parked: Count = 10_000
     max_parked_bytes: Count = 64 * 1024**2
+    retry: RetryOptions = RetryOptions()
     batch: BatchBounds = BatchBounds()
     copy: CopyOptions = CopyOptions()
     rename: dict[str, str] = {}

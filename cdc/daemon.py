@@ -272,7 +272,7 @@ def _parker(config: SinkConfig, sink: Sink, queue: Queue, stats: DeliveryStats) 
         return None
     if not can_park(sink):
         raise FatalError(f"sink {sink.name} cannot park changes", hint='set on_error = "stop"')
-    return Parker(sink, queue, stats, ParkingBounds(config.max_parked, config.max_parked_bytes))
+    return Parker(sink, queue, stats, ParkingBounds(config.max_parked, config.max_parked_bytes), retry=config.retry)
 
 
 async def _drain(tasks: Sequence[asyncio.Task[None]], seconds: float) -> bool:

@@ -23,13 +23,14 @@ import structlog
 
 from cdc.capture import count_changes
 from cdc.change import Change, Transaction
+from cdc.config import RetryOptions
 from cdc.errors import FatalError, PermanentError
 from cdc.narrowing import Narrowing, ParkingSink
 from cdc.parts import Item, Subjects, alone, has_ddl, items_of, sifted
 from cdc.position import Position
 from cdc.queue import Queue, Stored
 from cdc.queue_parked import ParkedChange, ParkedId, payload_of
-from cdc.retry import PARKED_ATTEMPTS, parked_wait_seconds
+from cdc.retry import Backoff
 from cdc.sink import Ahead, Applied, Parking, Sink, Subject
 from cdc.status import DeliveryStats
 
@@ -94,12 +95,20 @@ class Parker:
     """The parked changes of one sink. Lives in its delivery's thread."""
 
     def __init__(
-        self, sink: ParkingSink, queue: Queue, stats: DeliveryStats, bounds: ParkingBounds, clock: Clock | None = None
+        self,
+        sink: ParkingSink,
+        queue: Queue,
+        stats: DeliveryStats,
+        bounds: ParkingBounds,
+        clock: Clock | None = None,
+        *,
+        retry: RetryOptions = RetryOptions(),  # noqa: B008 - frozen
     ) -> None:
         self._sink = sink
         self._queue = queue
         self._stats = stats
         self._bounds = bounds
+        self._backoff = Backoff(retry)
         self._clock = clock or Clock()
         self._log = log.bind(sink=sink.name)
         self._rows: dict[ParkedId, ParkedChange] = {}
@@ -132,7 +141,7 @@ class Parker:
         for row in self._rows.values():
             if row.attempts:  # at a start at once: somebody may have put the target right
                 wait = 0.0 if self._restarted else row.next_attempt_at - unix
-                self._due[row.id] = monotonic + min(max(wait, 0.0), parked_wait_seconds(row.attempts))
+                self._due[row.id] = monotonic + min(max(wait, 0.0), self._backoff.seconds(row.attempts))
         self._restarted = False
         if self._rows:
             self._log.warning("changes are parked", parked=self._stats.parked, dead=self._stats.dead)
@@ -381,14 +390,14 @@ class Parker:
 
     def _failed(self, row: ParkedChange, error: PermanentError) -> ParkedChange:
         attempts = row.attempts + 1
-        wait = parked_wait_seconds(attempts)
+        wait = self._backoff.seconds(attempts)
         self._due[row.id] = self._clock.monotonic() + wait
         return msgspec.structs.replace(
             row,
             attempts=attempts,
             next_attempt_at=self._clock.unix() + wait,
             error=str(error),
-            state="dead" if attempts >= PARKED_ATTEMPTS else "retrying",
+            state="dead" if self._backoff.is_over(attempts) else "retrying",
         )
 
     # counting

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable
 from enum import Enum
@@ -13,20 +12,17 @@ from tenacity import (
     Retrying,
     retry_if_exception,
     sleep_using_event,
+    stop_after_attempt,
     stop_when_event_set,
     wait_exponential,
     wait_random,
+    wait_random_exponential,
 )
 
+from cdc.config import RetryOptions
 from cdc.errors import PermanentError, TransientError
 
 MAX_WAIT_SECONDS: Final = 30.0
-
-PARKED_INITIAL_SECONDS: Final = 1.0
-PARKED_FACTOR: Final = 2.0
-PARKED_MAX_SECONDS: Final = 300.0
-PARKED_ATTEMPTS: Final = 20
-"""Of a parked change, the one that parked it included: about an hour. Then it is dead, and a person has to act."""
 
 
 class Decision(Enum):
@@ -46,10 +42,30 @@ def decide(error: BaseException) -> Decision:
     return Decision.FATAL
 
 
-def parked_wait_seconds(attempts: int) -> float:
-    """How long a parked change waits after that many attempts (1 or more): exponential, with a fifth of jitter."""
-    seconds = PARKED_INITIAL_SECONDS * PARKED_FACTOR ** min(attempts - 1, 30)
-    return min(seconds, PARKED_MAX_SECONDS) * random.uniform(0.8, 1.0)  # noqa: S311 - no secret
+class Backoff:
+    """When a parked change is tried again, and when it was tried often enough."""
+
+    def __init__(self, options: RetryOptions) -> None:
+        steady, jitter = (share * options.initial for share in (0.8, 0.2))
+        self._wait = wait_exponential(multiplier=steady, max=0.8 * options.max) + wait_random_exponential(
+            multiplier=jitter, max=0.2 * options.max
+        )
+        self._stop = stop_after_attempt(options.attempts)
+
+    def seconds(self, attempts: int) -> float:
+        """How long it waits after that many attempts (1 or more): twice as long each time, with a fifth of jitter."""
+        return self._wait(_after(attempts))
+
+    def is_over(self, attempts: int) -> bool:
+        """Whether it is dead: a person has to act."""
+        return self._stop(_after(attempts))
+
+
+def _after(attempts: int) -> RetryCallState:
+    """What tenacity's strategies look at. Nothing is called, and nobody sleeps: these waits outlive the process."""
+    state = RetryCallState(Retrying(), None, (), {})
+    state.attempt_number = attempts
+    return state
 
 
 def keep_trying(

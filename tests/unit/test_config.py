@@ -129,6 +129,11 @@ def test_a_missing_variable_is_named_as_such_in_the_log(tmp_path: Path) -> None:
         (MINIMAL + "[sinks.m]\nfrom = 'shopp'\n", "sinks.m.from: no source is called 'shopp'"),
         (MINIMAL + "[sinks.m]\nkind = 'kafka'\nfrom = 'shop'\n", "sinks.m.kind: no sink is of kind 'kafka'"),
         (MINIMAL + "[sinks.shop]\nfrom = 'shop'\n", "sinks.shop: a source has the same name"),
+        (
+            MINIMAL + "[sinks.m]\nfrom = 'shop'\nretry = {initial = 9, max = 3}\n",
+            "sinks.m.retry: initial is larger",
+        ),
+        (MINIMAL + "[sinks.m]\nfrom = 'shop'\nretry = {attempts = 0}\n", "sinks.m.retry.attempts: Expected `int` >= 1"),
         (MINIMAL + "[sinks.m]\nfrom = 'shop'\nrename = {public = 'a.b'}\n", "sinks.m.rename.public: 'a.b'"),
     ],
 )

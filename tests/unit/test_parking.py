@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from cdc.change import DDL, UPDATE, Batch, Change, Ddl, Table, TableName, Transaction
-from cdc.config import BatchBounds
+from cdc.config import BatchBounds, RetryOptions
 from cdc.delivery import Delivery
 from cdc.errors import FatalError, QueueCorrupt, TransientError
 from cdc.parking import Clock, Parker, ParkingBounds
@@ -23,7 +23,7 @@ from cdc.parts import Subjects
 from cdc.position import Position
 from cdc.queue import Queue, read_status
 from cdc.queue_parked import ParkedChange, payload_of
-from cdc.retry import PARKED_ATTEMPTS, PARKED_MAX_SECONDS, parked_wait_seconds
+from cdc.retry import Backoff
 from cdc.sink import Ahead, Subject
 from cdc.status import DeliveryStats, State
 from cdc.testing import MemorySink
@@ -32,6 +32,7 @@ from tests.processes import wait_until
 ORDERS = Table("shop", "orders", (), "")
 OTHER = Table("shop", "other", (), "")
 TABLES = (ORDERS, OTHER)
+RETRY = RetryOptions()
 
 
 def change(key: int, value: int, table: int = 0) -> Change:
@@ -133,7 +134,7 @@ class World:
     def position(self, seq: int) -> Position:
         return Position(self.queue.queue_id, seq, b"%06d" % seq)
 
-    def later(self, seconds: float = PARKED_MAX_SECONDS) -> None:
+    def later(self, seconds: float = RETRY.max) -> None:
         self.now += seconds
 
 
@@ -199,7 +200,7 @@ def test_a_change_that_is_refused_for_ever_dies_and_stays(world: World) -> None:
     world.sink.bad = {b"7:1"}
     world.commit([change(7, 1)], [change(7, 2)], [change(8, 1)])
     world.deliver()
-    for _ in range(PARKED_ATTEMPTS + 5):
+    for _ in range(RETRY.attempts + 5):
         world.later()
         world.parker.retry()
     assert (world.stats.parked, world.stats.dead) == (2, 1)
@@ -373,10 +374,13 @@ def test_subjects() -> None:
 
 
 def test_waits_grow_and_end() -> None:
-    waits = [parked_wait_seconds(attempts) for attempts in range(1, PARKED_ATTEMPTS)]
-    assert 0.8 <= waits[0] <= 1.0
-    assert waits[5] > 8 * waits[0]
-    assert PARKED_MAX_SECONDS * 0.8 <= waits[-1] <= PARKED_MAX_SECONDS
+    backoff = Backoff(RetryOptions(initial=2, max=300, attempts=20))
+    waits = [backoff.seconds(attempts) for attempts in (*range(1, 20), 10_000)]
+    assert 1.6 <= waits[0] <= 2.0
+    assert 3.2 <= waits[1] <= 4.0
+    assert all(240 <= wait <= 300 for wait in waits[8:])
+    assert len(set(waits)) == len(waits), "many that were parked together do not come back together"
+    assert [backoff.is_over(attempts) for attempts in (1, 19, 20, 21)] == [False, False, True, True]
 
 
 class TestFile:
