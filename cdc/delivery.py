@@ -112,6 +112,10 @@ class Delivery:
         first_seq = self._stored.seq
 
         def wanted() -> bool:
+            """Also asked while the target is held: so whoever waits for the parker is served in any case."""
+            if self._parker is not None and self._parker.asked:
+                self._wait_prepared()
+                self._parker.serve()
             return self._running.is_set() and not stop.is_set()
 
         try:
@@ -134,6 +138,8 @@ class Delivery:
         except PermanentError as exc:
             raise FatalError(str(exc), hint=exc.hint) from exc
         finally:
+            if self._parker is not None:
+                self._parker.close()
             self._wait_prepared()
             self._sink.close()
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Final, Protocol, cast
 
-from cdc.change import TableName
+from cdc.change import Batch, TableName
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.cutover import CutoverResult
+from cdc.letter import Described
 from cdc.mirroring import Mirroring
 from cdc.position import SourcePosition
 from cdc.preflight import Finding
@@ -69,6 +70,11 @@ class Pair(Protocol):
 def pair(kind: str) -> Pair:
     """The commands on a source and a mirror of one kind."""
     return cast("Pair", import_module(f"cdc.{kind}.pair"))
+
+
+def describe(kind: str, batch: Batch) -> Described:
+    """The only change of a batch, as the kind's `describe.py` tells it."""
+    return cast("Callable[[Batch], Described]", import_module(f"cdc.{kind}.describe").describe)(batch)
 
 
 def build_source(config: Config, source: SourceConfig, facts: Facts) -> Source:

@@ -193,6 +193,8 @@ def _sinks(sinks: Mapping[str, SinkStatus]) -> Iterator[Metric]:
         for sample in (((name, "retrying"), sink.parked - sink.dead), ((name, "dead"), sink.dead))
     )
     yield _gauge("cdc_parked_changes", "Changes that wait, as the target refused one.", ("sink", "state"), parked)
+    yield _counter("cdc_parked_attempts", "Parked changes tried again.", label, each(lambda s: s.parked_attempts))
+    yield _counter("cdc_discarded_changes", "Parked changes given up by a person.", label, each(lambda s: s.discarded))
     yield _gauge(
         "cdc_parked_oldest_age_seconds",
         "Age of the oldest parked change.",

@@ -12,11 +12,12 @@ those that are applied twice change nothing the second time (`cdc.sink.Parking.a
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import attrgetter, is_
-from typing import Final, NamedTuple, TypeGuard
+from typing import Final, NamedTuple, TypeGuard, TypeVar
 
 import msgspec
 import structlog
@@ -24,6 +25,7 @@ import structlog
 from cdc.capture import count_changes
 from cdc.change import Change, Transaction
 from cdc.config import RetryOptions
+from cdc.desk import Desk
 from cdc.errors import FatalError, PermanentError
 from cdc.narrowing import Narrowing, ParkingSink
 from cdc.parts import Item, Subjects, alone, has_ddl, items_of, sifted
@@ -39,12 +41,19 @@ RELEASED_BYTES: Final = 4 * 1024**2
 """So much of what has waited behind a change is applied at once."""
 
 RETRY_SECONDS: Final = 0.1
-"""So long changes are tried again between two batches; the stream is not to wait for many that fail."""
+RELEASE_SECONDS: Final = 1.0
+"""So long changes are tried again between two batches, and those applied that have waited behind them: the stream is
+not to wait for many that fail."""
+
+ASK_SECONDS: Final = 5.0
+"""So long an operator waits for a batch at hand."""
 
 _ID: Final = attrgetter("id")
 _POSITION: Final = attrgetter("position")
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 
 class ParkingBounds(msgspec.Struct, frozen=True):
@@ -92,7 +101,10 @@ class _Admission(NamedTuple):
 
 
 class Parker:
-    """The parked changes of one sink. Lives in its delivery's thread."""
+    """The parked changes of one sink: always what the queue's file says, which nobody else may change.
+
+    Lives in its delivery's thread; between `close` and `open` in that of whoever alters something.
+    """
 
     def __init__(
         self,
@@ -123,14 +135,22 @@ class Parker:
         self._steady = True  # a target's own equality may change with its tables
         self._narrowing = Narrowing(sink, self)
         self._restarted = True
+        self._desk = Desk()
+        self._tried = threading.Event()  # all that has no more to wait for
+        self._tried.set()
+        self._see(queue.parked(sink.name))
 
     def open(self, stored: Position) -> None:
         """Begin where the target stands. What it never came to is forgotten: it comes again."""
         self._ahead = self._sink.ahead()
         self._foreseen, self._steady = None, False
-        self._reached = reached = _reached(stored)
-        if self._ahead is not None:
-            reached = max(reached, self._ahead.seq + 1)
+        self._reached = reached_by(stored)
+        self._desk.own(self._begin)
+        if self._rows:
+            self._log.warning("changes are parked", parked=self._stats.parked, dead=self._stats.dead)
+
+    def _begin(self) -> None:
+        reached = self._reached if self._ahead is None else max(self._reached, self._ahead.seq + 1)
         settled = set(self._sink.settled())
         rows = self._queue.parked(self._sink.name)
         gone = [row.id for row in rows if row.place >= reached or (row.position, row.ordinal) in settled]
@@ -143,17 +163,52 @@ class Parker:
                 wait = 0.0 if self._restarted else row.next_attempt_at - unix
                 self._due[row.id] = monotonic + min(max(wait, 0.0), self._backoff.seconds(row.attempts))
         self._restarted = False
-        if self._rows:
-            self._log.warning("changes are parked", parked=self._stats.parked, dead=self._stats.dead)
+
+    def close(self) -> None:
+        """The target is left alone. Safe to call twice."""
+        self._tried.set()
+        self._desk.leave()
 
     def passed(self, stored: Position) -> None:
         """The target's position is stored: what was parked up to there counts."""
-        self._reached = _reached(stored)
+        self._reached = reached_by(stored)
         self._narrowing.passed()
         if self._ahead is not None and stored.seq >= self._ahead.seq:
             self._ahead = None
         if self._plan is not None and self._plan.unreached:
             self._plan = None
+
+    # operators
+
+    def alter(self, action: Callable[[], T]) -> T:
+        """Let `action` change this sink's rows in the queue's file while nobody else does. From any thread.
+
+        Raises `TransientError`, and changes nothing, where the delivery has no moment for that.
+        """
+
+        def alone() -> T:
+            result = action()
+            due = self._due.copy()
+            self._see(self._queue.parked(self._sink.name))
+            self._due.update((each, at) for each, at in due.items() if each in self._rows)
+            if self._desk.owned and self._planned().released:
+                self._tried.clear()
+            return result
+
+        return self._desk.ask(alone, seconds=ASK_SECONDS, wake=self._queue.wake)
+
+    def wait_tried(self, seconds: float) -> None:
+        """Wait until all was tried that was made due by `alter`, if it can be tried now. From any thread."""
+        self._tried.wait(seconds)
+
+    @property
+    def asked(self) -> bool:
+        """Whether somebody waits for `serve`."""
+        return self._desk.asked
+
+    def serve(self) -> None:
+        """Let those act who wait for it. Only the queue's file is changed by that."""
+        self._desk.serve()
 
     # the stream
 
@@ -295,12 +350,10 @@ class Parker:
         begin = time.monotonic()
         while self.due:
             plan = self._planned()
-            if plan.released:
-                self._try(plan.released)
-                continue
-            if time.monotonic() - begin > RETRY_SECONDS:
+            if time.monotonic() - begin > (RELEASE_SECONDS if plan.released else RETRY_SECONDS):
                 return
-            self._try(min(plan.heads, key=self._due_at))
+            self._try(plan.released or min(plan.heads, key=self._due_at))
+        self._tried.set()
 
     def _is_due(self, plan: _Plan) -> bool:
         return bool(plan.heads) and min(map(self._due_at, plan.heads)) <= self._clock.monotonic()
@@ -323,7 +376,7 @@ class Parker:
             head: list[ParkedChange] = []
             behind_head = Subjects()
             for row in rows:
-                subject = _subject_of(row)
+                subject = subject_of(row)
                 if row.place >= self._reached or row.state == "dead" or waiting.block(subject):
                     waiting.add(subject)
                 elif row.attempts or behind_head.block(subject):
@@ -335,7 +388,7 @@ class Parker:
                     size += row.size
                     released.append(row)
             for row in head:
-                waiting.add(_subject_of(row))
+                waiting.add(subject_of(row))
             if head:
                 heads.append(head)
         return _Plan(released, heads, any(place >= self._reached for place, _ in self._rows))
@@ -355,7 +408,7 @@ class Parker:
         self._publish()
 
     def _try_part(self, rows: Sequence[ParkedChange], failed: Subjects) -> None:
-        rows = [row for row in rows if not failed.block(_subject_of(row))]
+        rows = [row for row in rows if not failed.block(subject_of(row))]
         if not rows:
             return
         ids = [row.id for row in rows]
@@ -364,13 +417,15 @@ class Parker:
             self.applied(self._sink.apply_parked(batches))
         except PermanentError as exc:
             if len(rows) == 1:
+                self._stats.parked_attempts += 1
                 self._failed_again(rows[0], exc)
-                failed.add(_subject_of(rows[0]))
+                failed.add(subject_of(rows[0]))
                 return
             middle = len(rows) // 2
             self._try_part(rows[:middle], failed)
             self._try_part(rows[middle:], failed)
             return
+        self._stats.parked_attempts += len(rows)
         self._queue.unpark(self._sink.name, ids)
         for row in rows:
             self._remove(row)
@@ -423,14 +478,14 @@ class Parker:
         if row.id not in self._rows:
             self._rows[row.id] = row
             self._bytes += row.size
-            self._subjects.add(_subject_of(row))
+            self._subjects.add(subject_of(row))
             self._version += 1
 
     def _remove(self, row: ParkedChange) -> None:
         del self._rows[row.id]
         self._due.pop(row.id, None)
         self._bytes -= row.size
-        self._subjects.add(_subject_of(row), -1)
+        self._subjects.add(subject_of(row), -1)
         self._version += 1
 
     def _publish(self) -> None:
@@ -440,10 +495,11 @@ class Parker:
         self._stats.parked_oldest_at = min((row.created_at for row in rows), default=None)
 
 
-def _reached(stored: Position) -> int:
+def reached_by(stored: Position) -> int:
     """What is parked at lower places was passed by a target that stands there."""
     return stored.source if isinstance(stored.source, int) else stored.seq + 1
 
 
-def _subject_of(row: ParkedChange) -> Subject:
+def subject_of(row: ParkedChange) -> Subject:
+    """What it is about."""
     return Subject(row.tables, row.keys)

@@ -22,10 +22,30 @@ from cdc.change import Batch
 from cdc.errors import CdcError, DirectoryInUse, FatalError, ResyncRequired
 from cdc.failpoints import failpoint
 from cdc.position import Position, SourcePosition, format_position
-from cdc.queue_file import Begin, Contents, Cursor, Fact, Item, QueueFile, Stored, Upkeep, read_file_status
-from cdc.queue_parked import Park, ParkedChange, ParkedCount, ParkedId, Retried, Unpark
+from cdc.queue_file import (
+    Begin,
+    Contents,
+    Cursor,
+    Fact,
+    Item,
+    ParkedInFile,
+    QueueFile,
+    Stored,
+    Upkeep,
+    read_file_status,
+)
+from cdc.queue_parked import Park, ParkedChange, ParkedCount, ParkedId, Retried, Revive, Unpark
 
-__all__ = ["DirectoryLock", "Queue", "QueueOnDisk", "QueueStats", "Stored", "lock_directory", "read_status"]
+__all__ = [
+    "DirectoryLock",
+    "ParkedInFile",
+    "Queue",
+    "QueueOnDisk",
+    "QueueStats",
+    "Stored",
+    "lock_directory",
+    "read_status",
+]
 
 _HANDED_OVER_BYTES: Final = 8 * 1024**2
 """Above this the writer is behind, and the source must wait."""
@@ -314,12 +334,16 @@ class Queue:
         failpoint("queue.park.after")
 
     def unpark(self, sink: str, ids: Sequence[ParkedId]) -> None:
-        """Forget parked changes, which are applied, or come again. Durable on return."""
+        """Forget parked changes, which are applied or given up, or come again. Durable on return."""
         self._write_now(Unpark(sink, ids))
 
     def retried(self, sink: str, change: ParkedChange) -> None:
         """Store a parked change's state, attempts and error. Durable on return."""
         self._write_now(Retried(sink, change))
+
+    def revive(self, sink: str, ids: Sequence[ParkedId]) -> None:
+        """Make parked changes due now, as if they had never been tried. Durable on return."""
+        self._write_now(Revive(sink, ids))
 
     def parked(self, sink: str) -> list[ParkedChange]:
         """A sink's parked changes, in the order of the source."""
@@ -328,6 +352,10 @@ class Queue:
     def parked_batches(self, sink: str, ids: Sequence[ParkedId]) -> list[Batch]:
         """The changes themselves, each as a batch by itself. Raises `QueueCorrupt` if one is damaged."""
         return self._file.parked_batches(sink, ids)
+
+    def parked_batch(self, sink: str, parked: ParkedId) -> Batch | None:
+        """One of them, `None` if it is gone. Raises `QueueCorrupt` if it is damaged."""
+        return self._file.parked_batch(sink, parked)
 
     def stats(self) -> QueueStats:
         """Cheap, and never waits for the disk's writes."""

@@ -266,6 +266,11 @@ class QueueFile:
         except msgspec.DecodeError as exc:
             raise self._corrupt(str(exc)) from exc
 
+    def parked_batch(self, sink: str, parked: ParkedId) -> Batch | None:
+        """A parked change as a batch, `None` if it is gone."""
+        with self._reader() as connection:
+            return _parked_batch(self.path, connection, sink, parked)
+
     def close(self, *, checkpoint: bool) -> None:
         """Close all connections; with `checkpoint`, everything is in one file afterwards."""
         for connection in self._readers:
@@ -429,13 +434,7 @@ class FileStatus(msgspec.Struct, frozen=True):
 
 def read_file_status(path: Path) -> FileStatus:
     """Read without creating or changing any file, with or without a daemon at work, and also after its death."""
-    log = path.with_name(path.name + "-wal")
-    in_log = log.exists() and log.stat().st_size > 0
-    # a log is read with the help of its index (-shm), which `mode=ro` alone would rebuild on disk
-    options = "mode=ro&readonly_shm=1" if in_log else "mode=ro&immutable=1"
-    with _translated(path), closing(_connect(path, options)) as connection:
-        if not _is_ours(connection, path):
-            raise _corrupt(path, "it is empty")
+    with _reading(path) as connection:
         connection.execute("BEGIN")
         state = _load_state(connection, path)
         return FileStatus(
@@ -445,6 +444,44 @@ def read_file_status(path: Path) -> FileStatus:
             facts=_load_facts(connection),
             parked=queue_parked.counts(connection),
         )
+
+
+class ParkedInFile:
+    """The parked changes in a queue's file, read as `read_file_status` does."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def parked(self, sink: str) -> list[ParkedChange]:
+        """A sink's parked changes, in the order of the source."""
+        with _reading(self._path) as connection:
+            return queue_parked.listed(connection, sink)
+
+    def parked_batch(self, sink: str, parked: ParkedId) -> Batch | None:
+        """A parked change as a batch, `None` if it is gone."""
+        with _reading(self._path) as connection:
+            return _parked_batch(self._path, connection, sink, parked)
+
+
+def _parked_batch(path: Path, connection: sqlite3.Connection, sink: str, parked: ParkedId) -> Batch | None:
+    try:
+        with _translated(path):
+            return queue_parked.batch(connection, sink, parked)
+    except msgspec.DecodeError as exc:
+        raise _corrupt(path, str(exc)) from exc
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that changes nothing on disk."""
+    log = path.with_name(path.name + "-wal")
+    in_log = log.exists() and log.stat().st_size > 0
+    # a log is read with the help of its index (-shm), which `mode=ro` alone would rebuild on disk
+    options = "mode=ro&readonly_shm=1" if in_log else "mode=ro&immutable=1"
+    with _translated(path), closing(_connect(path, options)) as connection:
+        if not _is_ours(connection, path):
+            raise _corrupt(path, "it is empty")
+        yield connection
 
 
 def _connect(path: Path, options: str) -> sqlite3.Connection:

@@ -35,6 +35,10 @@ _UPDATE: Final = """
     UPDATE parked SET state = ?, attempts = ?, next_attempt_at = ?, error = ?
      WHERE sink = ? AND place = ? AND ordinal = ?
 """
+_REVIVE: Final = """
+    UPDATE parked SET state = 'retrying', attempts = 0, next_attempt_at = 0
+     WHERE sink = ? AND place = ? AND ordinal = ?
+"""
 _DELETE: Final = "DELETE FROM parked WHERE sink = ? AND place = ? AND ordinal = ?"
 _COUNT: Final = "SELECT sink, count(*), sum(state = 'dead'), min(created_at) FROM parked GROUP BY sink"
 
@@ -50,7 +54,7 @@ class ParkedChange(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     position: its transaction's.
     tables, keys: what it is about (see `cdc.sink.Subject`).
     size: bytes that the change takes.
-    attempts: how often it was tried by itself; 0: it waits behind another one.
+    attempts: how often it was tried by itself; 0: it waits behind another one, or is due now.
     next_attempt_at: unix seconds, for people and for a restart; without meaning where `attempts` is 0.
     error: why the last attempt failed, without values.
     """
@@ -94,7 +98,14 @@ class Unpark(msgspec.Struct, frozen=True):
     ids: Sequence[ParkedId]
 
 
-ParkedOrder = Park | Retried | Unpark
+class Revive(msgspec.Struct, frozen=True):
+    """Write order: these are due now, as if they had never been tried."""
+
+    sink: str
+    ids: Sequence[ParkedId]
+
+
+ParkedOrder = Park | Retried | Revive | Unpark
 
 
 class ParkedCount(msgspec.Struct, frozen=True):
@@ -118,6 +129,8 @@ def write(connection: sqlite3.Connection, order: ParkedOrder) -> None:
         case Retried(sink, change):
             values = (change.state, change.attempts, change.next_attempt_at, change.error, sink, *change.id)
             connection.execute(_UPDATE, values)
+        case Revive(sink, ids):
+            connection.executemany(_REVIVE, ((sink, *each) for each in ids))
         case Unpark(sink, ids):
             connection.executemany(_DELETE, ((sink, *each) for each in ids))
 
@@ -154,12 +167,20 @@ def listed(connection: sqlite3.Connection, sink: str) -> list[ParkedChange]:
 def batches(connection: sqlite3.Connection, sink: str, ids: Sequence[ParkedId]) -> Iterator[Batch]:
     """Each change as a batch by itself. Raises `msgspec.DecodeError` for what is damaged, or not there."""
     for each in ids:
-        row = connection.execute(_PAYLOAD, (sink, *each)).fetchone()
-        if row is None:
+        found = batch(connection, sink, each)
+        if found is None:
             raise msgspec.DecodeError(f"parked change {each} is missing")
-        if row[7] != _crc(sink, row[:7], row[-1]):
-            raise msgspec.DecodeError(f"parked change {each} fails its checksum")
-        yield _decode(row[-1])
+        yield found
+
+
+def batch(connection: sqlite3.Connection, sink: str, parked: ParkedId) -> Batch | None:
+    """One change as a batch, `None` if it is not there. Raises `msgspec.DecodeError` for what is damaged."""
+    row = connection.execute(_PAYLOAD, (sink, *parked)).fetchone()
+    if row is None:
+        return None
+    if row[7] != _crc(sink, row[:7], row[-1]):
+        raise msgspec.DecodeError(f"parked change {parked} fails its checksum")
+    return _decode(row[-1])
 
 
 def counts(connection: sqlite3.Connection) -> dict[str, ParkedCount]:

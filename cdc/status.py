@@ -126,6 +126,7 @@ class DeliveryStats:
     caught_up_at: when everything that was captured was applied, last.
     parked: changes that wait because the target refused one; `dead`: those of them that are not tried again.
     parked_oldest_at: since when the oldest of them waits.
+    parked_attempts: how often parked changes were tried again. discarded: how many were given up by a person.
     copy: tells how far the initial copy is, once one has begun.
     """
 
@@ -147,6 +148,8 @@ class DeliveryStats:
     parked: int = 0
     dead: int = 0
     parked_oldest_at: float | None = None
+    parked_attempts: int = 0
+    discarded: int = 0
     copy: Callable[[], CopyStatus] | None = None
 
 
@@ -200,6 +203,7 @@ class SinkStatus(msgspec.Struct, frozen=True):
 
     lag_seconds, lag_bytes: how far the target is behind the source's server, capture included.
     parked: changes that wait because the target refused one; `dead`: those of them that are not tried again.
+    parked_attempts: how often parked changes were tried again. discarded: how many were given up by a person.
     torn: whether transactions are on the target in part only: as long as something is parked.
     """
 
@@ -223,6 +227,8 @@ class SinkStatus(msgspec.Struct, frozen=True):
     copy: CopyStatus | None
     parked_oldest_seconds: float | None = None
     torn: bool = False
+    parked_attempts: int = 0
+    discarded: int = 0
 
 
 class DaemonStatus(msgspec.Struct, frozen=True):
@@ -351,6 +357,8 @@ def _sink(stats: DeliveryStats, capture: CaptureStats, source: SourceStatus, now
         copy=stats.copy() if stats.copy else None,
         parked_oldest_seconds=_age(stats.parked_oldest_at, None, now),
         torn=stats.parked > 0,
+        parked_attempts=stats.parked_attempts,
+        discarded=stats.discarded,
     )
 
 

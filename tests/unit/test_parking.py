@@ -75,6 +75,8 @@ class Sink(MemorySink):
 class World:
     """A queue, a sink that parks, and a clock that the test turns."""
 
+    retry = RETRY
+
     def __init__(self, folder: Path, **bounds: int) -> None:
         self.path = folder / "shop.queue"
         self.now = 1000.0
@@ -90,7 +92,7 @@ class World:
         self.queue = Queue(self.path, max_bytes=10**9, min_free_bytes=0)
         self.stats = DeliveryStats("mirror", "shop")
         clock = Clock(lambda: self.now, lambda: self.now + 10**9)
-        self.parker = Parker(self.sink, self.queue, self.stats, self.bounds, clock)
+        self.parker = Parker(self.sink, self.queue, self.stats, self.bounds, clock, retry=self.retry)
 
     def restart(self) -> None:
         self.queue.close()
