@@ -24,8 +24,10 @@ from cdc import __version__
 from cdc.api.backend import UnknownName
 from cdc.capture import Capture
 from cdc.config import Config, SinkConfig, SourceConfig
+from cdc.dead_letters import Box, Office
 from cdc.delivery import Delivery
 from cdc.errors import CdcError, FatalError
+from cdc.letter import DeadLetters
 from cdc.parking import Parker, ParkingBounds, can_park
 from cdc.pipeline import AnyPipeline, FillThenDeliver, Pipeline, contained
 from cdc.position import SourcePosition
@@ -98,6 +100,8 @@ class Daemon:
             name: Pipeline[DeliveryStats](DeliveryStats(name, sink.source)) for name, sink in config.sinks.items()
         }
         self._deliveries: dict[str, Delivery] = {}
+        self._parkers: dict[str, Parker] = {}
+        self.dead_letters: DeadLetters = Office(self._boxes)
         self._stopping = asyncio.Event()
 
     async def run_until_signalled(self) -> bool:
@@ -185,8 +189,18 @@ class Daemon:
         config, stats = self._config.sinks[name], self._sinks[name].stats
         sink = self._parts.sink(config)
         parker = _parker(config, sink, queue, stats)
+        if parker is not None:
+            self._parkers[name] = parker
         delivery = self._deliveries[name] = Delivery(sink, queue, stats, config.batch, parker=parker)
         return FillThenDeliver(partial(self._parts.fill, config, sink, queue, stats), delivery, queue, stats)
+
+    def _boxes(self) -> dict[str, Box]:
+        """What operators can look into: parked changes of sinks whose queue is open."""
+        return {
+            name: Box(name, self._config.sources[source].kind, queue, queue, self._parkers.get(name), sink.stats)
+            for name, sink in self._sinks.items()
+            if (queue := self._sources[source := sink.stats.source].queue) is not None
+        }
 
     def _slowest_sink(self, source: str) -> SourcePosition | None:
         """What every sink of a source has applied; `None` where there is no such order, or one is not known yet."""

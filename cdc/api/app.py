@@ -20,6 +20,7 @@ from cdc.api.control import Control
 from cdc.api.feed import Feed
 from cdc.api.guard import Guard
 from cdc.api.keyring import Keyring
+from cdc.api.letters import Letters
 from cdc.api.observe import FeedReady, Metrics, Observe
 from cdc.api.openapi import Document
 from cdc.api.origins import Origins
@@ -32,6 +33,7 @@ from cdc.api.service import Service
 from cdc.api.tickets import Tickets
 from cdc.config import Http
 from cdc.errors import CdcError, DecodeError, TransientError
+from cdc.letter import UnknownLetter
 from cdc.metrics import registry
 
 log = structlog.get_logger()
@@ -54,7 +56,7 @@ def create_app(backend: Backend | None = None, http: Http = Http(), feed: Feed |
     groups: list[Group] = [Service(), Page(), tickets]
     realtime = None
     if backend is not None:
-        groups += [Observe(backend), Control(backend)]
+        groups += [Observe(backend), Control(backend), Letters(backend.dead_letters)]
     if feed is not None:
         realtime = Realtime(feed, http)
         groups += [realtime, Changes(feed), Publish(feed)]
@@ -97,7 +99,7 @@ async def _refused(_request: Request, error: Exception) -> Response:
     return failure(_STATUS.get(type(error), 409), str(error), error.hint)
 
 
-_STATUS: Final = {UnknownName: 404, BadRequest: 400, DecodeError: 400, TransientError: 503}
+_STATUS: Final = {UnknownName: 404, UnknownLetter: 404, BadRequest: 400, DecodeError: 400, TransientError: 503}
 """Whatever else is refused conflicts with the state that things are in."""
 
 

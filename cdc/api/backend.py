@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from cdc.errors import CdcError
+from cdc.letter import DeadLetters
 from cdc.position import SourcePosition
 from cdc.status import DaemonStatus
 
@@ -15,6 +16,9 @@ class UnknownName(CdcError):
 
 class Backend(Protocol):
     """The daemon, as HTTP sees it. All but `status` may block and are called from threads."""
+
+    dead_letters: DeadLetters
+    """Parked changes."""
 
     def status(self) -> DaemonStatus:
         """Take a snapshot. Never blocks."""

@@ -25,6 +25,7 @@ ENDPOINTS: Final = (
     "/metrics",
     "/stats",
     "/openapi.json",
+    "/api/dead-letters",
     "/api/changes/poll",
     "/api/changes/stream",
     "/api/changes/{entityType}/{entityId}",

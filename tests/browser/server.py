@@ -16,8 +16,10 @@ from cdc.api.backend import UnknownName
 from cdc.api.feed import Feed
 from cdc.api.server import Server
 from cdc.config import Http, Token
+from cdc.dead_letters import Office
 from cdc.feed.place import Place
 from cdc.http_config import TokenConfig
+from cdc.letter import DeadLetters
 from cdc.position import SourcePosition
 from cdc.queue import QueueStats
 from cdc.status import CaptureStats, CopyStatus, DaemonStatus, DeliveryStats, SlotStats, State, snapshot
@@ -29,6 +31,7 @@ class PlayedDaemon:
     """A source `shop` with two sinks; `mirror` has parked changes, `archive` is being copied."""
 
     def __init__(self) -> None:
+        self.dead_letters: DeadLetters = Office(dict)
         self._started = time.time()
         self._shop = CaptureStats("shop", State.RUNNING, received=500, server_end=500, confirmed=500)
         self._shop.slot = SlotStats("cdc_shop", True, "reserved", 4096, None)

@@ -13,8 +13,10 @@ from cdc.api.app import create_app
 from cdc.api.backend import UnknownName
 from cdc.api.requests import MAX_BODY_BYTES
 from cdc.config import Http, Token
+from cdc.dead_letters import Office
 from cdc.errors import CdcError, TransientError
 from cdc.http_config import TokenConfig
+from cdc.letter import DeadLetters
 from cdc.metrics import APPLY_SECONDS
 from cdc.position import SourcePosition, parse_lsn
 from cdc.status import (
@@ -37,6 +39,7 @@ class FakeBackend:
         self.capture = CaptureStats("shop", State.RUNNING, received=50, server_end=150, confirmed=100)
         self.capture.slot = SlotStats("cdc_shop", True, "reserved", 4096, None)
         self.delivery = DeliveryStats("mirror", "shop", State.RUNNING, position=20, seq=3)
+        self.dead_letters: DeadLetters = Office(dict)
         self.calls: list[tuple[Any, ...]] = []
         self.error: Exception | None = None
 
@@ -114,6 +117,7 @@ def test_status_is_the_snapshot(client: TestClient, backend: FakeBackend) -> Non
 def test_metrics_say_what_status_says(client: TestClient, backend: FakeBackend) -> None:
     backend.capture.changes["insert"] = 5
     backend.delivery.changes["delete"] = 2
+    backend.delivery.parked_attempts, backend.delivery.discarded = 4, 3
     backend.delivery.copy = lambda: CopyStatus(1, 3, 10, 30, 100, 300)
     APPLY_SECONDS.labels("mirror").observe(0.02)
     found = metrics_of(client)
@@ -125,6 +129,7 @@ def test_metrics_say_what_status_says(client: TestClient, backend: FakeBackend) 
     assert found["cdc_slot_retained_bytes", "cdc_shop", "shop"] == 4096
     assert found["cdc_copy_rows_expected", "mirror"] == 30
     assert found["cdc_apply_seconds_count", "mirror"] >= 1
+    assert (found["cdc_parked_attempts_total", "mirror"], found["cdc_discarded_changes_total", "mirror"]) == (4, 3)
     assert found["process_resident_memory_bytes",] > 0
 
 

@@ -129,6 +129,10 @@ def test_f105_a_route_that_forgot_is_for_admins() -> None:
         ("POST", "/resume/shop", {"admin"}),
         ("POST", "/sinks/mirror/hold", {"admin"}),
         ("POST", "/sinks/mirror/release", {"admin"}),
+        ("GET", "/api/dead-letters", {"admin"}),
+        ("GET", "/api/dead-letters/mirror:1.0", {"admin"}),
+        ("POST", "/api/dead-letters/retry", {"admin"}),
+        ("POST", "/api/dead-letters/discard", {"admin"}),
     ],
 )
 def test_f105_who_may_do_what(client: TestClient, method: str, path: str, allowed: set[str]) -> None:

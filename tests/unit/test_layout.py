@@ -25,6 +25,7 @@ ONLY: Final = {
         "cdc.__version__",
         "cdc.api",
         "cdc.status",
+        "cdc.letter",
         "cdc.metrics",
         "cdc.queue",
         "cdc.config",
