@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -18,25 +18,22 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from cdc import __version__, daemon, gateway, kinds, logs, preflight, status_table, verify_report
-from cdc.api.client import Client, DaemonUnreachable
-from cdc.barrier import Barrier, HttpBarrier, NoBarrier
+from cdc import __version__, daemon, gateway, kinds, letter_commands, logs, preflight, status_table, verify_report
 from cdc.beginning import begin, begun_fact
 from cdc.change import TableName
 from cdc.config import Config, SinkConfig, SourceConfig, load
 from cdc.copy import Copy, CopyProgress, PlannedTable, reported
 from cdc.daemon import Parts
-from cdc.errors import CdcError, DirectoryInUse, FatalError
+from cdc.errors import CdcError, FatalError
 from cdc.feed.place import served
 from cdc.filling import capturing, fill, filled_fact
 from cdc.http_config import listening_on
 from cdc.kinds import build_source
-from cdc.mirroring import Mirroring
-from cdc.offline import offline_status
 from cdc.pipeline import paused_fact
-from cdc.position import Position, SourcePosition, parse_position
-from cdc.queue import DirectoryLock, Queue, lock_directory
+from cdc.position import Position
+from cdc.queue import Queue
 from cdc.resync import Wanted
+from cdc.session import NoFacts, Session
 from cdc.sink import Mirror, Sink, SinkContext, StreamSink
 from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, to_json
 from sinks import load as load_sink
@@ -49,6 +46,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
 )
+app.add_typer(letter_commands.app, name="dead-letters")
 out = Console()
 
 Name = Annotated[str, typer.Argument(help="A source or a sink.")]
@@ -76,117 +74,6 @@ def _complain(error: str, hint: str) -> None:
     print(logs.redact(f"error: {' '.join(error.split())}"), file=sys.stderr)
     if hint:
         print(logs.redact(f"hint: {' '.join(hint.split())}"), file=sys.stderr)
-
-
-class Session:
-    """What a command works with; the configuration is read when it is first needed."""
-
-    def __init__(self, path: Path, *, debug: bool) -> None:
-        self._path = path
-        self._debug = debug
-        self._config: Config | None = None
-
-    @property
-    def config(self) -> Config:
-        """The checked configuration."""
-        if self._config is None:
-            self._config = load(self._path, options_of=options_of)
-        return self._config
-
-    @property
-    def data_dir(self) -> Path:
-        """Where queues, lock and address file are."""
-        return Path(self.config.daemon.data_dir)
-
-    def log_as_configured(self) -> None:
-        """For commands that run for long."""
-        options = self.config.daemon
-        logs.configure(options.log_format, "debug" if self._debug else options.log_level)
-
-    def sinks(self, name: str | None) -> list[SinkConfig]:
-        """One sink by name, or all. Raises `FatalError` for an unknown one."""
-        if name is None:
-            return list(self.config.sinks.values())
-        if name not in self.config.sinks:
-            raise FatalError(f"no sink is called {name!r}", hint=f"one of: {', '.join(self.config.sinks) or 'none'}")
-        return [self.config.sinks[name]]
-
-    def mirrors(self, name: str | None) -> list[SinkConfig]:
-        """One mirror by name, or all. Raises `FatalError` for a sink that is none."""
-        chosen = self.sinks(name)
-        if name is not None and not chosen[0].is_mirror:
-            raise FatalError(f"{name} is no mirror, but a sink of kind {chosen[0].kind}", hint="name a mirror")
-        return [sink for sink in chosen if sink.is_mirror]
-
-    def client(self) -> Client:
-        """The running daemon. Raises `DaemonUnreachable` where there is none."""
-        try:
-            address = (self.data_dir / daemon.ADDRESS_FILE).read_text(encoding="ascii")
-        except OSError as exc:
-            raise DaemonUnreachable("the daemon is not running", hint="start it with `cdc run`") from exc
-        return Client(address, self.config.http.admin_token)
-
-    def status(self) -> DaemonStatus:
-        """From the daemon, or from the data directory where it is down."""
-        try:
-            return self.client().status()
-        except DaemonUnreachable:
-            return offline_status(self.config)
-
-    def lock(self) -> DirectoryLock:
-        """Keep the daemon out meanwhile. Raises `DirectoryInUse` where it runs."""
-        try:
-            return lock_directory(self.data_dir)
-        except DirectoryInUse as exc:
-            raise DirectoryInUse(str(exc), hint="stop the daemon first") from exc
-
-    @contextmanager
-    def alone_or_beside_daemon(self) -> Iterator[None]:
-        """Keep a daemon from starting meanwhile, unless one runs: then it keeps the order."""
-        try:
-            self.client().status()
-        except DaemonUnreachable:
-            with self.lock():
-                yield
-        else:
-            yield
-
-    def barrier(self, sink: SinkConfig) -> Barrier:
-        """Makes the sink stand still: by way of the daemon, or by itself where none runs."""
-        try:
-            client = self.client()
-            client.status()
-        except DaemonUnreachable:
-            return NoBarrier(lambda: kinds.pair(sink.kind).stored_position(sink))
-        token = self.config.http.admin_token
-        return HttpBarrier(client.url, sink.name, token.reveal() if token else None)
-
-    def mirroring(self, sink: SinkConfig) -> Mirroring:
-        """A source and its mirror, as the commands that compare them need them."""
-        source = self.config.sources[sink.source]
-        barrier = self.barrier(sink)
-
-        def position() -> SourcePosition | None:
-            text = self.client().status().sinks[sink.name].position
-            return None if text is None else parse_position(text)
-
-        return Mirroring(
-            source=source,
-            sink=sink,
-            tables=build_source(self.config, source, NoFacts()).tables,
-            barrier=barrier,
-            position=None if isinstance(barrier, NoBarrier) else position,
-        )
-
-
-class NoFacts:
-    """For sources that are only asked, not streamed from."""
-
-    def get(self, _key: str) -> None:
-        """Nothing is known."""
-
-    def set(self, _key: str, _value: str | None) -> None:
-        """Nothing is kept."""
 
 
 def build_sink(config: Config, sink: SinkConfig) -> Sink:
@@ -241,7 +128,7 @@ def options(
 ) -> None:
     """Capture every change of a database, and mirror it."""
     logs.configure(level="debug" if debug else "warning")
-    context.obj = Session(config, debug=debug)
+    context.obj = Session(lambda: load(config, options_of=options_of), debug=debug)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from datetime import datetime
-from typing import Annotated, Final, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -55,7 +55,7 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     operation: str
-    key: JsonObject | None
+    key: dict[str, Any] | None
     change: JsonObject
 
 
@@ -92,7 +92,7 @@ class Letter(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     behind: str | None
     tables: tuple[str, ...]
     operation: str
-    key: JsonObject | None
+    key: dict[str, Any] | None
     error: str
     attempts: int
     next_attempt_at: datetime | None
@@ -115,7 +115,7 @@ class LetterQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     sink: str = ""
-    state: tuple[LetterState, ...] = ()
+    state: Annotated[tuple[LetterState, ...], msgspec.Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
     after: LetterIdText | msgspec.UnsetType = msgspec.UNSET
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
     full: bool = False
@@ -134,6 +134,12 @@ class Outcome(msgspec.Struct, frozen=True):
     id: str
     fate: Fate
     reason: str = ""
+
+
+class Outcomes(msgspec.Struct, frozen=True):
+    """What became of each."""
+
+    outcomes: tuple[Outcome, ...]
 
 
 class DeadLetters(Protocol):

@@ -1,21 +1,24 @@
-"""The status as the data directory tells it, for when no daemon is there to ask. Changes nothing on disk."""
+"""What the data directory tells when no daemon is there to ask: the status, and parked changes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from cdc import __version__
 from cdc.config import Config
-from cdc.daemon import queue_path
+from cdc.daemon import open_queue, queue_path
+from cdc.dead_letters import Box, Office
 from cdc.errors import CdcError
 from cdc.pipeline import paused_fact
-from cdc.queue import QueueOnDisk, read_status
+from cdc.queue import ParkedInFile, QueueOnDisk, read_status
 from cdc.queue_parked import ParkedCount
 from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, State, snapshot
 
 
 def offline_status(config: Config) -> DaemonStatus:
-    """What the queues' files say: positions, sizes, pauses. Lag is not known."""
+    """What the queues' files say: positions, sizes, pauses. Lag is not known. Changes nothing on disk."""
     captures: list[tuple[CaptureStats, QueueOnDisk | None]] = []
     deliveries: list[DeliveryStats] = []
     for source in config.sources:
@@ -29,6 +32,37 @@ def offline_status(config: Config) -> DaemonStatus:
         sources=[(stats, queue.stats if queue else None) for stats, queue in captures],
         sinks=deliveries,
     )
+
+
+def letters_on_disk(config: Config) -> Office:
+    """Parked changes, to look at. Changes nothing on disk."""
+
+    def boxes() -> dict[str, Box]:
+        return {
+            sink.name: Box(sink.name, config.sources[sink.source].kind, ParkedInFile(path))
+            for sink in config.sinks.values()
+            if (path := queue_path(Path(config.daemon.data_dir), sink.source)).exists()
+        }
+
+    return Office(boxes)
+
+
+@contextmanager
+def opened_letters(config: Config) -> Iterator[Office]:
+    """Parked changes, to act on. For who has locked the directory."""
+    data_dir = Path(config.daemon.data_dir)
+    with ExitStack() as stack:
+        queues = {
+            source: stack.enter_context(closing(open_queue(config, source)))
+            for source in config.sources
+            if queue_path(data_dir, source).exists()
+        }
+        boxes = {
+            sink.name: Box(sink.name, config.sources[sink.source].kind, queue, queue)
+            for sink in config.sinks.values()
+            if (queue := queues.get(sink.source)) is not None
+        }
+        yield Office(lambda: boxes)
 
 
 def _read(config: Config, stats: CaptureStats) -> QueueOnDisk | None:

@@ -31,7 +31,7 @@ def _headline(status: DaemonStatus) -> Text:
     if status.started_at is None:
         return Text("daemon is not running; this is what its data directory tells", style="bold red")
     health = Text("healthy", style="green") if status.healthy else Text("not healthy", style="bold red")
-    return Text.assemble(f"cdc {status.version}, up {_duration(time.time() - status.started_at)}, ", health)
+    return Text.assemble(f"cdc {status.version}, up {duration(time.time() - status.started_at)}, ", health)
 
 
 def _sources(status: DaemonStatus) -> Table:
@@ -83,9 +83,7 @@ def _parked_lines(status: DaemonStatus) -> Iterator[str]:
     for name, sink in status.sinks.items():
         if sink.parked:
             age = (
-                ""
-                if sink.parked_oldest_seconds is None
-                else f", the oldest for {_duration(sink.parked_oldest_seconds)}"
+                "" if sink.parked_oldest_seconds is None else f", the oldest for {duration(sink.parked_oldest_seconds)}"
             )
             yield f"{name}: {sink.parked:,} changes are parked ({sink.dead:,} dead){age}: transactions are torn"
 
@@ -104,7 +102,7 @@ def _state(state: State) -> Text:
 def _lag(pipeline: SourceStatus | SinkStatus) -> str:
     known = []
     if pipeline.lag_seconds is not None:
-        known.append(_duration(pipeline.lag_seconds))
+        known.append(duration(pipeline.lag_seconds))
     if pipeline.lag_bytes is not None:
         known.append(_size(pipeline.lag_bytes))
     return ", ".join(known) or "unknown"
@@ -114,11 +112,12 @@ def _copy(sink: SinkStatus) -> str:
     copy = sink.copy
     if copy is None or copy.tables_done == copy.tables_expected:
         return ""
-    left = f", {_duration(copy.seconds_left)} left" if copy.seconds_left is not None else ""
+    left = f", {duration(copy.seconds_left)} left" if copy.seconds_left is not None else ""
     return f"{copy.tables_done}/{copy.tables_expected} tables, {copy.rows_done:,} rows{left}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people: `12.0 s`, `3 min 5 s`, `2 h 7 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(int(seconds), 60)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
 from http.client import HTTPConnection, HTTPException
+from itertools import islice
 from typing import Any, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
 
 from cdc.config import Token
 from cdc.errors import CdcError
+from cdc.letter import Letter, LetterId, LetterPage, LetterQuery, Outcome, Outcomes
 from cdc.status import DaemonStatus, from_json
 
-TIMEOUT_SECONDS: Final = 10.0
+TIMEOUT_SECONDS: Final = 20.0
+
+_LETTERS: Final = "/api/dead-letters"
 
 
 class DaemonUnreachable(CdcError):
@@ -28,7 +33,7 @@ class Client:
 
     def status(self) -> DaemonStatus:
         """The daemon's snapshot."""
-        data = self._request("GET", "/status")
+        data = self.request("GET", "/status")
         try:
             return from_json(data)
         except msgspec.DecodeError as exc:
@@ -36,16 +41,22 @@ class Client:
 
     def pause(self, name: str) -> None:
         """Pause a source or a sink."""
-        self._request("POST", f"/pause/{quote(name, safe='')}")
+        self.request("POST", f"/pause/{quote(name, safe='')}")
 
     def resume(self, name: str) -> None:
         """Let it go on."""
-        self._request("POST", f"/resume/{quote(name, safe='')}")
+        self.request("POST", f"/resume/{quote(name, safe='')}")
 
-    def _request(self, method: str, path: str) -> bytes:
+    @property
+    def dead_letters(self) -> RemoteLetters:
+        """The daemon's parked changes."""
+        return RemoteLetters(self)
+
+    def request(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        """What is answered. Raises `CdcError` with what the daemon says where that is an error."""
         connection = HTTPConnection(urlsplit(self.url).netloc, timeout=TIMEOUT_SECONDS)
         try:
-            connection.request(method, path, headers=self._headers)
+            connection.request(method, path, body, headers=self._headers)
             response = connection.getresponse()
             data = response.read()
         except (OSError, HTTPException) as exc:
@@ -55,6 +66,49 @@ class Client:
         if response.status != 200:
             raise _refusal(response.status, data)
         return data
+
+
+class RemoteLetters:
+    """Implements `cdc.letter.DeadLetters` for those of a daemon, which knows the token, and is told who acts."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self, query: LetterQuery) -> LetterPage:
+        """One page of them."""
+        values: dict[str, Any] = msgspec.to_builtins(query)
+        lists = {name: ",".join(value) for name, value in values.items() if isinstance(value, list | tuple)}
+        texts = urlencode(values | lists | {"full": "true" if query.full else "false"})
+        return msgspec.json.decode(self._client.request("GET", f"{_LETTERS}?{texts}"), type=LetterPage)
+
+    def get(self, letter: LetterId) -> Letter:
+        """One of them, with its contents."""
+        return msgspec.json.decode(self._client.request("GET", f"{_LETTERS}/{letter}"), type=Letter)
+
+    def retry(self, letters: Collection[LetterId] | None, who: str) -> Sequence[Outcome]:
+        """Make them due now; the daemon waits a little for what comes of it."""
+        if letters is None:
+            return self._post("retry", {"ids": None, "by": who})
+        return [outcome for ids in _portions(letters) for outcome in self._post("retry", {"ids": ids, "by": who})]
+
+    def discard(self, letters: Collection[LetterId], *, reason: str, who: str) -> Sequence[Outcome]:
+        """Give them up."""
+        return [
+            outcome
+            for ids in _portions(letters)
+            for outcome in self._post("discard", {"ids": ids, "reason": reason, "by": who})
+        ]
+
+    def _post(self, action: str, body: dict[str, Any]) -> Sequence[Outcome]:
+        answer = self._client.request("POST", f"{_LETTERS}/{action}", msgspec.json.encode(body))
+        return msgspec.json.decode(answer, type=Outcomes).outcomes
+
+
+def _portions(letters: Collection[LetterId]) -> Iterator[tuple[str, ...]]:
+    """As many as a request's body can hold."""
+    ids = iter(sorted(letters))
+    while portion := tuple(map(str, islice(ids, 500))):
+        yield portion
 
 
 def _refusal(status: int, data: bytes) -> CdcError:

@@ -15,7 +15,7 @@ from cdc.api.principal import PRINCIPAL
 from cdc.api.requests import read_body, read_query
 from cdc.api.responses import answer
 from cdc.errors import DecodeError
-from cdc.letter import DeadLetters, Letter, LetterId, LetterIdText, LetterPage, LetterQuery, Outcome, UnknownLetter
+from cdc.letter import DeadLetters, Letter, LetterId, LetterIdText, LetterPage, LetterQuery, Outcomes, UnknownLetter
 
 _By = Annotated[str, msgspec.Meta(max_length=200, description="at most 200 characters")]
 _Reason = Annotated[str, msgspec.Meta(min_length=1, max_length=1000, description="1 to 1000 characters: why")]
@@ -34,12 +34,6 @@ class DiscardRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ids: tuple[LetterIdText, ...]
     reason: _Reason
     by: _By = ""
-
-
-class Outcomes(msgspec.Struct, frozen=True):
-    """What became of each."""
-
-    outcomes: tuple[Outcome, ...]
 
 
 class Letters:

@@ -7,7 +7,7 @@ from typing import Any, Final
 import bson
 import msgspec
 from bson.codec_options import CodecOptions, DatetimeConversion
-from bson.json_util import CANONICAL_JSON_OPTIONS, dumps
+from bson.json_util import CANONICAL_JSON_OPTIONS, RELAXED_JSON_OPTIONS, JSONOptions, dumps
 
 from cdc.change import Batch, Change, Ddl, Delta, Image, Operation
 from cdc.letter import Described
@@ -19,9 +19,9 @@ _OPTIONS: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
 
 
 def describe(batch: Batch) -> Described:
-    """The only change of a batch. Numbers keep their types."""
+    """The only change of a batch. Values keep their types, but for the key, which is for people."""
     change = batch.transactions[0].changes[0]
-    key = None if change.key is None else msgspec.Raw(_json(id_only(change.key)))
+    key = None if change.key is None else msgspec.json.decode(_json(id_only(change.key), RELAXED_JSON_OPTIONS))
     members = b",".join(b'"%s":%s' % (name, _json(image)) for name, image in _images(change).items())
     return Described(operation=Operation(change.operation).name.lower(), key=key, change=msgspec.Raw(b"{%s}" % members))
 
@@ -35,6 +35,6 @@ def _images(change: Change) -> dict[bytes, Image]:
     return {name: image for name, image in found.items() if image is not None}
 
 
-def _json(image: Image) -> bytes:
-    text = dumps(bson.decode(image, _OPTIONS), json_options=CANONICAL_JSON_OPTIONS, ensure_ascii=False)
+def _json(image: Image, options: JSONOptions = CANONICAL_JSON_OPTIONS) -> bytes:
+    text = dumps(bson.decode(image, _OPTIONS), json_options=options, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace")

@@ -11,7 +11,7 @@ from cdc.change import Batch, Change, Message, Operation, Table, Truncate
 from cdc.letter import Described
 from cdc.postgres.row import UNCHANGED, Row, decode_key, decode_row
 
-_raw: Final = msgspec.json.Encoder().encode
+_encode: Final = msgspec.json.Encoder().encode
 
 
 def describe(batch: Batch) -> Described:
@@ -21,8 +21,8 @@ def describe(batch: Batch) -> Described:
     key = None if table is None else _key(table, change)
     return Described(
         operation=Operation(change.operation).name.lower(),
-        key=None if key is None else msgspec.Raw(_raw(key)),
-        change=msgspec.Raw(_raw(_content(batch.tables, table, change))),
+        key=key,
+        change=msgspec.Raw(_encode(_content(batch.tables, table, change))),
     )
 
 

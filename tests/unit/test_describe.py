@@ -19,8 +19,7 @@ ORDERS = Table("public", "orders", (Column("id", 23, True), Column("note", 25, F
 
 def described(kind: str, change: Change, table: Table = ORDERS) -> tuple[str, Any, Any]:
     found = describe(kind, Batch((table,), [Transaction(1, 2, 0, 0, 0, True, [change])], 2, 0))
-    key = None if found.key is None else msgspec.json.decode(found.key)
-    return found.operation, key, msgspec.json.decode(found.change)
+    return found.operation, found.key, msgspec.json.decode(found.change)
 
 
 def test_rows_by_column_as_the_source_writes_them() -> None:
@@ -52,7 +51,7 @@ def test_a_truncate_names_its_tables() -> None:
 def test_documents_keep_their_types(value: Any) -> None:
     document = bson.encode({"_id": 1, "value": value})
     operation, key, change = described("mongodb", Change(INSERT, 0, bson.encode({"_id": 1}), None, document))
-    assert (operation, key) == ("insert", {"_id": {"$numberInt": "1"}})
+    assert (operation, key) == ("insert", {"_id": 1})
     assert bson.encode(loads(msgspec.json.encode(change["after"]))) == document
 
 

@@ -1,0 +1,147 @@
+"""What a command works with: the configuration, and a running daemon or its data directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from cdc import daemon, kinds, logs
+from cdc.api.client import Client, DaemonUnreachable
+from cdc.barrier import Barrier, HttpBarrier, NoBarrier
+from cdc.config import Config, SinkConfig
+from cdc.errors import DirectoryInUse, FatalError
+from cdc.kinds import build_source
+from cdc.letter import DeadLetters
+from cdc.mirroring import Mirroring
+from cdc.offline import letters_on_disk, offline_status, opened_letters
+from cdc.position import SourcePosition, parse_position
+from cdc.queue import DirectoryLock, lock_directory
+from cdc.status import DaemonStatus
+
+
+class Session:
+    """What a command works with; the configuration is read when it is first needed."""
+
+    def __init__(self, load: Callable[[], Config], *, debug: bool) -> None:
+        self._load = load
+        self._debug = debug
+        self._config: Config | None = None
+
+    @property
+    def config(self) -> Config:
+        """The checked configuration."""
+        if self._config is None:
+            self._config = self._load()
+        return self._config
+
+    @property
+    def data_dir(self) -> Path:
+        """Where queues, lock and address file are."""
+        return Path(self.config.daemon.data_dir)
+
+    def log_as_configured(self) -> None:
+        """For commands that run for long."""
+        options = self.config.daemon
+        logs.configure(options.log_format, "debug" if self._debug else options.log_level)
+
+    def sinks(self, name: str | None) -> list[SinkConfig]:
+        """One sink by name, or all. Raises `FatalError` for an unknown one."""
+        if name is None:
+            return list(self.config.sinks.values())
+        if name not in self.config.sinks:
+            raise FatalError(f"no sink is called {name!r}", hint=f"one of: {', '.join(self.config.sinks) or 'none'}")
+        return [self.config.sinks[name]]
+
+    def mirrors(self, name: str | None) -> list[SinkConfig]:
+        """One mirror by name, or all. Raises `FatalError` for a sink that is none."""
+        chosen = self.sinks(name)
+        if name is not None and not chosen[0].is_mirror:
+            raise FatalError(f"{name} is no mirror, but a sink of kind {chosen[0].kind}", hint="name a mirror")
+        return [sink for sink in chosen if sink.is_mirror]
+
+    def client(self) -> Client:
+        """The running daemon. Raises `DaemonUnreachable` where there is none."""
+        try:
+            address = (self.data_dir / daemon.ADDRESS_FILE).read_text(encoding="ascii")
+        except OSError as exc:
+            raise DaemonUnreachable("the daemon is not running", hint="start it with `cdc run`") from exc
+        return Client(address, self.config.http.admin_token)
+
+    def status(self) -> DaemonStatus:
+        """From the daemon, or from the data directory where it is down."""
+        try:
+            return self.client().status()
+        except DaemonUnreachable:
+            return offline_status(self.config)
+
+    def lock(self) -> DirectoryLock:
+        """Keep the daemon out meanwhile. Raises `DirectoryInUse` where it runs."""
+        try:
+            return lock_directory(self.data_dir)
+        except DirectoryInUse as exc:
+            raise DirectoryInUse(str(exc), hint="stop the daemon first") from exc
+
+    @contextmanager
+    def alone_or_beside_daemon(self) -> Iterator[None]:
+        """Keep a daemon from starting meanwhile, unless one runs: then it keeps the order."""
+        with self.lock() if self._running_client() is None else nullcontext():
+            yield
+
+    def dead_letters(self) -> DeadLetters:
+        """To look at: the running daemon's, or what the data directory tells where it is down."""
+        client = self._running_client()
+        return letters_on_disk(self.config) if client is None else client.dead_letters
+
+    @contextmanager
+    def changing_dead_letters(self) -> Iterator[DeadLetters]:
+        """The same to act on; where no daemon runs, it is kept out meanwhile."""
+        client = self._running_client()
+        if client is not None:
+            yield client.dead_letters
+            return
+        with self.lock(), opened_letters(self.config) as found:
+            yield found
+
+    def _running_client(self) -> Client | None:
+        try:
+            client = self.client()
+            client.status()
+        except DaemonUnreachable:
+            return None
+        return client
+
+    def barrier(self, sink: SinkConfig) -> Barrier:
+        """Makes the sink stand still: by way of the daemon, or by itself where none runs."""
+        client = self._running_client()
+        if client is None:
+            return NoBarrier(lambda: kinds.pair(sink.kind).stored_position(sink))
+        token = self.config.http.admin_token
+        return HttpBarrier(client.url, sink.name, token.reveal() if token else None)
+
+    def mirroring(self, sink: SinkConfig) -> Mirroring:
+        """A source and its mirror, as the commands that compare them need them."""
+        source = self.config.sources[sink.source]
+        barrier = self.barrier(sink)
+
+        def position() -> SourcePosition | None:
+            text = self.client().status().sinks[sink.name].position
+            return None if text is None else parse_position(text)
+
+        return Mirroring(
+            source=source,
+            sink=sink,
+            tables=build_source(self.config, source, NoFacts()).tables,
+            barrier=barrier,
+            position=None if isinstance(barrier, NoBarrier) else position,
+        )
+
+
+class NoFacts:
+    """For sources that are only asked, not streamed from."""
+
+    def get(self, _key: str) -> None:
+        """Nothing is known."""
+
+    def set(self, _key: str, _value: str | None) -> None:
+        """Nothing is kept."""
