@@ -10,19 +10,21 @@ import asyncio
 import sys
 import time
 from pathlib import Path
+from tempfile import mkdtemp
 
 from cdc.api.app import create_app
 from cdc.api.backend import UnknownName
 from cdc.api.feed import Feed
 from cdc.api.server import Server
 from cdc.config import Http, Token
-from cdc.dead_letters import Office
+from cdc.dead_letters import Box, Office
 from cdc.feed.place import Place
 from cdc.http_config import TokenConfig
 from cdc.letter import DeadLetters
 from cdc.position import SourcePosition
 from cdc.queue import QueueStats
 from cdc.status import CaptureStats, CopyStatus, DaemonStatus, DeliveryStats, SlotStats, State, snapshot
+from tests.unit.test_api_letters import poisoned
 
 HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 
@@ -30,8 +32,9 @@ HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>
 class PlayedDaemon:
     """A source `shop` with two sinks; `mirror` has parked changes, `archive` is being copied."""
 
-    def __init__(self) -> None:
-        self.dead_letters: DeadLetters = Office(dict)
+    def __init__(self, directory: Path) -> None:
+        queue = poisoned(directory)
+        self.dead_letters: DeadLetters = Office(lambda: {"mirror": Box("mirror", "mongodb", queue, queue)})
         self._started = time.time()
         self._shop = CaptureStats("shop", State.RUNNING, received=500, server_end=500, confirmed=500)
         self._shop.slot = SlotStats("cdc_shop", True, "reserved", 4096, None)
@@ -76,7 +79,7 @@ class PlayedDaemon:
 async def serve(directory: Path, port: int, token: str, *, daemon: bool) -> None:
     feed = Feed.at(Place(None, directory))
     tokens = (TokenConfig(name="test", token=Token(token), scopes=("admin",)),) if token else ()
-    app = create_app(PlayedDaemon() if daemon else None, Http(tokens=tokens), feed)
+    app = create_app(PlayedDaemon(Path(mkdtemp(dir=directory))) if daemon else None, Http(tokens=tokens), feed)
     server = Server(app, ("127.0.0.1", port))
     feed.start()
     await server.serve()

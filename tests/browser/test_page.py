@@ -72,6 +72,25 @@ def test_pause_and_resume(opened: Page) -> None:
     expect(mirror.locator(".chip")).to_have_text("running")
 
 
+def test_what_is_parked_is_retried_and_discarded(opened: Page) -> None:
+    parked = opened.get_by_role("region", name="Parked")
+    first, second = (parked.locator(f"tr[data-id='mirror:{seq}.0']") for seq in (1, 2))
+    expect(first).to_contain_text('{"_id":"poison"}')
+    expect(first).to_contain_text("E11000")
+    expect(second).to_contain_text("behind mirror:1.0")
+    expect(second.get_by_role("button", name="Retry")).to_be_disabled()
+    first.get_by_role("button", name="Retry").click()
+    expect(opened.locator("#toast")).to_have_text("mirror:1.0 is tried as soon as its sink delivers")
+    expect(first.locator(".badge")).to_have_text("retrying")
+    first.get_by_role("button", name="Discard").click()
+    dialog = opened.get_by_role("dialog", name="Discard mirror:1.0?")
+    dialog.get_by_label("Why?").fill("a mistake")
+    opened.keyboard.press("Enter")
+    expect(opened.locator("#toast")).to_have_text("mirror:1.0 is discarded")
+    expect(first).to_have_count(0)
+    expect(second.locator(".badge")).to_have_text("retrying")
+
+
 def test_changes_come_live_the_newest_first(opened: Page, service: Service) -> None:
     expect(opened.locator("#live-text")).to_have_text("live")
     service.commit("orders", 1, changed=("status", "total"), location_id="north", user_id="u5")

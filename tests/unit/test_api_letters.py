@@ -42,7 +42,14 @@ def parked(seq: int, change: Change, **facts: Any) -> tuple[ParkedChange, bytes]
 
 @pytest.fixture
 def queue(tmp_path: Path) -> Iterator[Queue]:
-    found = Queue(tmp_path / "shop.queue", max_bytes=10**9, min_free_bytes=0)
+    found = poisoned(tmp_path)
+    yield found
+    found.close()
+
+
+def poisoned(directory: Path) -> Queue:
+    """Of `mirror`: a dead change, one behind it, and one that is tried again."""
+    found = Queue(directory / "shop.queue", max_bytes=10**9, min_free_bytes=0)
     found.begin(b"begin")
     found.register("mirror")
     poison = Change(INSERT, 0, document("poison"), None, document("poison", n=1))
@@ -56,8 +63,7 @@ def queue(tmp_path: Path) -> Iterator[Queue]:
     ]
     found.park("mirror", rows)
     found.advance("mirror", 3, b"3")
-    yield found
-    found.close()
+    return found
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ function parked(status) {
 function hintFor(text, pipelines) {
   const [, pipeline] = pipelines.find(([name]) => text.startsWith(`${name}:`)) ?? [];
   if (pipeline?.dead > 0 && text.includes("dead")) {
-    return `${count(pipeline.dead)} were tried so often that cdc gave up. The log tells why the target refused them.`;
+    return `${count(pipeline.dead)} were tried so often that cdc gave up. Retry or discard them below, or with cdc dead-letters.`;
   }
   return pipeline?.hint ?? "";
 }

@@ -7,6 +7,7 @@ import { Detail } from "./page-detail.js";
 import { byId, duration, plural, setText } from "./page-dom.js";
 import { Flow } from "./page-flow.js";
 import { drawNotes, notes } from "./page-notes.js";
+import { Parked } from "./page-parked.js";
 import { History } from "./page-rates.js";
 import { ask, askForToken, httpUrl, token } from "./page-server.js";
 
@@ -23,6 +24,7 @@ const charts = new Charts({
   lagLegend: byId("lag-legend"),
 });
 const detail = new Detail();
+const parked = new Parked((text) => toast(text));
 const changes = new Changes((event) => detail.open(event));
 
 /** Look at the daemon for as long as the page is open. */
@@ -65,6 +67,7 @@ function show(status) {
   flow.update(status, history);
   charts.update(history);
   drawNotes(byId("notes"), notes(status));
+  parked.update(status);
   setText(byId("version"), status.version);
   setText(byId("uptime"), status.started_at ? `up ${duration(Date.now() / 1000 - status.started_at)}` : "");
   if (status.healthy) health("good", status.ready ? "All is well" : "Starting");
