@@ -6,19 +6,21 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import pytest
 import structlog
 
-from cdc.change import Change
+from cdc.change import Batch, Change, Transaction
 from cdc.config import BatchBounds, RetryOptions
 from cdc.dead_letters import Box, Office
 from cdc.delivery import Delivery
 from cdc.desk import Desk
 from cdc.errors import DecodeError, FatalError, TransientError
 from cdc.letter import LetterId
+from cdc.queue import Queue
+from cdc.queue_parked import ParkedChange, payload_of
 from cdc.status import State
 from tests.processes import wait_until
 from tests.unit.test_parking import World, change, drop
@@ -303,3 +305,22 @@ def test_ids_that_are_none(text: str) -> None:
 def test_ids_are_read_as_they_are_written() -> None:
     assert LetterId.parse("mirror:1207.3") == LetterId("mirror", 1207, 3)
     assert str(LetterId("mirror", 1207, 3)) == "mirror:1207.3"
+
+
+@pytest.mark.parametrize(("stands_at", "fate"), [(None, "unsettled"), (150, "unsettled"), (151, "discarded")])
+def test_f89_a_target_that_stands_at_an_lsn_has_passed_what_commits_below_it(
+    tmp_path: Path, stands_at: int | None, fate: str
+) -> None:
+    with closing(Queue(tmp_path / "shop.queue", max_bytes=10**9, min_free_bytes=0)) as queue:
+        queue.begin(100)
+        queue.register("mirror")
+        batch = Batch((), [Transaction(150, 160, 0, 0, 0, True, [change(7, 1)])], 160, 0)
+        row = ParkedChange(
+            place=150, ordinal=0, position=150, tables=(), keys=(b"7",), size=1, created_at=0.0, state="dead"
+        )
+        queue.park("mirror", [(row, payload_of(batch))])
+        if stands_at is not None:
+            queue.advance("mirror", 1, stands_at)
+        letters = Office(lambda: {"mirror": Box("mirror", "", queue, queue)})
+        (outcome,) = letters.discard([LetterId("mirror", 150, 0)], reason="x", who="ann")
+        assert outcome.fate == fate
