@@ -8,7 +8,7 @@ one transaction, if the target has such. How changes become writes is in `cdc.mo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -49,6 +49,11 @@ class _Todo(msgspec.Struct, frozen=True):
     def is_about(self, batches: Sequence[Batch], in_order: set[TableName]) -> bool:
         """Whether these very batches were looked at, under the same conditions."""
         return are_same(self.batches, batches) and in_order == self.in_order
+
+    def work(self, in_order: set[TableName]) -> Iterator[tuple[Segment, Work]]:
+        """What there is to do, one after the other; the DDL among it may change what has to be in order."""
+        for segment, folded in self.steps:
+            yield segment, folded if in_order == self.in_order else fold(segment, in_order)
 
 
 class _Connection(msgspec.Struct):
@@ -107,7 +112,8 @@ class MongodbSink(MongoCopyTarget):
             connection.positions.check()
             todo = self._todo(connection, batches, position)
             final = position if batches[-1].complete else None
-            return self._do(connection, batches, todo.steps if todo else (), final, position.seq)
+            steps = todo.work(connection.ddl.in_order) if todo else ()
+            return self._do(connection, batches, steps, final, position.seq)
 
     def ahead(self) -> Ahead | None:
         """What is marked around changes of collections as such."""
@@ -137,7 +143,7 @@ class MongodbSink(MongoCopyTarget):
         with translated_errors():
             connection.positions.check()
             todo = _look_at(batches, _uncopied(connection, batches), None, frozenset(connection.ddl.in_order))
-            return self._do(connection, batches, todo.steps, None, position.seq)
+            return self._do(connection, batches, todo.work(connection.ddl.in_order), None, position.seq)
 
     def apply_parked(self, batches: Sequence[Batch]) -> Applied:
         """Apply what the position has passed; what a later copy holds is left out."""
@@ -145,13 +151,13 @@ class MongodbSink(MongoCopyTarget):
         with translated_errors():
             connection.positions.check()
             todo = _look_at(batches, _never_copied(connection, batches), None, frozenset(connection.ddl.in_order))
-            return self._do(connection, batches, todo.steps, None, None)
+            return self._do(connection, batches, todo.work(connection.ddl.in_order), None, None)
 
     def _do(
         self,
         connection: _Connection,
         batches: Sequence[Batch],
-        steps: Sequence[tuple[Segment, Work]],
+        steps: Iterable[tuple[Segment, Work]],
         final: Position | None,
         seq: int | None,
     ) -> Applied:

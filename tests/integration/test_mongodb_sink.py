@@ -333,6 +333,23 @@ def test_f78_capped_collections_keep_their_order(pair: MongoPair) -> None:
     assert pair.target.log.options()["capped"]
 
 
+def test_f78_a_collection_that_becomes_capped_within_a_batch_keeps_its_order(pair: MongoPair) -> None:
+    """What is let go of is the same on both sides only if all came in the same order."""
+    pair.source.create_collection("new", capped=True, size=100_000, max=5)
+    pair.source.new.insert_many([{"_id": number} for number in (1, 2, 3)])
+    pair.source.new.delete_one({"_id": 1})
+    pair.source.new.insert_one({"_id": 1})
+    pair.source.new.rename("log")
+    pair.source.log.delete_one({"_id": 2})
+    pair.source.log.insert_many([{"_id": number} for number in (2, 4, 5)])
+    pair.deliver()
+    assert [each["_id"] for each in pair.source.log.find()] == [3, 1, 2, 4, 5]
+    assert [each["_id"] for each in pair.target.log.find()] == [3, 1, 2, 4, 5]
+    pair.source.log.insert_one({"_id": 6})
+    pair.deliver()
+    pair.check_equal()
+
+
 def test_f73_a_collation_makes_more_ids_equal(pair: MongoPair) -> None:
     pair.source.create_collection("names", collation={"locale": "en", "strength": 1})
     pair.source.names.insert_many([{"_id": "anna", "n": 1}, {"_id": "bob", "n": 1}])
