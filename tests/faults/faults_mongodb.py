@@ -76,17 +76,12 @@ def poison(world: MongodbWorld, rng: random.Random) -> None:
     world.source.poisoned.insert_many([{"_id": f"a{value}", "p": value}, {"_id": bad, "p": value}])
     for number in range(3):
         world.source.poisoned.update_one({"_id": bad}, {"$set": {"n": number}})
-    world.wait(lambda: parked(world) >= 4, "changes to be parked")
+    world.wait(lambda: world.parked >= 4, "changes to be parked")
     world.arrive()
     mirrored.drop_index("of the mirror alone")
-    world.wait(lambda: not parked(world), "parked changes to be applied")
+    world.wait(lambda: not world.parked, "parked changes to be applied")
     world.source.poisoned.delete_many({"p": value})
     world.arrive()
-
-
-def parked(world: MongodbWorld) -> int:
-    """How many changes are."""
-    return int(world.daemon.status()["sinks"]["mirror"]["parked"])
 
 
 MONGODB: Final = (

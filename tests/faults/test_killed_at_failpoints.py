@@ -10,7 +10,6 @@ import pytest
 
 from cdc.failpoints import FAILPOINTS, VARIABLE
 from tests.faults.faults import await_end
-from tests.faults.faults_mongodb import parked
 from tests.faults.world import World
 from tests.faults.world_mongodb import MongodbWorld
 from tests.faults.world_postgres import PostgresWorld
@@ -75,9 +74,9 @@ def test_f83_f89_killed_while_a_change_is_parked(mongodb_world: MongodbWorld, na
     await_end(world, -signal.SIGKILL)
     start(world)
     world.arrive()
-    world.wait(lambda: parked(world) == 1, "the change to be parked once")
+    world.wait(lambda: world.parked == 1, "the change to be parked once")
     world.target.poisoned.drop_index("of the mirror alone")
     start(world)  # it is tried again at once
-    world.wait(lambda: not parked(world), "the parked change to be applied")
+    world.wait(lambda: not world.parked, "the parked change to be applied")
     world.source.poisoned.delete_many({"p": name})
     world.arrive()

@@ -177,6 +177,7 @@ class World(ABC):
         with self.load.resting():
             self.arrive()
             self.wait(self._feed_is_through, "the feed to catch up")
+            self.wait(lambda: not self.parked, "parked changes to be applied")
             problems = [*self.differences(), *self.feed.problems()]
             for kind, at_source in self.counted().items():
                 problems += self.feed.missing(kind, at_source)
@@ -186,6 +187,11 @@ class World(ABC):
         if self.memory.peak_bytes > MEMORY_LIMIT_BYTES:
             problems.append(f"the daemon had {self.memory.peak_bytes / 1024**2:.0f} MB of memory")
         return problems
+
+    @property
+    def parked(self) -> int:
+        """How many changes the mirror has refused, or wait behind such."""
+        return int(self.daemon.status()["sinks"]["mirror"]["parked"])
 
     def _feed_is_through(self) -> bool:
         sinks = self.daemon.status()["sinks"]

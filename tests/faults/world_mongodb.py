@@ -69,7 +69,10 @@ class MongodbWorld(World):
             return False
 
     def differences(self) -> list[str]:
-        return differences(self.source, self.target)
+        found = differences(self.source, self.target)
+        if found:
+            found.append(f"collections of the source: {list(self.source.list_collections())}")
+        return found
 
     def counted(self) -> Mapping[str, Mapping[str, int]]:
         return {"journal": journal(self.clients["source"], "shop")}
