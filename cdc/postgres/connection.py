@@ -119,7 +119,9 @@ def to_cdc_error(error: psycopg.Error) -> CdcError:
     """Sort by SQLSTATE (PostgreSQL manual, appendix A); without one, the connection was lost or never made."""
     # the primary message only: DETAIL and CONTEXT quote row values
     text = " ".join((error.diag.message_primary or str(error)).split()) or type(error).__name__
-    return sorted_error(error.sqlstate, text, connection_lost=isinstance(error, psycopg.OperationalError))
+    # what libpq finds wrong by itself has no SQLSTATE: no answer, or one that is no message ("lost synchronization")
+    lost = isinstance(error, psycopg.OperationalError) or error.pgresult is not None
+    return sorted_error(error.sqlstate, text, connection_lost=lost)
 
 
 def result_error(result: pq.abc.PGresult) -> CdcError:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg import pq
 
-from cdc.errors import PermanentError
+from cdc.errors import FatalError, PermanentError, TransientError
 from cdc.postgres.connection import connect, result_error, to_cdc_error, while_doing
 from cdc.postgres.snapshot import PostgresReader
 from cdc.source import Chunk
@@ -128,3 +129,14 @@ def test_f113_nor_do_those_of_libpqs_results(customers: Database, statement: str
     assert isinstance(error, PermanentError)
     assert "violates" in str(error)
     assert SECRET not in str(error)
+
+
+def test_f94_what_libpq_finds_wrong_by_itself_is_a_lost_connection(source_db: Database) -> None:
+    """As an answer that is no message of the protocol: psycopg does not call that an `OperationalError`."""
+    with connect(source_db.url) as connection:
+        result = connection.pgconn.make_empty_result(pq.ExecStatus.FATAL_ERROR)
+    error = psycopg.errors.error_from_result(result)
+    assert not isinstance(error, psycopg.OperationalError)
+    assert isinstance(to_cdc_error(error), TransientError)
+    assert isinstance(result_error(result), TransientError)
+    assert isinstance(to_cdc_error(psycopg.ProgrammingError("not adapted")), FatalError)
