@@ -21,6 +21,8 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity
  WHERE pid <> pg_backend_pid() AND (application_name LIKE 'cdc%' OR backend_type = 'walsender')
 """
 
+_WAITING: Final = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)"
+
 
 def server_killed(world: PostgresWorld, rng: random.Random) -> None:
     """kill -9 of a server; what it had committed is there again."""
@@ -85,7 +87,7 @@ def deadlock(world: PostgresWorld, rng: random.Random) -> None:
     for _ in range(rng.randint(1, 2)):
         with world.target.connect(autocommit=False) as connection:
             connection.execute("LOCK TABLE counters, journal IN EXCLUSIVE MODE")
-            world.rest(0.5)  # by now the sink waits, and has locked its position
+            world.wait(lambda: world.target.value(_WAITING), "the sink to wait for the lock, with its position locked")
             try:
                 connection.execute("SELECT FROM cdc.positions FOR UPDATE")
             except psycopg.errors.DeadlockDetected:

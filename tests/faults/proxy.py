@@ -133,8 +133,9 @@ class Proxy:
             await self._passing.wait()
             if self.delay_seconds:
                 await asyncio.sleep(self.delay_seconds)
-            writer.write(change(data))
-            await writer.drain()
+            if changed := change(data):
+                writer.write(changed)
+                await writer.drain()
         with suppress(OSError, RuntimeError):
             writer.write_eof()
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from typing import Final, TypeVar
+from typing import Final
 
 import pytest
 
@@ -14,30 +13,7 @@ from tests.faults.world import World
 from tests.faults.world_mongodb import MongodbWorld
 from tests.faults.world_postgres import PostgresWorld
 
-W = TypeVar("W", bound=World)
-
 EVERY: Final = [name for name in FAILPOINTS if not name.startswith("queue.park")]
-
-
-@pytest.fixture(scope="module")
-def postgres_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresWorld]:
-    with PostgresWorld(tmp_path_factory.mktemp("postgres"), seed=1) as world:
-        yield from begun(world)
-
-
-@pytest.fixture(scope="module")
-def mongodb_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MongodbWorld]:
-    with MongodbWorld(tmp_path_factory.mktemp("mongodb"), seed=2) as world:
-        yield from begun(world)
-
-
-def begun(world: W) -> Iterator[W]:
-    """What the tests leave behind is compared at the end: each of them begins where the one before has died."""
-    world.daemon.start()
-    world.arrive()
-    yield world
-    start(world)
-    assert world.settle() == []
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ class MongodbWorld(World):
             options=f'full_document = "{"updateLookup" if looked_up else "off"}"\ntables = {{exclude = ["shop.x_*"]}}',
         )
         client = self.clients["source"]
-        self.load = self.stack.enter_context(Load(client, "shop", seed=self.seed, moves=looked_up))
+        self.load = self.stack.enter_context(Load(client, "shop", seed=self.seed))
 
     def mark(self) -> str:
         text = f"mark {uuid.uuid4()}"
