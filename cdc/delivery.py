@@ -23,7 +23,7 @@ from cdc.parking import Parker
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Queue, Stored
 from cdc.retry import keep_trying
-from cdc.sink import Applied, NeedsFilling, Sink
+from cdc.sink import Applied, NeedsFilling, Refreshing, Sink
 from cdc.status import DeliveryStats, State, note_waiting
 
 log = structlog.get_logger()
@@ -122,6 +122,7 @@ class Delivery:
             while wanted() and (self._in_transaction or not self._fill_wanted.is_set()):
                 request = self._hold.request
                 self._retry_parked(request)
+                self._refresh(request)
                 if self._step(request, reader) and request is not None:
                     self._stats.state = State.HELD
                     self._hold.stand(request, request.until or self._stored.source, wanted)
@@ -172,7 +173,8 @@ class Delivery:
         if hold and until is None and not self._in_transaction:
             return True
         captured = self._queue.position  # read before the batches, so that it is not ahead of them
-        stored = self._read(timeout_seconds=0.01 if hold else READ_SECONDS)
+        hurried = hold is not None or self._stats.resync is not None
+        stored = self._read(timeout_seconds=0.01 if hurried else READ_SECONDS)
         pieces, cut = _select(_bounded(stored, self._bounds.max_changes), self._given_seq, self._stored.source, until)
         if pieces:
             self._apply(pieces, reader)
@@ -273,6 +275,16 @@ class Delivery:
             self._wait_prepared()
             self._parker.retry()
 
+    def _refresh(self, hold: Request | None) -> None:
+        """Between two transactions, and not while somebody waits for the target to stand still."""
+        position = self._stats.position
+        if self._sink.consistent or hold is not None or self._in_transaction or position is None:
+            return
+        if isinstance(self._sink, Refreshing):
+            self._wait_prepared()
+            self._stats.resync = self._sink.refresh(position)
+            self._running_state()
+
     def _count(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
             count_changes(self._stats.changes, batch)
@@ -298,7 +310,8 @@ class Delivery:
         self._upkeep_at = time.monotonic()
 
     def _running_state(self) -> None:
-        self._stats.state = State.RUNNING if self._sink.consistent else State.CATCHING_UP
+        inconsistent = State.CATCHING_UP if self._stats.resync is None else State.RESYNCING
+        self._stats.state = State.RUNNING if self._sink.consistent else inconsistent
 
     def _waiting(self, error: BaseException, seconds: float) -> None:
         note_waiting(self._stats, error)

@@ -19,6 +19,7 @@ from cdc.config import SourceConfig
 from cdc.position import Position, SourcePosition
 from cdc.preflight import Finding
 from cdc.source import Chunk
+from cdc.status import ResyncStatus
 
 
 class Applied(msgspec.Struct, frozen=True):
@@ -176,6 +177,19 @@ class Parking(Protocol):
         ...
 
 
+@runtime_checkable
+class Refreshing(Protocol):
+    """What a mirror offers besides, whose tables can be read again while the stream goes on."""
+
+    def refresh(self, position: SourcePosition) -> ResyncStatus | None:
+        """Do a part of it, if there is one to be done; how far it is, or `None` where nothing is left to do.
+
+        Called between two transactions, again and again; all up to `position` is applied. Raises `NeedsFilling` where
+        a table can only be copied again.
+        """
+        ...
+
+
 class StreamSink(Sink, Protocol):
     """A sink that is no mirror: nothing is copied into it, it begins with the stream."""
 
@@ -206,6 +220,13 @@ class Loader(Protocol):
     def close(self) -> None:
         """Disconnect. Safe to call twice."""
         ...
+
+
+class Resync(msgspec.Struct, frozen=True):
+    """What a resync does. refreshed: read again beside the stream; copied_again: emptied, and copied before it."""
+
+    refreshed: tuple[TableName, ...]
+    copied_again: tuple[TableName, ...]
 
 
 class Mirror(Sink, Protocol):
@@ -270,4 +291,16 @@ class Mirror(Sink, Protocol):
         position: the mirror stands there. Returns False while a table's copy position is still ahead: call again later.
         Killed in the middle, it goes on where it was.
         """
+        ...
+
+    def want_resync(self, tables: Collection[TableName] | None, start: Position | None) -> Resync:
+        """Order that tables (`None`: all) become right again, whatever the mirror holds. Durable; needs no `open`.
+
+        start: let the mirror stand there from now on, together with the order. Raises `FatalError` for tables that it
+        does not mirror.
+        """
+        ...
+
+    def rewind(self, position: Position) -> None:
+        """Store an earlier position: what follows it is delivered once more. Durable; needs no `open`."""
         ...

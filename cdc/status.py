@@ -35,6 +35,8 @@ class State(StrEnum):
     """Copied without a snapshot: rows of different moments are together until the stream has passed the copy."""
     HELD = "held"
     """Stands still at one position, so that source and target can be compared there."""
+    RESYNCING = "resyncing"
+    """Delivers, while tables of the mirror are read again: what was not read yet may be wrong."""
     FAILED = "failed"
     STOPPED = "stopped"
 
@@ -117,6 +119,21 @@ class CopyStatus(msgspec.Struct, frozen=True):
     seconds_left: float | None = None
 
 
+class ResyncStatus(msgspec.Struct, frozen=True):
+    """How far a resync has come, of the tables that are not done. What is expected is the planner's estimate.
+
+    rows_done: compared with the source; rows_written: of those, what was inserted, updated or deleted on the mirror.
+    error: why it waits, if it does.
+    """
+
+    tables_done: int
+    tables_expected: int
+    rows_done: int
+    rows_expected: int
+    rows_written: int
+    error: str | None = None
+
+
 @dataclass(slots=True)
 class DeliveryStats:
     """Written by a sink's delivery thread. Counters count since the daemon started; times are unix seconds.
@@ -128,6 +145,7 @@ class DeliveryStats:
     parked_oldest_at: since when the oldest of them waits.
     parked_attempts: how often parked changes were tried again. discarded: how many were given up by a person.
     copy: tells how far the initial copy is, once one has begun.
+    resync: how far a resync is, while there is one.
     """
 
     name: str
@@ -151,6 +169,7 @@ class DeliveryStats:
     parked_attempts: int = 0
     discarded: int = 0
     copy: Callable[[], CopyStatus] | None = None
+    resync: ResyncStatus | None = None
 
 
 def note_waiting(stats: CaptureStats | DeliveryStats, error: BaseException) -> None:
@@ -229,6 +248,7 @@ class SinkStatus(msgspec.Struct, frozen=True):
     torn: bool = False
     parked_attempts: int = 0
     discarded: int = 0
+    resync: ResyncStatus | None = None
 
 
 class DaemonStatus(msgspec.Struct, frozen=True):
@@ -359,6 +379,7 @@ def _sink(stats: DeliveryStats, capture: CaptureStats, source: SourceStatus, now
         torn=stats.parked > 0,
         parked_attempts=stats.parked_attempts,
         discarded=stats.discarded,
+        resync=stats.resync,
     )
 
 

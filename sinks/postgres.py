@@ -20,13 +20,17 @@ from cdc.failpoints import failpoint
 from cdc.position import Lsn, Position, SourcePosition, as_lsn, format_lsn, format_position
 from cdc.postgres.apply import Applier
 from cdc.postgres.bookkeeping import FORGOTTEN, Settled
-from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
+from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors, while_doing
 from cdc.postgres.fold import FoldError
 from cdc.postgres.parking import SubjectFinder, read_uniqueness, with_ends
+from cdc.postgres.refresh import Refresh, Unusable
+from cdc.postgres.refresh_marks import RefreshMark, RefreshMarks
+from cdc.postgres.refresh_read import Part
+from cdc.postgres.refresh_target import RefreshTarget
 from cdc.postgres.schema import read_tables
 from cdc.postgres.steps import Step
-from cdc.postgres.target import CopyTarget
-from cdc.sink import Ahead, Applied, SinkContext, Subject, are_same
+from cdc.sink import Ahead, Applied, NeedsFilling, SinkContext, Subject, are_same
+from cdc.status import ResyncStatus
 
 FEW_CHANGES = 64
 """Up to so many changes, prepared statements in one pipeline are faster than staging tables."""
@@ -57,14 +61,15 @@ class _Todo(msgspec.Struct, frozen=True):
     folded: Sequence[Step] | None
 
 
-class PostgresSink(CopyTarget):
-    """A mirror. Implements `cdc.sink.Mirror` and `cdc.sink.Parking`."""
+class PostgresSink(RefreshTarget):
+    """A mirror. Implements `cdc.sink.Mirror`, `cdc.sink.Parking` and `cdc.sink.Refreshing`."""
 
     all_or_nothing = True
 
     def __init__(self, config: SinkConfig, context: SinkContext) -> None:
         super().__init__(config)
         self._reread = context.reread
+        self._source = context.source
         self._connection: Connection | None = None
         self._applier: Applier | None = None
         self._position: Lsn | None = None
@@ -74,6 +79,8 @@ class PostgresSink(CopyTarget):
         self._finished = False
         self._subjects: SubjectFinder | None = None
         self._ahead: _Todo | None = None
+        self._unrefreshed_tables: dict[TableName, RefreshMark] = {}
+        self._refresh: Refresh | None = None
 
     def open(self) -> Position | None:
         """Connect and return the position stored in the target."""
@@ -94,6 +101,8 @@ class PostgresSink(CopyTarget):
                 Settled(connection, self.name).create()
                 mirrored = {table for table, at in self._copied_at.items() if at != FORGOTTEN}
                 self._subjects = SubjectFinder(self._applier.plan, mirrored, read_uniqueness(connection))
+            self._unrefreshed_tables = self._unrefreshed(connection)
+            self._note_refreshed()
         return position
 
     def prepare(self, batches: Sequence[Batch]) -> None:
@@ -170,6 +179,8 @@ class PostgresSink(CopyTarget):
 
         Where many are refused together and may be parked, the caller will find out which by halves, set-wise: faster.
         """
+        if self._refresh is not None:
+            self._refresh.observe(todo.batches)
         missing, healed = applier.missing, applier.healed
         failure = self._apply_fast(connection, applier, todo)
         if isinstance(failure, PermanentError) and not todo.few and self.config.on_error == "park":
@@ -189,13 +200,54 @@ class PostgresSink(CopyTarget):
             self._finished = self.finish_copy(position)
             self.open()  # with what the catalog says now
 
+    def refresh(self, position: SourcePosition) -> ResyncStatus | None:
+        """Write the next part of the tables that are read again; once what a copy has left to be built is built."""
+        connection, _ = self._opened()
+        if not self._unrefreshed_tables or not self._finished or self._source is None:
+            return None
+        if self._refresh is None:
+            self._refresh = Refresh(self.config, self._source, self._unrefreshed_tables)
+        try:
+            if (part := self._refresh.next_part(as_lsn(position))) is not None:
+                self._write(connection, self._refresh, part)
+        except Unusable as exc:
+            self._copy_again(connection, exc.tables)
+            raise NeedsFilling(f"no key to resync by: {exc}") from exc
+        self._note_refreshed()
+        return self._refresh.status() if self._refresh is not None else None
+
     def close(self) -> None:
         """Disconnect; what was not complete is rolled back."""
+        if self._refresh is not None:
+            self._refresh.close()
+            self._refresh = None
         if self._connection is not None:
             with suppress(psycopg.Error):
                 self._connection.close()
         self._connection = self._applier = self._ahead = self._subjects = None
         self._begun = False
+
+    def _write(self, connection: Connection, refresh: Refresh, part: Part) -> None:
+        """Write a part, and how far its table is, in one transaction that leaves the position as it is."""
+        with while_doing(f"resyncing {part.table.name}"):
+            self._begin(connection)()
+            mark, marks = refresh.write(connection, part), RefreshMarks(connection, self.name)
+            if mark.done_key is None:
+                marks.done([mark.table])
+            else:
+                marks.put(mark)
+            connection.execute("COMMIT")
+            self._begun = False
+            refresh.wrote(mark)
+            self._unrefreshed_tables = refresh.marks
+
+    def _note_refreshed(self) -> None:
+        _, applier = self._opened()
+        self.consistent = not self._unrefreshed_tables
+        applier.stale = {self.config.target_name(table) for table in self._unrefreshed_tables}
+        if self.consistent and self._refresh is not None:
+            self._refresh.close()
+            self._refresh = None
 
     def _opened(self) -> tuple[Connection, Applier]:
         if self._connection is None or self._applier is None:

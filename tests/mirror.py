@@ -58,7 +58,7 @@ class Mirror:
 
     def _make(self) -> None:
         self.source = PostgresSource(self.config, self.config.sources["shop"], self.queue)
-        self.sink = PostgresSink(self.config.sinks["mirror"], SinkContext(reread=self.source.reread))
+        self.sink = PostgresSink(self.config.sinks["mirror"], self._context())
         self.capture_stats = CaptureStats("shop")
         self.delivery_stats = DeliveryStats("mirror", "shop")
         self.capture = Capture(
@@ -69,6 +69,9 @@ class Mirror:
         parks = sink.on_error == "park"
         self.parker = Parker(self.sink, self.queue, self.delivery_stats, bounds, self.clock) if parks else None
         self.delivery = Delivery(self.sink, self.queue, self.delivery_stats, sink.batch, parker=self.parker)
+
+    def _context(self) -> SinkContext:
+        return SinkContext(source=self.config.sources["shop"], reread=self.source.reread)
 
     def prepare(self) -> None:
         """Create publication, slot and the mirror's tables; all tables must be empty."""
@@ -92,6 +95,11 @@ class Mirror:
         reader = PostgresSource(self.config, self.config.sources["shop"], self.queue)
         options = self.config.sinks["mirror"].copy
         fill(reader, self.sink, self.queue, stats=self.delivery_stats, options=options, stop=self._stop)
+
+    def refill(self) -> None:
+        """Go on after `stop`: what is to be copied again is copied, and all is streamed."""
+        self.fill()
+        self.deliver()
 
     def deliver(self) -> None:
         """Deliver what is captured, after `fill`."""

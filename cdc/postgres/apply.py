@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import msgspec
 import psycopg
+import structlog
 from psycopg import pq, sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Dumper
@@ -31,13 +33,17 @@ from cdc.change import (
 from cdc.config import SinkConfig
 from cdc.errors import PermanentError
 from cdc.position import format_position
+from cdc.postgres.conflicts import remove_conflicts, unique_indexes
 from cdc.postgres.connection import Connection, to_cdc_error
-from cdc.postgres.fold import FoldError
+from cdc.postgres.copy_text import copy_text
+from cdc.postgres.fold import FoldError, old_row
 from cdc.postgres.plan import Statement, TablePlan, truncate
 from cdc.postgres.row import UNCHANGED, decode_row
 from cdc.postgres.schema import SchemaTable
 from cdc.postgres.steps import Effect, SetWise, Step, Tables, steps
 from cdc.sink import Reread
+
+log = structlog.get_logger()
 
 Sent = Sequence[tuple[Change, psycopg.Cursor[Any]]]
 
@@ -45,6 +51,7 @@ Sent = Sequence[tuple[Change, psycopg.Cursor[Any]]]
 class Applier:
     """Applies changes on one connection.
 
+    stale: tables of the mirror that may hold rows which the source has no longer: these give way to others.
     missing: updates and deletes whose row was not there; healed: rows put right. Both only grow.
     """
 
@@ -55,6 +62,7 @@ class Applier:
         target: dict[TableName, SchemaTable],
         reread: Reread | None,
     ) -> None:
+        self.stale: set[TableName] = set()
         self.missing = 0
         self.healed = 0
         self._connection = connection
@@ -201,10 +209,42 @@ class Applier:
             self._connection.execute("SET CONSTRAINTS ALL DEFERRED")
         for index, change in enumerate(transaction.changes):
             try:
-                self._one(tables, change)
+                self._one_of_stale(tables, change)
             except psycopg.Error as exc:
                 raise _refused(exc, tables, transaction, index) from exc
         self._check_deferred(complete=transaction.complete)
+
+    def _one_of_stale(self, tables: Tables, change: Change) -> None:
+        """Where a stale row of the mirror has the unique value that a right one gets, that one goes first."""
+        plan = self._plan(tables[change.table]) if change.table >= 0 and change.after is not None else None
+        if plan is None or plan.target.name not in self.stale:
+            self._one(tables, change)
+            return
+        self._connection.execute("SAVEPOINT one")
+        try:
+            self._one(tables, change)
+        except psycopg.errors.UniqueViolation:
+            self._connection.execute("ROLLBACK TO SAVEPOINT one")
+            self._give_way(plan, change)
+            self._one(tables, change)
+        self._connection.execute("RELEASE SAVEPOINT one")
+
+    def _give_way(self, plan: TablePlan, change: Change) -> None:
+        """Delete what has the key that a row moves to, or a unique value that it gets; not the row itself."""
+        assert change.after is not None
+        row, old = decode_row(change.after), old_row(change)
+        rows = [tuple(None if row[index] is UNCHANGED else row[index] for index in plan.columns)]
+        if change.operation == UPDATE and any(row[index] != old[index] for index in plan.key):
+            self._execute(plan.delete(msgspec.structs.replace(change, key=None, before=None)))
+            rows.append(tuple(old[index] if index in plan.key else None for index in plan.columns))
+        self._connection.execute(plan.staging("cdc_right", plan.columns))
+        stage = sql.Identifier("pg_temp", "cdc_right")
+        self._copy(sql.SQL("COPY {} FROM STDIN").format(stage), copy_text(rows))
+        key = [plan.source.columns[index].name for index in plan.key]
+        indexes = unique_indexes(self._connection, plan.target.name)
+        remove_conflicts(self._connection, plan.target.name, key, indexes, stage)
+        self._connection.execute(sql.SQL("DROP TABLE {}").format(stage))
+        log.info("a stale row gave way", table=str(plan.target.name))
 
     def _one(self, tables: Tables, change: Change) -> None:
         if change.operation == INSERT:

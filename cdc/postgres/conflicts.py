@@ -1,0 +1,69 @@
+"""Rows of a stale mirror that stand in the way of right ones: they have a unique value that has another owner by now.
+
+While a mirror is not consistent, a row that the source has changed long ago may still hold a value which another row
+has since got. Rows that are right never collide, as they do not at the source: of two that collide, the one which is
+not being written is stale, so it may be deleted. It comes back, as it should be, when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+from psycopg import sql
+from psycopg.sql import SQL, Identifier
+
+from cdc.change import TableName
+from cdc.postgres.connection import Connection
+
+
+class UniqueIndex(msgspec.Struct, frozen=True):
+    """A unique index that is no primary key. expressions: what is unique, as SQL; where: of which rows."""
+
+    expressions: tuple[str, ...]
+    where: str | None
+
+
+def unique_indexes(connection: Connection, table: TableName) -> list[UniqueIndex]:
+    """Those of a table that are checked at once."""
+    rows = connection.execute(_UNIQUE, [*table]).fetchall()
+    return [UniqueIndex(tuple(expressions), where) for expressions, where in rows]
+
+
+def checked_late(connection: Connection, table: TableName) -> bool:
+    """Whether a table has what collides in other ways: deferrable or exclusion constraints."""
+    ((found,),) = connection.execute(_LATE, [*table]).fetchall()
+    return bool(found)
+
+
+def remove_conflicts(
+    connection: Connection, table: TableName, key: Sequence[str], indexes: Sequence[UniqueIndex], stage: sql.Composable
+) -> int:
+    """Delete the rows that collide with those in `stage`, but for those with the same key; returns how many."""
+    removed = 0
+    same = SQL(" AND ").join(SQL("s.{0} = t.{0}").format(Identifier(name)) for name in key)
+    for index in indexes:
+        expressions = SQL(", ").join(map(SQL, index.expressions))
+        where = SQL(index.where or "true")
+        query = SQL(
+            "DELETE FROM {table} AS t WHERE ({expressions}) IN (SELECT {expressions} FROM {stage} AS s WHERE {where})"
+            " AND {where} AND NOT EXISTS (SELECT FROM {stage} AS s WHERE {same})"
+        ).format(table=Identifier(*table), expressions=expressions, stage=stage, where=where, same=same)
+        removed += connection.execute(query).rowcount
+    return removed
+
+
+_UNIQUE: Final = """
+SELECT (SELECT array_agg(pg_get_indexdef(i.indexrelid, n, true) ORDER BY n) FROM generate_series(1, i.indnkeyatts) n),
+       pg_get_expr(i.indpred, i.indrelid, true)
+  FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = %s AND c.relname = %s AND i.indisunique AND NOT i.indisprimary AND i.indimmediate AND i.indislive
+"""
+
+_LATE: Final = """
+SELECT EXISTS (SELECT FROM pg_constraint o
+                 JOIN pg_class c ON c.oid = o.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+                WHERE n.nspname = %s AND c.relname = %s
+                  AND (o.contype = 'x' OR o.contype IN ('p', 'u') AND o.condeferrable))
+"""

@@ -1,0 +1,296 @@
+"""Refreshing tables of a mirror beside the stream: they are read again, and put right part by part.
+
+As in Netflix's DBLog, parts of the tables and the changes of the stream are interleaved; but which changes a part holds
+is not told by watermarks in the log, since in PostgreSQL transactions become visible in another order than they commit
+in. A part is read from the snapshot of a slot: it holds exactly the transactions that commit below its position P. It
+is written when the mirror has applied all of those, between two transactions of the stream:
+
+- rows that no change since P has touched are written as the snapshot has them, if they differ;
+- rows of the mirror that the snapshot has not are deleted;
+- touched rows belong to the stream, but for columns that no change carried (see `cdc.postgres.touched`).
+
+So what has been refreshed is right from then on. A snapshot holds up VACUUM and DDL at the source, hence a round of
+parts is short, and the next one goes on behind the last key. How far each table is stands on the target, and is stored
+with the part: see `cdc.postgres.refresh_marks`. Whatever breaks a round, the next one does again only what was not
+stored.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from time import monotonic
+from typing import Final
+
+import msgspec
+import psycopg
+import structlog
+
+from cdc.change import Batch, TableName
+from cdc.config import SinkConfig, SourceConfig
+from cdc.errors import CdcError, TransientError
+from cdc.position import Lsn
+from cdc.postgres.conflicts import checked_late
+from cdc.postgres.connection import Connection, connect
+from cdc.postgres.digest import nudge
+from cdc.postgres.refresh_marks import RefreshMark
+from cdc.postgres.refresh_read import KeyedTable, Part, RangeReader, keyed
+from cdc.postgres.refresh_write import write_part
+from cdc.postgres.schema import SchemaTable, read_tables
+from cdc.postgres.snapshot import open_snapshot
+from cdc.postgres.touched import Touched
+from cdc.status import ResyncStatus
+
+ROUND_SECONDS: Final = 30.0
+"""How long a snapshot is held, once the mirror has come to it."""
+
+MAX_TOUCHED: Final = 100_000
+"""More keys than that are not kept in memory: the round ends early, and another one begins."""
+
+_PARTS_AHEAD: Final = 2
+_MAX_WAIT_SECONDS: Final = 30.0
+_POLL_SECONDS: Final = 0.1
+
+log = structlog.get_logger()
+
+
+class _Planned(msgspec.Struct, frozen=True):
+    """A round is to have these tables, each of about so many rows. Its snapshot is taken when they are watched."""
+
+    tables: Mapping[TableName, KeyedTable]
+    rows: Mapping[TableName, int]
+
+
+class _Begun(msgspec.Struct, frozen=True):
+    """The round has its snapshot."""
+
+    position: Lsn
+
+
+class _Ended(msgspec.Struct, frozen=True):
+    """The round is over. unusable: tables without a key that they could be refreshed by."""
+
+    unusable: tuple[TableName, ...] = ()
+
+
+_Item = _Planned | _Begun | Part | _Ended
+
+
+class Refresh:
+    """The refresh of one sink's tables, as long as it is connected. Methods are for the delivery's thread.
+
+    marks: the tables that are not done, and how far they are. error: what the last round ended with.
+    """
+
+    def __init__(self, sink: SinkConfig, source: SourceConfig, marks: Mapping[TableName, RefreshMark]) -> None:
+        self.marks = dict(marks)
+        self.error: str | None = None
+        self._sink = sink
+        self._of_all = len(marks)
+        self._expected: Mapping[TableName, int] = {}
+        self._position = Lsn(0)
+        self._touched: Touched | None = None
+        self._part: Part | None = None
+        self._reader = _Reader(sink, source)
+        self._reader.plan(self.marks)
+
+    def observe(self, batches: Sequence[Batch]) -> None:
+        """Take note of changes that are about to be applied."""
+        if self._touched is not None:
+            self._touched.observe(batches)
+            if len(self._touched) > MAX_TOUCHED:
+                self._reader.end_round.set()
+
+    def next_part(self, position: Lsn) -> Part | None:
+        """Called between two transactions: what is to be written now. position: all that commits below is applied.
+
+        Raises `Unusable` for tables that can only be copied again.
+        """
+        if self._part is None:
+            self._part = self._receive()
+        if self._part is None or position < self._position:
+            return None
+        self._reader.reached.set()
+        part, self._part = self._part, None
+        assert self._touched is not None
+        self._touched.fold(self._position)
+        if part.table.name in self._touched.void:
+            self._reader.end_round.set()  # emptied, or altered: it is read again from another snapshot
+        return None if self._reader.end_round.is_set() else part
+
+    def write(self, connection: Connection, part: Part) -> RefreshMark:
+        """Write a part in the open transaction; returns how far its table is with it."""
+        assert self._touched is not None
+        before, written = self.marks[part.table.name], write_part(connection, part, self._touched.rows[part.table.name])
+        return RefreshMark(
+            part.table.name,
+            part.done,
+            before.rows + part.rows,
+            before.inserted + written.inserted,
+            before.updated + written.updated,
+            before.deleted + written.deleted,
+        )
+
+    def wrote(self, mark: RefreshMark) -> None:
+        """The transaction has committed."""
+        self.marks[mark.table] = mark
+        if mark.done_key is None:
+            del self.marks[mark.table]
+            counts = {field: getattr(mark, field) for field in ("rows", "inserted", "updated", "deleted")}
+            log.info("table resynced", sink=self._sink.name, table=str(mark.table), **counts)
+
+    def status(self) -> ResyncStatus:
+        """How far it is."""
+        marks = self.marks.values()
+        return ResyncStatus(
+            tables_done=self._of_all - len(marks),
+            tables_expected=self._of_all,
+            rows_done=sum(mark.rows for mark in marks),
+            rows_expected=sum(max(self._expected.get(mark.table, 0), mark.rows) for mark in marks),
+            rows_written=sum(mark.inserted + mark.updated + mark.deleted for mark in marks),
+            error=self.error,
+        )
+
+    def close(self) -> None:
+        """End. The round at hand is lost, what was stored of it is not."""
+        self._reader.close()
+
+    def _receive(self) -> Part | None:
+        while (item := self._reader.take()) is not None:
+            match item:
+                case Part():
+                    return item
+                case _Planned(tables, rows):
+                    self._touched = Touched({name: table.key for name, table in tables.items()})
+                    self._expected = rows
+                    self._reader.begin()
+                case _Begun(position):
+                    self._position = position
+                case _Ended(unusable):
+                    self._touched = None
+                    self.error = self._reader.error
+                    if unusable:
+                        raise Unusable(unusable)
+                    self._reader.plan(self.marks)
+        return None
+
+
+class Unusable(Exception):
+    """These tables cannot be refreshed by ranges of a key."""
+
+    def __init__(self, tables: tuple[TableName, ...]) -> None:
+        super().__init__(", ".join(map(str, tables)))
+        self.tables = tables
+
+
+class _Reader:
+    """The other thread: reads rounds of parts, each when it is told to."""
+
+    def __init__(self, sink: SinkConfig, source: SourceConfig) -> None:
+        assert sink.url is not None
+        assert source.url is not None
+        self.error: str | None = None
+        self.end_round, self.reached = threading.Event(), threading.Event()
+        self._sink, self._target_url, self._source_url = sink, sink.url.reveal(), source.url.reveal()
+        self._items: queue.Queue[_Item] = queue.Queue(_PARTS_AHEAD)
+        self._marks: Mapping[TableName, RefreshMark] = {}
+        self._planning, self._beginning = threading.Semaphore(0), threading.Semaphore(0)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"refresh:{sink.name}", daemon=True)
+        self._thread.start()
+
+    # for the delivery's thread
+
+    def plan(self, marks: Mapping[TableName, RefreshMark]) -> None:
+        """Let a round begin."""
+        self.end_round.clear()
+        self.reached.clear()
+        self._marks = dict(marks)
+        self._planning.release()
+
+    def begin(self) -> None:
+        """Let it go on: its tables are watched."""
+        self._beginning.release()
+
+    def take(self) -> _Item | None:
+        """What has come, if anything has."""
+        try:
+            return self._items.get_nowait()
+        except queue.Empty:
+            return None
+
+    def close(self) -> None:
+        """End soon: at the latest when a snapshot has come that is being waited for."""
+        self._stop.set()
+        self.end_round.set()
+        self._planning.release()
+        self._beginning.release()
+        self._thread.join(1.0)
+
+    # the thread itself
+
+    def _run(self) -> None:
+        failures = 0
+        while True:
+            self._planning.acquire()
+            if self._stop.is_set():
+                return
+            unusable: tuple[TableName, ...] = ()
+            try:
+                unusable = self._round()
+                failures, self.error = 0, None
+            except (CdcError, psycopg.Error) as exc:
+                failures += 1
+                self.error = str(exc)
+                seconds = min(0.1 * 2**failures, _MAX_WAIT_SECONDS)
+                log.warning("resync interrupted", sink=self._sink.name, error=str(exc), retry_in_seconds=seconds)
+                self._stop.wait(seconds)
+            self._put(_Ended(unusable))
+
+    def _round(self) -> tuple[TableName, ...]:
+        tables, schema, unusable = self._plan()
+        if unusable or not tables:
+            return unusable
+        self._put(_Planned(tables, {name: table.rows for name, table in schema.items()}))
+        self._beginning.acquire()
+        if self._stop.is_set():
+            return ()
+        until: float | None = None
+        with closing(open_snapshot(self._source_url, schema)) as snapshot:
+            with connect(self._source_url) as connection:
+                nudge(connection)
+            self._put(_Begun(snapshot.position))
+            for name, table in tables.items():
+                with closing(RangeReader(snapshot, self._target_url, table)) as reader:
+                    for part in reader.parts(self._marks[name].done_key):
+                        self._put(part)
+                        if until is None and self.reached.is_set():
+                            until = monotonic() + ROUND_SECONDS
+                        if self.end_round.is_set() or (until is not None and monotonic() > until):
+                            return ()
+        return ()
+
+    def _plan(self) -> tuple[dict[TableName, KeyedTable], dict[TableName, SchemaTable], tuple[TableName, ...]]:
+        tables: dict[TableName, KeyedTable] = {}
+        schema: dict[TableName, SchemaTable] = {}
+        unusable: list[TableName] = []
+        with connect(self._source_url) as source, connect(self._target_url) as target:
+            at_source, on_target = read_tables(source), read_tables(target)
+            for name in self._marks:
+                if name not in at_source:
+                    raise TransientError(f"{name} is no longer at the source")
+                there = on_target.get(self._sink.target_name(name))
+                table = keyed(source, self._sink, at_source[name], there)
+                if table is None or checked_late(target, table.target):
+                    unusable.append(name)
+                else:
+                    tables[name], schema[name] = table, at_source[name]
+        return tables, schema, tuple(unusable)
+
+    def _put(self, item: _Item) -> None:
+        while not self._stop.is_set():
+            with suppress(queue.Full):
+                self._items.put(item, timeout=_POLL_SECONDS)
+                return

@@ -1,0 +1,110 @@
+"""How far the refresh of a mirror's tables is: a row a table in schema `cdc` of the target, gone when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Final
+
+import msgspec
+
+from cdc.change import TableName
+from cdc.position import Position, as_lsn, format_lsn
+from cdc.postgres.bookkeeping import FORGOTTEN
+from cdc.postgres.connection import Connection
+
+
+class RefreshMark(msgspec.Struct, frozen=True):
+    """A table that is being refreshed. done_key: all rows up to this key are right; `None` before the first part.
+
+    rows: read of the source so far; the others are what had to be written on the mirror.
+    """
+
+    table: TableName
+    done_key: tuple[str, ...] | None = None
+    rows: int = 0
+    inserted: int = 0
+    updated: int = 0
+    deleted: int = 0
+
+
+class RefreshMarks:
+    """One sink's rows, within transactions of the caller's."""
+
+    def __init__(self, connection: Connection, sink: str) -> None:
+        self._connection = connection
+        self._sink = sink
+
+    def read(self) -> dict[TableName, RefreshMark]:
+        """The tables that are not refreshed yet."""
+        if not self._exists():
+            return {}
+        return {
+            TableName(schema, name): RefreshMark(TableName(schema, name), tuple(key) if key else None, *counts)
+            for schema, name, key, *counts in self._connection.execute(_READ, [self._sink]).fetchall()
+        }
+
+    def want(self, tables: Collection[TableName]) -> None:
+        """Let tables be refreshed, from their beginning."""
+        if not self._exists():  # even IF NOT EXISTS wants the right to create something
+            self._connection.execute(_TABLE)
+        self.done(tables)
+        with self._connection.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO cdc.resyncs (sink, source_schema, source_table) VALUES (%s, %s, %s)",
+                [(self._sink, *table) for table in tables],
+            )
+
+    def put(self, mark: RefreshMark) -> None:
+        """Store how far a table is."""
+        key = None if mark.done_key is None else list(mark.done_key)
+        counts = [mark.rows, mark.inserted, mark.updated, mark.deleted]
+        self._connection.execute(_PUT, [key, *counts, self._sink, *mark.table])
+
+    def done(self, tables: Collection[TableName]) -> None:
+        """Note that tables are refreshed, or need not be any more."""
+        if tables and self._exists():
+            with self._connection.cursor() as cursor:
+                cursor.executemany(_DONE, [(self._sink, *table) for table in tables])
+
+    def begin_anew(self, start: Position) -> None:
+        """Let the mirror stand at `start`, whatever it holds: every table is as of before, and must be refreshed."""
+        position = format_lsn(as_lsn(start.source))
+        self._connection.execute(_RESTART, [self._sink, start.queue_id, start.seq, position])
+        self._connection.execute(_TABLES_FROM, [position, self._sink, format_lsn(FORGOTTEN)])
+
+    def _exists(self) -> bool:
+        ((exists,),) = self._connection.execute("SELECT to_regclass('cdc.resyncs') IS NOT NULL").fetchall()
+        return bool(exists)
+
+
+_TABLE: Final = """
+CREATE TABLE IF NOT EXISTS cdc.resyncs (
+    sink text,
+    source_schema text,
+    source_table text,
+    done_key text[],
+    rows bigint NOT NULL DEFAULT 0,
+    inserted bigint NOT NULL DEFAULT 0,
+    updated bigint NOT NULL DEFAULT 0,
+    deleted bigint NOT NULL DEFAULT 0,
+    PRIMARY KEY (sink, source_schema, source_table)
+)
+"""
+_READ: Final = """
+SELECT source_schema, source_table, done_key, rows, inserted, updated, deleted FROM cdc.resyncs
+ WHERE sink = %s ORDER BY source_schema, source_table
+"""
+_PUT: Final = """
+UPDATE cdc.resyncs SET done_key = %s, rows = %s, inserted = %s, updated = %s, deleted = %s
+ WHERE sink = %s AND source_schema = %s AND source_table = %s
+"""
+_DONE: Final = "DELETE FROM cdc.resyncs WHERE sink = %s AND source_schema = %s AND source_table = %s"
+
+_RESTART: Final = """
+INSERT INTO cdc.positions (sink, queue_id, seq, position) VALUES (%s, %s, %s, %s)
+    ON CONFLICT (sink) DO UPDATE
+   SET queue_id = excluded.queue_id, seq = excluded.seq, position = excluded.position, updated_at = now()
+"""
+_TABLES_FROM: Final = """
+UPDATE cdc.tables SET position = %s WHERE sink = %s AND position IS NOT NULL AND position <> %s
+"""
