@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -18,7 +18,19 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from cdc import __version__, daemon, gateway, kinds, letter_commands, logs, preflight, status_table, verify_report
+from cdc import (
+    __version__,
+    daemon,
+    gateway,
+    kinds,
+    letter_commands,
+    logs,
+    preflight,
+    status_table,
+    steering,
+    verify_report,
+)
+from cdc.api.client import DaemonUnreachable
 from cdc.beginning import begin, begun_fact
 from cdc.change import TableName
 from cdc.config import Config, SinkConfig, SourceConfig, load
@@ -36,6 +48,7 @@ from cdc.resync import Wanted
 from cdc.session import NoFacts, Session
 from cdc.sink import Mirror, Sink, SinkContext, StreamSink
 from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, to_json
+from cdc.wishes import wishes_of
 from sinks import load as load_sink
 from sinks import options_of
 from sinks.data_changes import DataChangesSink
@@ -99,7 +112,16 @@ def build_parts(config: Config) -> Parts:
         source = build_source(config, config.sources[sink.source], queue)
         progress = CopyProgress()
         with reported(progress, Console(stderr=True, force_terminal=False)):
-            fill(source, cast("Mirror", built), queue, stats=stats, options=sink.copy, stop=stop, progress=progress)
+            fill(
+                source,
+                cast("Mirror", built),
+                queue,
+                stats=stats,
+                options=sink.copy,
+                stop=stop,
+                progress=progress,
+                resyncs=config.sources[sink.source].on_gap == "resync",
+            )
 
     return Parts(
         source=lambda source, queue: build_source(config, source, queue),
@@ -370,8 +392,63 @@ def pause(context: typer.Context, name: Name) -> None:
 
 
 @app.command()
+def resync(
+    context: typer.Context,
+    name: Name,
+    tables: Annotated[list[str] | None, typer.Argument(metavar="[TABLE]...", help="schema.table; all if none.")] = None,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Even if it looks like another database than before.")] = False,
+) -> None:
+    """Compare a mirror (or all of a source) with its source and put it right, also after a gap; the stream goes on."""
+    session = context.ensure_object(Session)
+    if name not in session.config.sources:
+        session.sinks(name)
+    try:
+        ordered = session.client().resync(name, tables or (), yes=yes)
+    except DaemonUnreachable:
+        with session.lock(), _queue_of(session, name) as queues:
+            ordered = steering.resync(session.config, queues, name, tables or (), failures={}, yes=yes)
+        print("the daemon is not running: it is done when `cdc run` starts", file=sys.stderr)
+    out.print(*ordered.lines(), sep="\n", markup=False, soft_wrap=True)
+
+
+@app.command()
+def replay(
+    context: typer.Context,
+    sink: OneSink,
+    *,
+    since: Annotated[
+        str, typer.Option("--from", help="A seq, a time (2025-01-31T12:00:00Z), or how long ago (30s, 15m, 2h, 1d).")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many changes that are.")] = False,
+) -> None:
+    """Deliver to a mirror once more what the queue still keeps ([queue] keep_seconds)."""
+    session = context.ensure_object(Session)
+    session.sinks(sink)
+    try:
+        replayed = session.client().replay(sink, since, dry_run=dry_run)
+    except DaemonUnreachable:
+        with session.lock(), _queue_of(session, sink) as queues:
+            (queue,) = queues.values()
+            replayed = steering.replay(session.config, queue, sink, since, dry_run=dry_run)
+    verb = "would be" if dry_run else "are"
+    print(f"{sink}: {replayed.changes:,} changes {verb} delivered again, those after batch {replayed.after_seq}")
+
+
+@contextmanager
+def _queue_of(session: Session, name: str) -> Iterator[dict[str, Queue]]:
+    """The queue of a source or a sink, by its source's name."""
+    config = session.config
+    source = name if name in config.sources else config.sinks[name].source
+    if not daemon.queue_path(session.data_dir, source).exists():
+        raise FatalError(f"source {source} was never captured", hint="start with `cdc run`")
+    with closing(daemon.open_queue(config, source)) as queue:
+        yield {source: queue}
+
+
+@app.command()
 def resume(context: typer.Context, name: Name) -> None:
-    """Let a paused source or sink go on."""
+    """Let a paused source or sink go on, and a failed one try again."""
     context.ensure_object(Session).client().resume(name)
     print(f"{name} goes on")
 
@@ -418,7 +495,7 @@ def _drop_sink(config: Config, sink: SinkConfig) -> None:
         return
     with closing(daemon.open_queue(config, sink.source)) as queue:
         queue.retain(other.name for other in config.sinks_of(sink.source) if other.name != sink.name)
-        for fact in (filled_fact(sink.name), begun_fact(sink.name), paused_fact(sink.name)):
+        for fact in (filled_fact(sink.name), begun_fact(sink.name), paused_fact(sink.name), *wishes_of(sink.name)):
             queue.set(fact, None)
 
 

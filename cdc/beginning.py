@@ -13,6 +13,7 @@ from cdc.queue import Queue
 from cdc.retry import keep_trying
 from cdc.sink import StreamSink
 from cdc.status import DeliveryStats, note_waiting
+from cdc.wishes import Wish, resync_fact
 
 log = structlog.get_logger()
 
@@ -33,17 +34,32 @@ def begin(sink: StreamSink, queue: Queue, *, stats: DeliveryStats, stop: threadi
 
 
 def _begin(sink: StreamSink, queue: Queue) -> None:
+    if (wish := Wish.read(queue, sink.name)) is not None:
+        _grant(sink, queue, wish)
     fact = begun_fact(sink.name)
     has_begun = queue.get(fact) is not None
     if sink.stored_position() is None:
         if has_begun:
             raise ResyncRequired(
                 f"sink {sink.name}: its target has no position: it was emptied, or restored from before it began",
-                hint=f"`cdc drop {sink.name}`, then `cdc run`: it begins anew, with what the queue still has",
+                hint=f"`cdc resync {sink.name}`: it begins anew, with what the queue still has",
             )
         sink.begin(queue.beginning)
     if not has_begun:
         queue.set(fact, _BEGUN)
+
+
+def _grant(sink: StreamSink, queue: Queue, wish: Wish) -> None:
+    """A feed cannot be made right: it goes on where the queue begins, or behind the gap, and says so."""
+    stored = sink.stored_position()
+    try:
+        reaches = stored is not None and not wish.anew and queue.seek(stored) >= 0
+    except ResyncRequired:
+        reaches = False
+    if not reaches:
+        sink.begin(queue.beginning)
+    log.warning("changes are missing in this feed: its source or target had a gap", sink=sink.name)
+    queue.set(resync_fact(sink.name), None)
 
 
 def _waiting(stats: DeliveryStats, error: BaseException, seconds: float) -> None:

@@ -12,13 +12,14 @@ from typing import Final
 import structlog
 
 from cdc.change import Batch
-from cdc.errors import TransientError
+from cdc.errors import HistoryLost, ResyncRequired, TransientError
 from cdc.failpoints import failpoint
 from cdc.position import SourcePosition, format_position
 from cdc.queue import Queue
 from cdc.retry import keep_trying
 from cdc.source import Source
 from cdc.status import OPERATIONS, CaptureStats, State, note_waiting
+from cdc.wishes import Wish, explained, is_allowed, restart_fact, resync_fact
 
 log = structlog.get_logger()
 
@@ -39,15 +40,27 @@ class Capture:
     """Reads one source into its queue, and confirms upstream only what is durable there.
 
     applied: asks for the position of the slowest target; `None` while there is none.
+    resyncs: whether the stream may begin anew by itself where the source has lost history; a person may say so, too.
+    restarted: told of that, before anything follows that gap.
     """
 
     def __init__(
-        self, source: Source, queue: Queue, stats: CaptureStats, *, applied: Callable[[], SourcePosition | None]
+        self,
+        source: Source,
+        queue: Queue,
+        stats: CaptureStats,
+        *,
+        applied: Callable[[], SourcePosition | None],
+        resyncs: bool = False,
+        restarted: Callable[[], None] = lambda: None,
     ) -> None:
         self._source = source
         self._queue = queue
         self._stats = stats
         self._applied = applied
+        self._resyncs = resyncs
+        self._restarted = restarted
+        self._gap: ResyncRequired | None = None
         self._running = threading.Event()
         self._running.set()
         self._log = log.bind(source=source.name)
@@ -68,11 +81,20 @@ class Capture:
                     self._stats.state = State.PAUSED
                     stop.wait(READ_SECONDS)
                 elif self._has_room():
-                    keep_trying(lambda: self._session(stop), stop, self._waiting)
+                    self._keep_capturing(stop)
                 else:
                     stop.wait(READ_SECONDS)
         finally:
             self._source.close()
+
+    def _keep_capturing(self, stop: threading.Event) -> None:
+        try:
+            keep_trying(lambda: self._session(stop), stop, self._waiting)
+        except ResyncRequired as exc:
+            by_itself = self._resyncs and isinstance(exc, HistoryLost)
+            if not by_itself and not is_allowed(self._queue, self._source.name, exc):
+                raise explained(self._source.name, exc) from exc
+            self._gap = exc
 
     def _session(self, stop: threading.Event) -> None:
         """Stream until stopped, paused, full for long, or broken after it got somewhere."""
@@ -100,13 +122,41 @@ class Capture:
             self._source.close()
 
     def _connect(self) -> None:
-        position = self._source.open(self._queue.position)
-        if self._queue.position is None:
-            self._queue.begin(position)
+        if self._gap is not None:
+            position = self._begin_anew(self._gap)
+        else:
+            position = self._source.open(self._queue.position)
+            if self._queue.position is None:
+                self._queue.begin(position)
+        if self._queue.get(restart_fact(self._source.name)) is not None:
+            self._queue.set(restart_fact(self._source.name), None)
         self._stats.connected_at = time.time()
         self._stats.received = position
         self._streaming()
         self._log.info("streaming", position=format_position(position))
+
+    def _begin_anew(self, gap: ResyncRequired) -> SourcePosition:
+        """What was captured before can still be delivered where it surely is of the same database."""
+        queue, beginning = self._queue, self._source.restart()
+        before = queue.position
+        if before is None:
+            queue.begin(beginning.position)
+        same = isinstance(gap, HistoryLost) and before is not None
+        if same and isinstance(before, int) and isinstance(beginning.position, int):
+            same = before <= beginning.position
+        wish = Wish(anew=not same).encode()
+        facts: dict[str, str | None] = {resync_fact(sink): wish for sink in queue.sinks}
+        queue.restart(beginning.position, {**beginning.facts, **facts}, keep=same)
+        self._gap = None
+        self._restarted()
+        self._log.warning(
+            "the stream begins anew: changes are missing",
+            gap=str(gap),
+            after=format_position(before),
+            before=format_position(beginning.position),
+            sinks=queue.sinks,
+        )
+        return beginning.position
 
     def _read(self) -> bool:
         batch = self._source.read(READ_SECONDS)

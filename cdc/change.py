@@ -50,6 +50,12 @@ class TableName(NamedTuple):
         return f"{self.schema}.{self.name}"
 
 
+def table_name(text: str) -> TableName:
+    """What `str` of a table's name has written."""
+    schema, _, name = text.partition(".")
+    return TableName(schema, name)
+
+
 class Column(msgspec.Struct, frozen=True, array_like=True):
     """A column as the source describes it. `type_oid` is the source's and may mean nothing elsewhere."""
 

@@ -73,6 +73,7 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     insert_only: tuple[str, ...] = ()
     slot: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]{0,63}$")] = ""
     publication: Annotated[str, msgspec.Meta(max_length=50)] = ""
+    on_gap: Literal["stop", "resync"] = "stop"
     heartbeat_seconds: Annotated[float, msgspec.Meta(ge=0)] = 10.0
     pg_dump: str = "pg_dump"
     full_document: Literal["updateLookup", "whenAvailable", "required", "off"] = "updateLookup"

@@ -1,7 +1,7 @@
 """The daemon: start up, run one task a pipeline, drain, end.
 
 Each pipeline runs in a thread of its own, from an executor that has one for each. What goes wrong in one ends that one
-only: it stays failed, with error and hint in its status, until the daemon is started again; when nothing is left that
+only: it stays failed, with error and hint in its status, until a person lets it try again; when nothing is left that
 could do anything, the daemon ends with that error. HTTP and signals stay with the event loop, which nothing blocks.
 """
 
@@ -36,6 +36,7 @@ from cdc.queue import Queue, lock_directory
 from cdc.sink import Sink
 from cdc.source import Source
 from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, State, snapshot
+from cdc.steering import Ordered, Replayed, replay, resync
 from cdc.web import Web, listening
 
 log = structlog.get_logger()
@@ -154,9 +155,43 @@ class Daemon:
         log.info("paused", name=name)
 
     def resume(self, name: str) -> None:
-        """Undo `pause`."""
+        """Undo `pause`; let what has failed try again."""
         self._pipeline(name).resume()
         log.info("resumed", name=name)
+
+    def resync(self, name: str, tables: Sequence[str], *, yes: bool) -> Ordered:
+        """Let a sink, or all sinks of a source, be made right beside the stream; what has failed tries again."""
+        self._pipeline(name)
+        pipelines: list[AnyPipeline] = [*self._sources.values(), *self._sinks.values()]
+        failures = {each.stats.name: each.failure for each in pipelines if each.failure is not None}
+        queues = {source: pipeline.queue for source, pipeline in self._sources.items() if pipeline.queue is not None}
+        ordered = resync(self._config, queues, name, tables, failures=failures, yes=yes)
+        log.info("resync ordered", sinks=ordered.sinks, tables=list(tables) or "all")
+        if ordered.begins_anew is not None:
+            self._pipeline(ordered.begins_anew).try_again()
+        for sink in ordered.sinks:
+            self._fill(sink)
+        return ordered
+
+    def replay(self, name: str, since: str, *, dry_run: bool) -> Replayed:
+        """Let a mirror get once more what the queue keeps from a point on."""
+        self._check_sink(name)
+        queue = self._sinks[name].queue
+        if queue is None:
+            raise CdcError(
+                f"sink {name} has failed: {self._sinks[name].stats.error}", hint=self._sinks[name].stats.hint
+            )
+        replayed = replay(self._config, queue, name, since, dry_run=dry_run)
+        if not dry_run:
+            log.info("replay ordered", sink=name, after_seq=replayed.after_seq, changes=replayed.changes)
+            self._fill(name)
+        return replayed
+
+    def _fill(self, sink: str, *, at_once: bool = False) -> None:
+        """Let a sink look what it is to be filled with."""
+        if (delivery := self._deliveries.get(sink)) is not None:
+            delivery.want_filling(at_once=at_once)
+            self._sinks[sink].try_again()
 
     def hold(self, name: str, until: SourcePosition | None, seconds: float) -> SourcePosition:
         """Block until a sink stands exactly at `until`; it stays there until `release`, or the time is over."""
@@ -182,8 +217,20 @@ class Daemon:
         return queue
 
     def _capture(self, name: str, queue: Queue) -> Capture:
-        source = self._parts.source(self._config.sources[name], queue)
-        return Capture(source, queue, self._sources[name].stats, applied=partial(self._slowest_sink, name))
+        config = self._config.sources[name]
+
+        def restarted() -> None:
+            for sink in self._config.sinks_of(name):
+                self._fill(sink.name, at_once=True)
+
+        return Capture(
+            self._parts.source(config, queue),
+            queue,
+            self._sources[name].stats,
+            applied=partial(self._slowest_sink, name),
+            resyncs=config.on_gap == "resync",
+            restarted=restarted,
+        )
 
     def _deliver(self, name: str, queue: Queue) -> FillThenDeliver:
         config, stats = self._config.sinks[name], self._sinks[name].stats
@@ -213,14 +260,15 @@ class Daemon:
         pipelines: list[AnyPipeline] = [*self._sources.values(), *self._sinks.values()]
         threads = ThreadPoolExecutor(max_workers=len(pipelines), thread_name_prefix="pipeline")
         loop = asyncio.get_running_loop()
+        failed = asyncio.Event()
 
         async def work(pipeline: AnyPipeline) -> None:
-            await loop.run_in_executor(threads, pipeline.run, stop)
+            await loop.run_in_executor(threads, pipeline.run, stop, partial(loop.call_soon_threadsafe, failed.set))
 
         async with asyncio.TaskGroup() as group:
             group.create_task(web.serve(), name="http")
             tasks = [group.create_task(work(pipeline), name=pipeline.stats.name) for pipeline in pipelines]
-            await self._stopped_or_useless(tasks)
+            await self._stopped_or_useless(tasks, failed)
             log.info("draining", at_most_seconds=self._config.daemon.drain_seconds)
             stop.set()
             self._wake_all()
@@ -229,13 +277,19 @@ class Daemon:
         threads.shutdown(wait=drained)
         return drained
 
-    async def _stopped_or_useless(self, tasks: Sequence[asyncio.Task[None]]) -> None:
-        """Wait for `stop`, or until no pipeline is left that can do anything."""
+    async def _stopped_or_useless(self, tasks: Sequence[asyncio.Task[None]], failed: asyncio.Event) -> None:
+        """Wait for `stop`, or until no pipeline is left that can do anything. failed: set when another one has."""
         stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
-        waiting: set[asyncio.Task[Any]] = {stopping, *tasks}
+        failing = asyncio.create_task(failed.wait(), name="failing")
+        waiting: set[asyncio.Task[Any]] = {stopping, failing, *tasks}
         while not stopping.done() and not self._useless():
-            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if failing in done:
+                failed.clear()
+                failing = asyncio.create_task(failed.wait(), name="failing")
+                waiting.add(failing)
         stopping.cancel()
+        failing.cancel()
 
     def _useless(self) -> bool:
         """Whether every source has failed, and no sink has a queue that it could still deliver."""
@@ -271,9 +325,12 @@ class Daemon:
             )
         return found
 
-    def _delivery(self, name: str) -> Delivery:
+    def _check_sink(self, name: str) -> None:
         if name not in self._sinks:
             raise UnknownName(f"no sink is called {name!r}", hint=f"one of: {', '.join(self._sinks) or 'none'}")
+
+    def _delivery(self, name: str) -> Delivery:
+        self._check_sink(name)
         sink = self._sinks[name]
         if sink.stats.state in {State.FAILED, State.STOPPED, State.PAUSED, State.COPYING}:
             raise CdcError(f"sink {name} is {sink.stats.state}: it does not move", hint=sink.stats.hint)

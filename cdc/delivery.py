@@ -25,6 +25,7 @@ from cdc.queue import Queue, Stored
 from cdc.retry import keep_trying
 from cdc.sink import Applied, NeedsFilling, Refreshing, Sink
 from cdc.status import DeliveryStats, State, note_waiting
+from cdc.wishes import explained
 
 log = structlog.get_logger()
 
@@ -61,6 +62,7 @@ class Delivery:
         self._upkeep_at = 0.0
         self._refused_seq = 0  # up to here changes are looked at one by one
         self._fill_wanted = threading.Event()
+        self._cut_short = False  # what is at hand will not be completed
 
     def pause(self) -> None:
         """Stop applying after the batch at hand; the queue keeps what comes."""
@@ -71,8 +73,12 @@ class Delivery:
         """Go on where it was."""
         self._running.set()
 
-    def want_filling(self) -> None:
-        """Let `run` return between two transactions: there is something to copy. From any thread."""
+    def want_filling(self, *, at_once: bool = False) -> None:
+        """Let `run` return between two transactions: there is something to copy. From any thread.
+
+        at_once: in the middle of one, too: its end does not come, and nothing that comes is applied before.
+        """
+        self._cut_short |= at_once
         self._fill_wanted.set()
         self._queue.wake()
 
@@ -104,6 +110,7 @@ class Delivery:
                     stop.wait(READ_SECONDS)
         wanted = self._fill_wanted.is_set() and not stop.is_set()
         self._fill_wanted.clear()
+        self._cut_short = False
         return wanted
 
     def _session(self, stop: threading.Event, reader: ThreadPoolExecutor) -> None:
@@ -119,7 +126,7 @@ class Delivery:
             return self._running.is_set() and not stop.is_set()
 
         try:
-            while wanted() and (self._in_transaction or not self._fill_wanted.is_set()):
+            while wanted() and (self._must_end or not self._fill_wanted.is_set()):
                 request = self._hold.request
                 self._retry_parked(request)
                 self._refresh(request)
@@ -149,9 +156,12 @@ class Delivery:
         if stored is None:
             raise ResyncRequired(
                 f"the target of sink {self._sink.name} has no position: it was emptied, or never filled",
-                hint=f"`cdc drop {self._sink.name}`, then `cdc run`: a mirror is copied again, a feed begins anew",
+                hint=f"`cdc resync {self._sink.name}`: a mirror is made right again, a feed begins anew",
             )
-        after = self._queue.seek(stored)
+        try:
+            after = self._queue.seek(stored)
+        except ResyncRequired as exc:
+            raise explained(self._sink.name, exc) from exc
         cursor = self._queue.cursor(self._sink.name)
         if cursor is not None and after < cursor[0]:
             self._log.warning("target is older than it was", position=format_position(stored.source))
@@ -175,6 +185,8 @@ class Delivery:
         captured = self._queue.position  # read before the batches, so that it is not ahead of them
         hurried = hold is not None or self._stats.resync is not None
         stored = self._read(timeout_seconds=0.01 if hurried else READ_SECONDS)
+        if self._cut_short:
+            return False
         pieces, cut = _select(_bounded(stored, self._bounds.max_changes), self._given_seq, self._stored.source, until)
         if pieces:
             self._apply(pieces, reader)
@@ -217,6 +229,11 @@ class Delivery:
     def _in_transaction(self) -> bool:
         """Whether the target has the beginning of a transaction, but not its end."""
         return self._given_seq != self._stored.seq
+
+    @property
+    def _must_end(self) -> bool:
+        """Whether a transaction is under way that is to be completed first."""
+        return self._in_transaction and not self._cut_short
 
     def _stands_at(self, hold: Request, until: SourcePosition, captured: SourcePosition | None, *, cut: bool) -> bool:
         """cut: the next transaction commits at `until` or later, or there is none."""

@@ -45,6 +45,10 @@ class ResyncRequired(FatalError):
     """
 
 
+class HistoryLost(ResyncRequired):
+    """The same, where it is beyond doubt that the database is the one it was: only what came between is gone."""
+
+
 class QueueCorrupt(FatalError):
     """The queue file is damaged, or was written by a version that this one cannot read."""
 

@@ -12,16 +12,17 @@ from typing import Final
 import structlog
 
 from cdc.capture import Capture
-from cdc.change import TableName
+from cdc.change import TableName, table_name
 from cdc.config import CopyOptions
 from cdc.copy import Copy, CopyProgress, CopyResult
-from cdc.errors import ResyncRequired, TransientError
+from cdc.errors import HistoryLost, ResyncRequired, TransientError
 from cdc.position import Position
 from cdc.queue import Queue
 from cdc.retry import keep_trying
 from cdc.sink import Mirror
 from cdc.source import Source
 from cdc.status import CaptureStats, CopyStatus, DeliveryStats, State, note_waiting
+from cdc.wishes import Wish, end_of, explained, replay_fact, resync_fact
 
 log = structlog.get_logger()
 
@@ -45,14 +46,17 @@ def fill(
     options: CopyOptions,
     stop: threading.Event,
     progress: CopyProgress | None = None,
+    resyncs: bool = False,
 ) -> None:
     """Copy the tables that the mirror does not have; return when it has all of them, or `stop` is set.
 
     The queue must have begun: what changes from then on comes by the stream. Retries for ever what is transient; but a
     mirror that is complete is not kept waiting for a source that is away. Raises `ResyncRequired` where the target
-    is no longer what it was, or the queue does not have what it needs next.
+    is no longer what it was, or the queue does not have what it needs next. But first a `Wish` is granted that the
+    mirror be made right again; resyncs: the mirror is so by itself where the queue has lost what its target needs.
     """
     filling = _Filling(source, mirror, queue, stats=stats, options=options, progress=progress or CopyProgress())
+    filling.resyncs = resyncs
     keep_trying(lambda: filling.attempt(stop), stop, partial(_waiting, stats))
 
 
@@ -75,9 +79,13 @@ class _Filling:
         self._stats = stats
         self._options = options
         self._progress = progress
+        self.resyncs = False
 
     def attempt(self, stop: threading.Event) -> None:
         """Fill once."""
+        if (wish := Wish.read(self._queue, self._mirror.name)) is not None:
+            self._grant(wish)
+        self._replay()
         self._check_target()
         if (tables := self._tables()) is None:
             return
@@ -92,6 +100,40 @@ class _Filling:
             tables = latest
         self._note(FILLED)
 
+    def _grant(self, wish: Wish) -> None:
+        """Let the mirror be made right again: beside the stream, or by a copy where that cannot be."""
+        mirror, queue = self._mirror, self._queue
+        stored = mirror.stored_position()
+        anew = wish.anew or not self._reaches(stored)
+        if stored is None and not mirror.copied():
+            queue.set(filled_fact(mirror.name), None)  # nothing is there: as at the first time
+        else:
+            tables = None if anew or wish.tables is None else [table_name(each) for each in wish.tables]
+            resync = mirror.want_resync(tables, end_of(queue) if anew else None)
+            log.info(
+                "resync begins",
+                sink=mirror.name,
+                beside_the_stream=[str(table) for table in resync.refreshed],
+                copied_again=[str(table) for table in resync.copied_again],
+            )
+        queue.set(resync_fact(mirror.name), None)
+
+    def _reaches(self, stored: Position | None) -> bool:
+        try:
+            return stored is not None and self._queue.seek(stored) >= 0
+        except ResyncRequired:
+            return False
+
+    def _replay(self) -> None:
+        """Take the mirror back, if that is wanted: what follows is delivered once more."""
+        mirror, queue = self._mirror, self._queue
+        if (wanted := queue.get(replay_fact(mirror.name))) is None:
+            return
+        position = queue.rewind(mirror.name, int(wanted))
+        mirror.rewind(position)
+        log.info("delivered again", sink=mirror.name, after_seq=position.seq)
+        queue.set(replay_fact(mirror.name), None)
+
     def _check_target(self) -> None:
         """A target that was filled once and has lost that is not filled again: it may be another one, or restored."""
         stored = self._mirror.stored_position()
@@ -104,8 +146,10 @@ class _Filling:
                 )
         except ResyncRequired as exc:
             name = self._mirror.name
-            hint = f"`cdc drop {name}`, then `cdc run`: it is copied again"
-            raise ResyncRequired(f"sink {name}: {exc}", hint=hint) from exc
+            if not self.resyncs or not isinstance(exc, HistoryLost):
+                raise explained(name, type(exc)(f"sink {name}: {exc}")) from exc
+            log.warning("the queue has not what the target needs", sink=name, error=str(exc))
+            self._grant(Wish())
 
     def _tables(self) -> Sequence[TableName] | None:
         """The tables to mirror; `None` where the source is away, and the mirror had all when it was last here."""
@@ -123,14 +167,12 @@ class _Filling:
             if self._fact == FILLED:
                 self._note(GROWING)
             _copying(self._stats, self._progress)
-        queue, options = self._queue, self._options
-        assert queue.position is not None
-        start = Position(queue.queue_id, queue.stats().last_seq, queue.position)
+        options = self._options
         return Copy(
             self._source,
             self._mirror,
             tables,
-            start,
+            end_of(self._queue),
             workers=options.workers,
             chunk_bytes=options.chunk_bytes,
             progress=self._progress,

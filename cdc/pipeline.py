@@ -45,12 +45,17 @@ Stats = TypeVar("Stats", bound=CaptureStats | DeliveryStats)
 
 
 class Pipeline(Generic[Stats]):
-    """One source's capture, or one sink's delivery: its stats, and what is there once it could be assembled."""
+    """One source's capture, or one sink's delivery: its stats, and what is there once it could be assembled.
+
+    failure: what it has failed with; it stands still then until it is told to try again.
+    """
 
     def __init__(self, stats: Stats) -> None:
         self.stats = stats
         self.queue: Queue | None = None
+        self.failure: BaseException | None = None
         self._worker: Worker | None = None
+        self._again = threading.Event()
 
     def assemble(self, queue: Queue, build: Callable[[Queue], Worker]) -> None:
         """Take the queue, and build what works on it; paused, if it was when the daemon last ran."""
@@ -59,13 +64,32 @@ class Pipeline(Generic[Stats]):
         if queue.get(paused_fact(self.stats.name)) is not None:
             self._worker.pause()
 
-    def run(self, stop: threading.Event) -> None:
-        """Work in the calling thread until `stop`; returns at once if it could not be assembled. Never raises."""
-        if self._worker is None:
-            return
-        with contained(self.stats):
-            self._worker.run(stop)
-            self.stats.state = State.STOPPED
+    def run(self, stop: threading.Event, failed: Callable[[], object] = lambda: None) -> None:
+        """Work in the calling thread until `stop`; returns at once if it could not be assembled. Never raises.
+
+        failed: called when it has, before it waits for `try_again`.
+        """
+        while self._worker is not None and not stop.is_set():
+            self._again.clear()
+            with contained(self.stats):
+                try:
+                    self._worker.run(stop)
+                except BaseException as exc:
+                    self.failure = exc
+                    raise
+                self.stats.state = State.STOPPED
+                return
+            failed()
+            while not (self._again.is_set() or stop.is_set()):
+                self._again.wait(_POLL_SECONDS)
+            if self._again.is_set():
+                self.failure = self.stats.error = None
+                self.stats.hint, self.stats.state = "", State.STARTING
+
+    def try_again(self) -> None:
+        """Let it begin once more, if it has failed; else nothing happens."""
+        self._assembled()
+        self._again.set()
 
     def pause(self) -> None:
         """Pause durably."""
@@ -74,10 +98,11 @@ class Pipeline(Generic[Stats]):
         worker.pause()
 
     def resume(self) -> None:
-        """Undo `pause`, durably."""
+        """Undo `pause`, durably; and try again, if it has failed."""
         queue, worker = self._assembled()
         queue.set(paused_fact(self.stats.name), None)
         worker.resume()
+        self._again.set()
 
     def _assembled(self) -> tuple[Queue, Worker]:
         if self.queue is None or self._worker is None:

@@ -10,16 +10,16 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NoReturn
+from typing import Final
 
 import msgspec
 
 from cdc.change import Batch
-from cdc.errors import CdcError, DirectoryInUse, FatalError, ResyncRequired
+from cdc.errors import CdcError, DirectoryInUse, FatalError, HistoryLost, ResyncRequired
 from cdc.failpoints import failpoint
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue_file import (
@@ -30,6 +30,7 @@ from cdc.queue_file import (
     Item,
     ParkedInFile,
     QueueFile,
+    Restart,
     Stored,
     Upkeep,
     read_file_status,
@@ -172,6 +173,7 @@ class Queue:
         self._contents = self._file.contents
         self._facts = self._file.facts()
         self._cursors = self._file.cursors()
+        self._tail_bytes = tail_bytes
         self._tail = _Tail(tail_bytes)
 
         self._items: list[Item] = []
@@ -208,6 +210,36 @@ class Queue:
         if self.position is not None:
             raise RuntimeError("this queue has already begun")
         self._write_now(Begin(position))
+
+    def restart(self, position: SourcePosition, facts: Mapping[str, str | None], *, keep: bool) -> None:
+        """Let the source go on from another position, behind a gap; durable on return, together with `facts`.
+
+        For the thread that appends. keep: what is here can still be delivered; otherwise every target is behind.
+        """
+        with self._lock:
+            self._wait_written(None)
+            self._in_transaction = False
+            self._tail = _Tail(self._tail_bytes)
+            self._hand_over(Restart(position, dict(facts), keep))
+            self._wait_written(None)
+            self._schedule(_UPKEEP_SECONDS)
+
+    def rewind(self, sink: str, seq: int) -> Position:
+        """Keep for a sink what comes after a batch, or after a transaction that ends before it; returns where that is.
+
+        Durable. Raises `FatalError` where it is no longer kept.
+        """
+        with self._lock:
+            before = self._cursors.get(sink)
+            self._cursors[sink] = (min(seq, before[0]) if before else seq, None)
+        self._write_now(Cursor(sink, seq, None))  # and so past a commit that might be pruning
+        state = self._contents.state
+        if seq < state.pruned_seq:
+            if before is not None:
+                self.advance(sink, *before)  # type: ignore[arg-type]
+            raise FatalError(f"batch {seq} is no longer kept: the oldest is {state.pruned_seq + 1}")
+        seq, position = self._file.boundary(seq, state)
+        return Position(self.queue_id, seq, position)
 
     def append(self, batch: Batch) -> None:
         """Hand over a batch; it can be read as soon as it is durable, in the order of the calls.
@@ -309,6 +341,25 @@ class Queue:
         with self._lock:
             self._cursors[sink] = (seq, position)
             self._schedule(_UPKEEP_SECONDS)
+
+    @property
+    def sinks(self) -> list[str]:
+        """Those that are registered."""
+        with self._lock:
+            return sorted(self._cursors)
+
+    def replayable(self, seq: int) -> int:
+        """How many changes are kept after a batch."""
+        return self._file.count_after(seq)
+
+    def stored_at(self, seconds: float) -> int:
+        """The seq before the first batch that was stored at a time (unix seconds) or later."""
+        return self._file.stored_at(seconds)
+
+    @property
+    def oldest(self) -> tuple[int, float] | None:
+        """The oldest batch that is kept: its seq, and when it was stored, in unix seconds."""
+        return self._file.oldest(self._contents.state)
 
     def cursor(self, sink: str) -> tuple[int, SourcePosition | None] | None:
         """Where a sink stands, the position `None` until it first advanced; `None` if it is not registered."""
@@ -416,24 +467,34 @@ class Queue:
 
     def _check_kept(self, after_seq: int) -> None:
         if after_seq < (pruned_seq := self._contents.state.pruned_seq):
-            _resync(f"the sink stands at batch {after_seq}, {self._path} begins after {pruned_seq}")
+            raise HistoryLost(f"the sink stands at batch {after_seq}, {self._path} begins after {pruned_seq}")
 
     def _check_lsn(self, source: int, contents: Contents) -> None:
         end, pruned = contents.state.position, contents.state.pruned_position
         if not isinstance(end, int) or not isinstance(pruned, int):
-            _resync(f"the target stands at {format_position(source)}, but {self._path} holds nothing of that kind")
+            raise ResyncRequired(
+                f"the target stands at {format_position(source)}, but {self._path} holds nothing of that kind"
+            )
         if source < pruned:
-            _resync(f"the target stands at {format_position(source)}, the queue begins at {format_position(pruned)}")
+            raise HistoryLost(
+                f"the target stands at {format_position(source)}, the queue begins at {format_position(pruned)}"
+            )
         if source > end:
-            _resync(f"the target stands at {format_position(source)}, the queue ends at {format_position(end)}")
+            raise ResyncRequired(
+                f"the target stands at {format_position(source)}, the queue ends at {format_position(end)}"
+            )
 
     def _check_seq(self, position: Position, contents: Contents) -> None:
         if position.queue_id != self.queue_id:
-            _resync(f"the target was fed by queue {position.queue_id}, {self._path} is queue {self.queue_id}")
+            raise ResyncRequired(
+                f"the target was fed by queue {position.queue_id}, {self._path} is queue {self.queue_id}"
+            )
         if position.seq < contents.state.pruned_seq:
-            _resync(f"the target stands at batch {position.seq}, the queue begins after {contents.state.pruned_seq}")
+            raise HistoryLost(
+                f"the target stands at batch {position.seq}, the queue begins after {contents.state.pruned_seq}"
+            )
         if position.seq > contents.last_seq:
-            _resync(f"the target stands at batch {position.seq}, the queue ends at {contents.last_seq}")
+            raise ResyncRequired(f"the target stands at batch {position.seq}, the queue ends at {contents.last_seq}")
 
     # the writer's thread
 
@@ -486,6 +547,9 @@ class Queue:
                 self._items_bytes -= _weight(item)
             elif isinstance(item, Fact):
                 self._learn(item)
+            elif isinstance(item, Restart):
+                for key, value in item.facts.items():
+                    self._learn(Fact(key, value))
         for each in stored:
             self._tail.add(each)
         if stored and not self._cursors:
@@ -561,7 +625,3 @@ def _stats(path: Path, contents: Contents, max_bytes: int, min_free_bytes: int) 
         free_disk_bytes=free_disk_bytes,
         full=free_disk_bytes < min_free_bytes or 0 < max_bytes <= contents.bytes,
     )
-
-
-def _resync(message: str) -> NoReturn:
-    raise ResyncRequired(message, hint="`cdc drop` this sink, then `cdc run`: it is copied again")

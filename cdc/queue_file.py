@@ -66,6 +66,10 @@ _TOTALS: Final = """
 _SEEK: Final = """
     SELECT seq FROM batch WHERE seq > ? AND seq <= ? AND complete AND position <= ? ORDER BY seq DESC LIMIT 1
 """
+_BOUNDARY: Final = "SELECT seq, position FROM batch WHERE seq > ? AND seq <= ? AND complete ORDER BY seq DESC LIMIT 1"
+_COUNT_AFTER: Final = "SELECT coalesce(sum(changes), 0) FROM batch WHERE seq > ?"
+_BEFORE: Final = "SELECT min(seq) FROM batch WHERE created_at >= ?"
+_OLDEST: Final = "SELECT seq, created_at FROM batch WHERE seq > ? ORDER BY seq LIMIT 1"
 _PRUNABLE: Final = """
     SELECT seq, position, created_at FROM batch WHERE seq > ? AND seq <= ? AND complete ORDER BY seq LIMIT ?
 """
@@ -96,6 +100,17 @@ class Begin(msgspec.Struct, frozen=True):
     position: SourcePosition
 
 
+class Restart(msgspec.Struct, frozen=True):
+    """Write order: the source goes on from a new position, behind a gap; `facts` go with it.
+
+    keep: what is here can still be delivered, up to the gap. Otherwise nothing of it counts any more.
+    """
+
+    position: SourcePosition
+    facts: dict[str, str | None]
+    keep: bool
+
+
 class Cursor(msgspec.Struct, frozen=True):
     """Write order: where a sink stands."""
 
@@ -111,7 +126,7 @@ class Fact(msgspec.Struct, frozen=True):
     value: str | None
 
 
-Item = Batch | Begin | Cursor | Fact | ParkedOrder
+Item = Batch | Begin | Restart | Cursor | Fact | ParkedOrder
 
 
 class Upkeep(msgspec.Struct, frozen=True):
@@ -253,6 +268,32 @@ class QueueFile:
             row = connection.execute(_SEEK, (pruned_seq, contents.last_seq, source)).fetchone()
         return pruned_seq if row is None else int(row[0])
 
+    def boundary(self, seq: int, state: State) -> tuple[int, SourcePosition]:
+        """The last end of a transaction at or before a batch: its seq, and its position."""
+        with _translated(self.path), self._reader() as connection:
+            row = connection.execute(_BOUNDARY, (state.pruned_seq, seq)).fetchone()
+        if row is None:
+            assert state.pruned_position is not None
+            return state.pruned_seq, state.pruned_position
+        return int(row[0]), row[1]
+
+    def count_after(self, seq: int) -> int:
+        """How many changes are kept after a batch."""
+        with _translated(self.path), self._reader() as connection:
+            return int(connection.execute(_COUNT_AFTER, (seq,)).fetchone()[0])
+
+    def stored_at(self, seconds: float) -> int:
+        """The seq before the first batch that was stored at a time (unix seconds) or later; the last if none was."""
+        with _translated(self.path), self._reader() as connection:
+            row = connection.execute(_BEFORE, (seconds,)).fetchone()
+        return self._contents.last_seq if row[0] is None else int(row[0]) - 1
+
+    def oldest(self, state: State) -> tuple[int, float] | None:
+        """The oldest batch that is kept: its seq, and when it was stored, in unix seconds."""
+        with _translated(self.path), self._reader() as connection:
+            row = connection.execute(_OLDEST, (state.pruned_seq,)).fetchone()
+        return None if row is None else (int(row[0]), float(row[1]))
+
     def parked(self, sink: str) -> list[ParkedChange]:
         """A sink's parked changes, in the order of the source."""
         with _translated(self.path), self._reader() as connection:
@@ -310,6 +351,8 @@ class QueueFile:
                 return self._insert(item)
             case Begin(position):
                 self._state = msgspec.structs.replace(self._state, position=position, pruned_position=position)
+            case Restart():
+                self._restart(item)
             case Cursor():
                 self._put_cursor(item)
             case Fact(key, None):
@@ -337,6 +380,18 @@ class QueueFile:
             oldest_at=now if before.oldest_at is None else before.oldest_at,
         )
         return Stored(seq, batch)
+
+    def _restart(self, restart: Restart) -> None:
+        """The batches of an unfinished transaction go: its end never comes."""
+        self._drop_unfinished()
+        state = msgspec.structs.replace(self._state, position=restart.position)
+        if not restart.keep:
+            state = msgspec.structs.replace(state, pruned_seq=state.complete_seq, pruned_position=restart.position)
+            self._more = True
+        self._state = state
+        self._contents = _count(self._writer, state)
+        for key, value in restart.facts.items():
+            self._put(Fact(key, value))
 
     def _put_cursor(self, cursor: Cursor) -> None:
         row = (cursor.sink, cursor.seq, cursor.position)

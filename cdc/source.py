@@ -106,6 +106,13 @@ class Facts(Protocol):
         ...
 
 
+class Beginning(msgspec.Struct, frozen=True):
+    """Where a stream begins anew. facts: to be stored together with the position, in place of what was known before."""
+
+    position: SourcePosition
+    facts: dict[str, str]
+
+
 class Source(Protocol):
     """A database whose changes are captured."""
 
@@ -116,6 +123,14 @@ class Source(Protocol):
 
         Returns the position that the stream really begins at. Raises `ResyncRequired` where changes after `position`
         can no longer be had, `TransientError` where trying again may help, `FatalError` otherwise.
+        """
+        ...
+
+    def restart(self) -> Beginning:
+        """Connect, and stream from now on, whatever was captured before and from wherever: there is a gap behind it.
+
+        Removes from the server what was made there for us and can be used no more. May be called again after an error,
+        or a crash.
         """
         ...
 

@@ -14,7 +14,7 @@ from cdc.change import Batch, Change, Image, Operation, Table, TableName, Transa
 from cdc.errors import FatalError, PermanentError, ResyncRequired, TransientError
 from cdc.position import Position, SourcePosition, as_lsn
 from cdc.sink import Ahead, Applied, Subject
-from cdc.source import Estimate, Snapshot
+from cdc.source import Beginning, Estimate, Snapshot
 from cdc.status import CaptureStats
 
 _STEP = 100
@@ -70,6 +70,12 @@ class MemorySource:
                 raise ResyncRequired(f"{self.name}: changes after {start} are gone", hint="copy again")
             self._next = sum(as_lsn(transaction.position) < start for transaction in self._log)
             return start
+
+    def restart(self) -> Beginning:
+        """Stream what is committed from now on."""
+        with self._news:
+            self._next = len(self._log)
+            return Beginning(len(self._log) * _STEP + 1, {})
 
     def read(self, timeout_seconds: float) -> Batch | None:
         """All transactions that were not read yet, as one batch."""

@@ -80,6 +80,7 @@ class PostgresSink(RefreshTarget):
         self._subjects: SubjectFinder | None = None
         self._ahead: _Todo | None = None
         self._unrefreshed_tables: dict[TableName, RefreshMark] = {}
+        self._replaying_until: Lsn | None = None
         self._refresh: Refresh | None = None
 
     def open(self) -> Position | None:
@@ -102,6 +103,7 @@ class PostgresSink(RefreshTarget):
                 mirrored = {table for table, at in self._copied_at.items() if at != FORGOTTEN}
                 self._subjects = SubjectFinder(self._applier.plan, mirrored, read_uniqueness(connection))
             self._unrefreshed_tables = self._unrefreshed(connection)
+            self._replaying_until = RefreshMarks(connection, self.name).replaying()
             self._note_refreshed()
         return position
 
@@ -203,6 +205,10 @@ class PostgresSink(RefreshTarget):
     def refresh(self, position: SourcePosition) -> ResyncStatus | None:
         """Write the next part of the tables that are read again; once what a copy has left to be built is built."""
         connection, _ = self._opened()
+        if self._replaying_until is not None and self._replaying_until <= (self._position or 0):
+            RefreshMarks(connection, self.name).replayed()
+            self._replaying_until = None
+            self._note_refreshed()
         if not self._unrefreshed_tables or not self._finished or self._source is None:
             return None
         if self._refresh is None:
@@ -243,9 +249,10 @@ class PostgresSink(RefreshTarget):
 
     def _note_refreshed(self) -> None:
         _, applier = self._opened()
-        self.consistent = not self._unrefreshed_tables
-        applier.stale = {self.config.target_name(table) for table in self._unrefreshed_tables}
-        if self.consistent and self._refresh is not None:
+        self.consistent = not self._unrefreshed_tables and self._replaying_until is None
+        stale = self._unrefreshed_tables if self._replaying_until is None else self._copied_at
+        applier.stale = {self.config.target_name(table) for table in stale}
+        if not self._unrefreshed_tables and self._refresh is not None:
             self._refresh.close()
             self._refresh = None
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from cdc.errors import CdcError
 from cdc.letter import DeadLetters
 from cdc.position import SourcePosition
 from cdc.status import DaemonStatus
+from cdc.steering import Ordered, Replayed
 
 
 class UnknownName(CdcError):
@@ -30,6 +32,17 @@ class Backend(Protocol):
 
     def resume(self, name: str) -> None:
         """Undo `pause`. Raises `UnknownName`."""
+        ...
+
+    def resync(self, name: str, tables: Sequence[str], *, yes: bool) -> Ordered:
+        """Let a sink, or all sinks of a source, be made right again. Raises `UnknownName`, or `CdcError` with a reason.
+
+        tables: by their names at the source; empty for all. yes: also where a database may be another one than before.
+        """
+        ...
+
+    def replay(self, name: str, since: str, *, dry_run: bool) -> Replayed:
+        """Let a mirror get once more what is kept from a point on. Raises `UnknownName`, or a `CdcError`."""
         ...
 
     def hold(self, name: str, until: SourcePosition | None, seconds: float) -> SourcePosition:

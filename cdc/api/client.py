@@ -14,6 +14,7 @@ from cdc.config import Token
 from cdc.errors import CdcError
 from cdc.letter import Letter, LetterId, LetterPage, LetterQuery, Outcome, Outcomes
 from cdc.status import DaemonStatus, from_json
+from cdc.steering import Ordered, Replayed
 
 TIMEOUT_SECONDS: Final = 20.0
 
@@ -46,6 +47,16 @@ class Client:
     def resume(self, name: str) -> None:
         """Let it go on."""
         self.request("POST", f"/resume/{quote(name, safe='')}")
+
+    def resync(self, name: str, tables: Sequence[str], *, yes: bool) -> Ordered:
+        """Let a sink, or all sinks of a source, be made right again."""
+        body = msgspec.json.encode({"tables": tables, "yes": yes})
+        return msgspec.json.decode(self.request("POST", f"/resync/{quote(name, safe='')}", body), type=Ordered)
+
+    def replay(self, sink: str, since: str, *, dry_run: bool) -> Replayed:
+        """Let a mirror get once more what is kept from a point on."""
+        body = msgspec.json.encode({"from": since, "dry_run": dry_run})
+        return msgspec.json.decode(self.request("POST", f"/sinks/{quote(sink, safe='')}/replay", body), type=Replayed)
 
     @property
     def dead_letters(self) -> RemoteLetters:

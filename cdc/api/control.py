@@ -1,4 +1,4 @@
-"""Routes that change something: pause and resume, hold and release."""
+"""Routes that change something: pause and resume, resync and replay, hold and release."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cdc.api.operation import operation
 from cdc.api.requests import read_body
 from cdc.api.responses import answer
 from cdc.position import format_position, parse_position
+from cdc.steering import Ordered, Replayed
 
 
 class HoldRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,6 +42,27 @@ class Held(msgspec.Struct, frozen=True, omit_defaults=True):
     position: str | msgspec.UnsetType = msgspec.UNSET
 
 
+class ResyncRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /resync/{name}`.
+
+    tables: by their names at the source, of a sink; empty for all. yes: also where the source or the target may be
+    another database than before.
+    """
+
+    tables: tuple[str, ...] = ()
+    yes: bool = False
+
+
+class ReplayRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"since": "from"}):
+    """Body of `POST /sinks/{name}/replay`.
+
+    from: a seq, a time as ISO 8601, or how long ago, such as `2h`. dry_run: only say how many changes that are.
+    """
+
+    since: str
+    dry_run: bool = False
+
+
 class Control:
     """Each route calls one method of the daemon, in a thread: it may wait for a pipeline."""
 
@@ -52,6 +74,8 @@ class Control:
         return [
             Route("/pause/{name}", self.pause, methods=["POST"]),
             Route("/resume/{name}", self.resume, methods=["POST"]),
+            Route("/resync/{name}", self.resync, methods=["POST"]),
+            Route("/sinks/{name}/replay", self.replay, methods=["POST"]),
             Route("/sinks/{name}/hold", self.hold, methods=["POST"]),
             Route("/sinks/{name}/release", self.release, methods=["POST"]),
         ]
@@ -64,9 +88,23 @@ class Control:
 
     @operation("admin", {200: Paused}, errors=(404, 409))
     async def resume(self, request: Request) -> Response:
-        """Let a paused one go on."""
+        """Let a paused one go on, and a failed one try again."""
         await run_in_threadpool(self._backend.resume, request.path_params["name"])
         return answer(Paused(False))
+
+    @operation("admin", {200: Ordered}, body=ResyncRequest, errors=(404, 409))
+    async def resync(self, request: Request) -> Response:
+        """Let a sink, or all sinks of a source, be compared with the source and put right, while the stream goes on."""
+        wanted = await read_body(request, ResyncRequest)
+        name = request.path_params["name"]
+        return answer(await run_in_threadpool(self._backend.resync, name, wanted.tables, yes=wanted.yes))
+
+    @operation("admin", {200: Replayed}, body=ReplayRequest, errors=(404, 409))
+    async def replay(self, request: Request) -> Response:
+        """Deliver to a mirror once more what the queue keeps from a point on."""
+        wanted = await read_body(request, ReplayRequest)
+        name = request.path_params["name"]
+        return answer(await run_in_threadpool(self._backend.replay, name, wanted.since, dry_run=wanted.dry_run))
 
     @operation("admin", {200: Held}, body=HoldRequest, errors=(404, 409))
     async def hold(self, request: Request) -> Response:

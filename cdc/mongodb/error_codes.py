@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from cdc.errors import CdcError, FatalError, PermanentError, ResyncRequired, TransientError
+from cdc.errors import CdcError, FatalError, HistoryLost, PermanentError, ResyncRequired, TransientError
 
 Meaning = tuple[type[CdcError], str]
 """The class of an error, and the hint."""
@@ -15,11 +15,8 @@ TRANSIENT_LABELS: Final = frozenset({
 })  # fmt: skip
 
 _AGAIN: Final = "nothing: it is tried again"
-_RESYNC: Final = (
-    "changes are missing: `cdc drop` the source and its sinks, then `cdc run` copies again; "
-    "a larger oplog (`replSetResizeOplog`, or --oplogMinRetentionHours) keeps this from coming back"
-)
-_COPY_AGAIN: Final = "`cdc drop` the source and its sinks, then `cdc run`: everything is copied again"
+_RESYNC: Final = "a larger oplog (`replSetResizeOplog`, or --oplogMinRetentionHours) keeps this from coming back"
+_OTHER_STREAM: Final = "the url may lead to another deployment than before"
 _LOGIN: Final = "check user, password and authSource in the url"
 _GRANT: Final = "grant the missing privilege; `cdc check` lists what is needed"
 REPLICA_SET_HINT: Final = (
@@ -32,7 +29,7 @@ _TOO_LARGE: Final = (
 )
 _IMAGES: Final = (
     "the collection does not record the images that the configuration requires, or they have expired: db.runCommand("
-    "{collMod: NAME, changeStreamPreAndPostImages: {enabled: true}}), then copy again; or set 'whenAvailable'"
+    "{collMod: NAME, changeStreamPreAndPostImages: {enabled: true}}); or set 'whenAvailable'"
 )
 _DOCUMENT: Final = "correct the document, the collection's validator or its indexes"
 
@@ -69,7 +66,7 @@ CODES: Final[dict[int, Meaning]] = {
     13: (FatalError, _GRANT),
     20: (FatalError, REPLICA_SET_HINT),
     40573: (FatalError, REPLICA_SET_HINT),
-    286: (ResyncRequired, _RESYNC),
+    286: (HistoryLost, _RESYNC),
 }
 """Everywhere."""
 
@@ -78,21 +75,21 @@ CHANGE_STREAM_CODES: Final[dict[int, Meaning]] = {
     10334: (FatalError, _TOO_LARGE),
     17419: (FatalError, _TOO_LARGE),
     47: (ResyncRequired, _IMAGES),
-    280: (ResyncRequired, f"the server cannot go on from here; {_COPY_AGAIN}"),
+    280: (ResyncRequired, "the server cannot go on from here"),
     # the oplog has gone on: ChangeStreamHistoryLost (286), and what servers before 4.4 said
-    136: (ResyncRequired, _RESYNC),
-    40576: (ResyncRequired, _RESYNC),
-    40585: (ResyncRequired, _RESYNC),
-    40615: (ResyncRequired, _RESYNC),
+    136: (HistoryLost, _RESYNC),
+    40576: (HistoryLost, _RESYNC),
+    40585: (HistoryLost, _RESYNC),
+    40615: (HistoryLost, _RESYNC),
     # a token that the server does not take: FailedToParse, Overflow, CloseChangeStream, InvalidResumeToken and others
-    9: (ResyncRequired, _COPY_AGAIN),
-    15: (ResyncRequired, _COPY_AGAIN),
-    222: (ResyncRequired, _COPY_AGAIN),
-    260: (ResyncRequired, _COPY_AGAIN),
-    40647: (ResyncRequired, _COPY_AGAIN),
-    40648: (ResyncRequired, _COPY_AGAIN),
-    40649: (ResyncRequired, _COPY_AGAIN),
-    50811: (ResyncRequired, _COPY_AGAIN),
+    9: (ResyncRequired, _OTHER_STREAM),
+    15: (ResyncRequired, _OTHER_STREAM),
+    222: (ResyncRequired, _OTHER_STREAM),
+    260: (ResyncRequired, _OTHER_STREAM),
+    40647: (ResyncRequired, _OTHER_STREAM),
+    40648: (ResyncRequired, _OTHER_STREAM),
+    40649: (ResyncRequired, _OTHER_STREAM),
+    50811: (ResyncRequired, _OTHER_STREAM),
     # the collection or database is no longer what it was: what follows is a matter of the next attempt
     26: (TransientError, "the database does not exist yet; it is tried again"),
     166: (FatalError, "views have no changes: exclude them"),

@@ -40,7 +40,7 @@ def fingerprint(source: SourceConfig, deployment: Deployment) -> Fingerprint:
     )
 
 
-def check(stored: str | None, current: Fingerprint, source: str) -> None:
+def check(stored: str | None, current: Fingerprint) -> None:
     """Raise `ResyncRequired` where the stored token belongs to another stream; says what has changed.
 
     Allowed is what takes nothing away: more collections (they are copied), more kinds of events.
@@ -51,7 +51,7 @@ def check(stored: str | None, current: Fingerprint, source: str) -> None:
     if changed:
         raise ResyncRequired(
             f"the stored resume token belongs to another change stream: {'; '.join(changed)}",
-            hint=f"change it back, or `cdc drop {source}` and its sinks, then `cdc run`: everything is copied again",
+            hint="change it back",
         )
 
 

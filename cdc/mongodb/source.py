@@ -34,7 +34,7 @@ from cdc.mongodb.scope import scope_of
 from cdc.mongodb.snapshot import MongoSnapshot, estimate_size
 from cdc.mongodb.stream import ChangeStream, Reply, Start, start_at, stream_options, stream_pipeline
 from cdc.position import SourcePosition
-from cdc.source import Estimate, Facts
+from cdc.source import Beginning, Estimate, Facts
 from cdc.status import CaptureStats, OplogStatus, State
 
 log = structlog.get_logger()
@@ -71,6 +71,7 @@ class MongoSource:
         self._client: AsyncClient | None = None
         self._stream: ChangeStream | None = None
         self._assembler: Assembler | None = None
+        self._anew: dict[str, str] | None = None  # while the stream begins anew: the facts of its new beginning
         self._reply: Reply | None = None
         self._at = 0
         self._moving: Iterator[Batch] | None = None
@@ -91,6 +92,16 @@ class MongoSource:
         self.close()
         self._runner = asyncio.Runner()
         return self._run(self._open(position))
+
+    def restart(self) -> Beginning:
+        """Stream from now on."""
+        self.close()
+        self._assembler = None
+        self._anew = {}
+        try:
+            return Beginning(self.open(None), self._anew)
+        finally:
+            self._anew = None
 
     def read(self, timeout_seconds: float) -> Batch | None:
         """Wait for changes; a batch without transactions moves the position while nothing happens."""
@@ -225,8 +236,11 @@ class MongoSource:
     def _check_fingerprint(self, deployment: Deployment, position: SourcePosition | None) -> None:
         current = fingerprint(self._source, deployment)
         stored, encoded = self._facts.get(FACT), encode(current)
+        if self._anew is not None:
+            self._anew[FACT] = encoded
+            return
         if position is not None:
-            check(stored, current, self.name)
+            check(stored, current)
         if stored != encoded:
             self._facts.set(FACT, encoded)
 

@@ -216,7 +216,7 @@ class Applier:
 
     def _one_of_stale(self, tables: Tables, change: Change) -> None:
         """Where a stale row of the mirror has the unique value that a right one gets, that one goes first."""
-        plan = self._plan(tables[change.table]) if change.table >= 0 and change.after is not None else None
+        plan = self.plan(tables[change.table]) if change.table >= 0 and change.after is not None else None
         if plan is None or plan.target.name not in self.stale:
             self._one(tables, change)
             return

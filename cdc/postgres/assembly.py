@@ -179,7 +179,7 @@ class Assembler:
                 raise ResyncRequired(
                     f"the source began to send the transaction at {format_lsn(lsn)}, "
                     f"and after a reconnect goes on with {format_lsn(begin.commit_lsn)}",
-                    hint="it is not the server it was, or was restored: copy the mirror again",
+                    hint="it is not the server it was, or was restored",
                 )
             self._skip_changes = ordinal
         self._plain = not self._skip_transaction and not self._skip_changes

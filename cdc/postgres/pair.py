@@ -113,6 +113,7 @@ _BOOKKEEPING: Final = {
     "cdc.positions": "DELETE FROM cdc.positions WHERE sink = %s",
     "cdc.tables": "DELETE FROM cdc.tables WHERE sink = %s",
     "cdc.resyncs": "DELETE FROM cdc.resyncs WHERE sink = %s",
+    "cdc.replays": "DELETE FROM cdc.replays WHERE sink = %s",
     "cdc.post_data": "DELETE FROM cdc.post_data WHERE sink = %s",
     "cdc.settled": "DELETE FROM cdc.settled WHERE sink = %s",
 }

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from cdc.change import TableName
-from cdc.position import Position, as_lsn, format_lsn
+from cdc.position import Lsn, Position, as_lsn, format_lsn, parse_lsn
 from cdc.postgres.bookkeeping import FORGOTTEN
 from cdc.postgres.connection import Connection
 
@@ -68,9 +68,33 @@ class RefreshMarks:
 
     def begin_anew(self, start: Position) -> None:
         """Let the mirror stand at `start`, whatever it holds: every table is as of before, and must be refreshed."""
+        self.replayed()
         position = format_lsn(as_lsn(start.source))
         self._connection.execute(_RESTART, [self._sink, start.queue_id, start.seq, position])
         self._connection.execute(_TABLES_FROM, [position, self._sink, format_lsn(FORGOTTEN)])
+
+    # a replay
+
+    def replaying(self) -> Lsn | None:
+        """Where the mirror stood before it was taken back: until it is there again its rows are of an earlier time."""
+        ((exists,),) = self._connection.execute("SELECT to_regclass('cdc.replays') IS NOT NULL").fetchall()
+        if not exists:
+            return None
+        rows = self._connection.execute("SELECT until::text FROM cdc.replays WHERE sink = %s", [self._sink]).fetchall()
+        return parse_lsn(rows[0][0]) if rows else None
+
+    def rewind(self, position: Position) -> None:
+        """Let the mirror stand at an earlier position, and remember where it stood."""
+        if self.replaying() is None:
+            self._connection.execute(_REPLAYS)
+            self._connection.execute(_REPLAY, [self._sink])
+        lsn = format_lsn(as_lsn(position.source))
+        self._connection.execute(_REWIND, [position.queue_id, position.seq, lsn, self._sink])
+
+    def replayed(self) -> None:
+        """Note that it is there again."""
+        if self.replaying() is not None:
+            self._connection.execute("DELETE FROM cdc.replays WHERE sink = %s", [self._sink])
 
     def _exists(self) -> bool:
         ((exists,),) = self._connection.execute("SELECT to_regclass('cdc.resyncs') IS NOT NULL").fetchall()
@@ -98,6 +122,9 @@ _PUT: Final = """
 UPDATE cdc.resyncs SET done_key = %s, rows = %s, inserted = %s, updated = %s, deleted = %s
  WHERE sink = %s AND source_schema = %s AND source_table = %s
 """
+_REPLAYS: Final = "CREATE TABLE IF NOT EXISTS cdc.replays (sink text PRIMARY KEY, until pg_lsn NOT NULL)"
+_REPLAY: Final = "INSERT INTO cdc.replays SELECT sink, position FROM cdc.positions WHERE sink = %s"
+_REWIND: Final = "UPDATE cdc.positions SET queue_id = %s, seq = %s, position = %s WHERE sink = %s"
 _DONE: Final = "DELETE FROM cdc.resyncs WHERE sink = %s AND source_schema = %s AND source_table = %s"
 
 _RESTART: Final = """

@@ -8,7 +8,7 @@ import structlog
 
 from cdc.change import TableName
 from cdc.errors import FatalError
-from cdc.position import Position, as_lsn, format_lsn
+from cdc.position import Position
 from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Mark
 from cdc.postgres.conflicts import checked_late
 from cdc.postgres.connection import Connection, translated_errors
@@ -46,11 +46,9 @@ class RefreshTarget(CopyTarget):
 
     def rewind(self, position: Position) -> None:
         """Let the mirror stand at an earlier position: what follows it is delivered once more."""
-        with self._session() as connection, translated_errors():
-            connection.execute(
-                "UPDATE cdc.positions SET queue_id = %s, seq = %s, position = %s WHERE sink = %s",
-                [position.queue_id, position.seq, format_lsn(as_lsn(position.source)), self.name],
-            )
+        with self._session() as connection, translated_errors(), connection.transaction():
+            connection.execute("SELECT FROM cdc.positions WHERE sink = %s FOR UPDATE", [self.name])
+            RefreshMarks(connection, self.name).rewind(position)
 
     def _divided(
         self, connection: Connection, marks: Mapping[TableName, Mark], tables: Collection[TableName] | None

@@ -17,13 +17,11 @@ import structlog
 from psycopg import errors, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from cdc.errors import CdcError, FatalError, ResyncRequired, TransientError
+from cdc.errors import CdcError, FatalError, HistoryLost, ResyncRequired, TransientError
 from cdc.position import Lsn, format_lsn, parse_lsn
 from cdc.postgres.connection import Connection, to_cdc_error, translated_errors
 
 PLUGIN: Final = "pgoutput"
-
-RESYNC_HINT: Final = "run `cdc drop` for this source, then `cdc run`: the tables are copied again"
 
 WARN_ABOVE: Final = 0.8
 """Share of `max_slot_wal_keep_size` in use from which `slot_warning` speaks."""
@@ -145,6 +143,16 @@ def drop_slot(connection: Connection, name: str) -> None:
         )
 
 
+def drop_lost_slot(connection: Connection, name: str, database: str) -> bool:
+    """Drop a slot of ours that the server has given up; whether there was one. Raises `FatalError` for another's."""
+    slot = read_slot(connection, name)
+    if slot is None or not slot.lost:
+        return False
+    _check_kind(slot, database)
+    drop_slot(connection, name)
+    return True
+
+
 def refuse_standby(connection: Connection) -> None:
     """Raise `FatalError` where the server is a standby: publications and slots are made on the primary."""
     with translated_errors():
@@ -163,7 +171,7 @@ def check_cluster(
     if stored_system_id is not None and stored_system_id != identity.system_id:
         raise ResyncRequired(
             f"another cluster: changes were captured from system {stored_system_id}, this is {identity.system_id}",
-            hint=f"correct the url, or {RESYNC_HINT}",
+            hint="correct the url",
         )
     if position is None:
         return
@@ -171,13 +179,11 @@ def check_cluster(
         raise ResyncRequired(
             f"the server's WAL ends at {format_lsn(identity.wal_end)}, before {format_lsn(position)}, which was already"
             " captured: it was restored from a backup, or lost its last writes",
-            hint=RESYNC_HINT,
         )
     if forked_at is not None and forked_at < position:
         raise ResyncRequired(
             f"the server was promoted at {format_lsn(forked_at)}: what was captured from there to"
             f" {format_lsn(position)} never happened on it",
-            hint=RESYNC_HINT,
         )
 
 
@@ -189,18 +195,17 @@ def check_slot(slot: Slot | None, *, name: str, database: str, position: Lsn | N
     if slot is None:
         if position is not None:
             gone = f"changes from {format_lsn(position)} to {format_lsn(wal_end)} are gone"
-            raise ResyncRequired(f"slot {name} is missing: {gone}", hint=RESYNC_HINT)
+            raise HistoryLost(f"slot {name} is missing: {gone}")
         return
     _check_kind(slot, database)
     if slot.lost:
         reason = slot.invalidation_reason or "the server has removed WAL that it needs"
-        raise ResyncRequired(f"slot {name} is lost ({reason})", hint=f"raise max_slot_wal_keep_size; {RESYNC_HINT}")
+        raise HistoryLost(f"slot {name} is lost ({reason})", hint="raise max_slot_wal_keep_size")
     confirmed = slot.confirmed_flush_lsn
     if position is not None and confirmed is not None and confirmed > position:
-        raise ResyncRequired(
+        raise HistoryLost(
             f"slot {name} is ahead of the queue: changes between {format_lsn(position)} and {format_lsn(confirmed)}"
             " are gone (somebody else has read or recreated the slot, or the queue is an older copy)",
-            hint=RESYNC_HINT,
         )
     if slot.active_pid is not None:
         who = f" ({slot.active_application})" if slot.active_application else ""

@@ -29,6 +29,7 @@ from cdc.postgres.slot import (
     check_cluster,
     check_slot,
     create_slot,
+    drop_lost_slot,
     identify_system,
     read_slot,
     refuse_standby,
@@ -37,7 +38,7 @@ from cdc.postgres.slot import (
 )
 from cdc.postgres.snapshot import PostgresSnapshot, open_snapshot
 from cdc.preflight import require
-from cdc.source import Estimate, Facts
+from cdc.source import Beginning, Estimate, Facts
 from cdc.status import CaptureStats, SlotStats
 
 log = structlog.get_logger()
@@ -63,6 +64,7 @@ class PostgresSource:
         self._stream: ReplicationStream | None = None
         self._walsender: Connection | None = None
         self._control: Connection | None = None
+        self._anew: dict[str, str] | None = None  # while the stream begins anew: the facts of its new beginning
         self._given = Lsn(0)  # the last position that a batch carried
         self._given_at = 0.0
         self._observed_at = 0.0
@@ -97,6 +99,18 @@ class PostgresSource:
         )
         self._observe_server()
         return start
+
+    def restart(self) -> Beginning:
+        """Stream from now on, from a slot that is made for it if there is none, or only a lost one."""
+        with connect(self._url) as control:
+            if drop_lost_slot(control, self._source.slot, control.info.dbname):
+                log.info("lost slot dropped", source=self.name, slot=self._source.slot)
+        self._assembler = None
+        self._anew = {}
+        try:
+            return Beginning(self.open(None), self._anew)
+        finally:
+            self._anew = None
 
     def read(self, timeout_seconds: float) -> Batch | None:
         """Wait for changes; a batch without transactions moves the position while nothing happens."""
@@ -177,6 +191,9 @@ class PostgresSource:
 
     def _check_cluster(self, walsender: Connection, position: Lsn | None) -> None:
         identity = identify_system(walsender)
+        if self._anew is not None:
+            self._anew |= {"system_id": identity.system_id, "timeline": str(identity.timeline)}
+            return
         stored_system = self._facts.get("system_id")
         stored_timeline = self._facts.get("timeline")
         forked_at = None

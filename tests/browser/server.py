@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -24,6 +25,7 @@ from cdc.letter import DeadLetters
 from cdc.position import SourcePosition
 from cdc.queue import QueueStats
 from cdc.status import CaptureStats, CopyStatus, DaemonStatus, DeliveryStats, SlotStats, State, snapshot
+from cdc.steering import Ordered, Replayed
 from tests.unit.test_api_letters import poisoned
 
 HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
@@ -64,6 +66,12 @@ class PlayedDaemon:
         self._named(name).state = State.RUNNING
 
     def hold(self, name: str, until: SourcePosition | None, seconds: float) -> SourcePosition:
+        raise UnknownName(name)
+
+    def resync(self, name: str, tables: Sequence[str], *, yes: bool) -> Ordered:
+        raise UnknownName(name)
+
+    def replay(self, name: str, since: str, *, dry_run: bool) -> Replayed:
         raise UnknownName(name)
 
     def release(self, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ from cdc.status import (
     from_json,
     snapshot,
 )
+from cdc.steering import Ordered, Replayed
 from tests.unit.test_status import queue_stats
 
 LOCAL = "http://127.0.0.1:8642"
@@ -61,6 +62,14 @@ class FakeBackend:
     def hold(self, name: str, until: SourcePosition | None, seconds: float) -> SourcePosition:
         self._call("hold", name, until, seconds)
         return 15 if until is None else until
+
+    def resync(self, name: str, tables: Sequence[str], *, yes: bool) -> Ordered:
+        self._call("resync", name, tuple(tables), yes)
+        return Ordered((name,))
+
+    def replay(self, name: str, since: str, *, dry_run: bool) -> Replayed:
+        self._call("replay", name, since, dry_run)
+        return Replayed(7, 3)
 
     def release(self, name: str) -> None:
         self._call("release", name)

@@ -26,6 +26,7 @@ ONLY: Final = {
         "cdc.api",
         "cdc.status",
         "cdc.letter",
+        "cdc.steering",
         "cdc.metrics",
         "cdc.queue",
         "cdc.config",

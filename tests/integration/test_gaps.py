@@ -1,0 +1,245 @@
+"""Every "resync required" has a way out: the command that the hint names, word for word."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.command import Cdc, assert_complaint
+from tests.conftest import NewDatabase
+from tests.processes import wait_until
+from tests.servers import Database, PostgresServer
+
+SCHEMA = """
+    CREATE TABLE items (id int PRIMARY KEY, name text UNIQUE);
+    CREATE TABLE keyless (n int);
+    ALTER TABLE keyless REPLICA IDENTITY FULL;
+    INSERT INTO items SELECT n, 'item ' || n FROM generate_series(1, 100) n;
+    INSERT INTO keyless SELECT generate_series(1, 10);
+"""
+MISSED = """
+    DELETE FROM items WHERE id <= 50;
+    UPDATE items SET name = NULL WHERE id = 51;
+    UPDATE items SET name = 'item 51' WHERE id = 60;
+    INSERT INTO items SELECT n, 'item ' || (n - 200) FROM generate_series(201, 220) n;
+    DELETE FROM keyless WHERE n < 5;
+"""
+"""What happens while nobody captures: names pass from row to row."""
+
+
+class Run:
+    """A daemon, and what becomes of it."""
+
+    def __init__(self, cdc: Cdc, source_db: Database, target_db: Database, pg_dump: Path) -> None:
+        self.cdc, self.source_db, self.target_db, self.pg_dump = cdc, source_db, target_db, pg_dump
+        self.configure(source_db)
+
+    def configure(self, source_db: Database, **options: str) -> None:
+        source = f'pg_dump = "{self.pg_dump}"\nslot = "{self.source_db.name}"\n{options.pop("source", "")}'
+        self.cdc.configure(source_db.url, self.target_db.url, source=source, **options)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with self.cdc.running():
+            yield
+
+    def fill_and_stop(self) -> None:
+        with self.cdc.running():
+            self.cdc.wait_for_sink("running")
+            self.source_db.execute("UPDATE items SET name = 'first' WHERE id = 1")
+            self.wait_for_row("first")
+
+    def wait_for_row(self, name: str) -> None:
+        query = f"SELECT count(*) FROM items WHERE name = '{name}'"
+        wait_until(lambda: self.target_db.value(query), what=lambda: f"{name}: {self.cdc.status()}\n{self.cdc.log}")
+
+    def failed(self, name: str) -> dict[str, Any]:
+        """Wait until a source or a sink has stopped, and return its status."""
+
+        def found() -> dict[str, Any] | None:
+            status = self.cdc.status()
+            part = (status["sources"] | status["sinks"])[name]
+            return part if part["state"] == "failed" else None
+
+        return wait_until(found, what=lambda: f"{name} to fail: {self.cdc.status()}\n{self.cdc.log}")
+
+    def follow(self, hint: str, *expected: str) -> str:
+        """Do what the hint says."""
+        found = re.search(r"`cdc ([^`]+)`", hint)
+        assert found is not None, hint
+        assert found[1].split() == list(expected)
+        done = self.cdc(*found[1].split())
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def assert_right(self) -> None:
+        """Right, and following the stream."""
+        self.wait_until_resynced()
+        self.source_db.execute("INSERT INTO items VALUES (1000, 'new')")
+        self.wait_for_row("new")
+        verified = self.cdc("verify")
+        assert verified.returncode == 0, verified.stdout
+
+    def wait_until_resynced(self) -> None:
+        def done() -> bool:
+            status = self.cdc.status()
+            sink, source = status["sinks"]["mirror"], status["sources"]["shop"]
+            return sink["state"] == source["state"] == "running" and sink["resync"] is None
+
+        wait_until(done, timeout_seconds=60, what=lambda: f"the resync: {self.cdc.status()}\n{self.cdc.log}")
+
+
+@pytest.fixture
+def run(cdc: Cdc, source_db: Database, target_db: Database, pg_dump: Path) -> Run:
+    source_db.execute(SCHEMA)
+    run = Run(cdc, source_db, target_db, pg_dump)
+    run.fill_and_stop()
+    return run
+
+
+def test_f8_a_dropped_slot(run: Run) -> None:
+    run.source_db.execute(f"SELECT pg_drop_replication_slot('{run.source_db.name}')")
+    run.source_db.execute(MISSED)
+    with run.running():
+        source = run.failed("shop")
+        assert "is missing" in source["error"]
+        assert "begins anew; its sinks all have the gap: mirror" in run.follow(source["hint"], "resync", "shop")
+        run.assert_right()
+
+
+def test_f8_a_slot_that_was_read_by_another(run: Run) -> None:
+    run.source_db.execute(MISSED)
+    run.source_db.execute(f"SELECT pg_replication_slot_advance('{run.source_db.name}', pg_current_wal_lsn())")
+    with run.running():
+        source = run.failed("shop")
+        assert "ahead" in source["error"]
+        run.follow(source["hint"], "resync", "shop")
+        run.assert_right()
+
+
+def test_f9_a_slot_that_the_server_gave_up(run: Run) -> None:
+    source_db, slot = run.source_db, run.source_db.name
+    source_db.execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
+    try:
+        source_db.execute("SELECT pg_reload_conf()")
+        source_db.execute(MISSED)
+        for _ in range(3):
+            source_db.execute("CREATE TABLE filler AS SELECT 1; DROP TABLE filler")
+            source_db.execute("SELECT pg_switch_wal()")
+        source_db.execute("CHECKPOINT")
+        state = f"SELECT wal_status FROM pg_replication_slots WHERE slot_name = '{slot}'"
+        wait_until(lambda: source_db.value(state) == "lost", what=lambda: str(source_db.value(state)))
+    finally:
+        source_db.execute("ALTER SYSTEM RESET max_slot_wal_keep_size")
+        source_db.execute("SELECT pg_reload_conf()")
+    with run.running():
+        source = run.failed("shop")
+        assert "is lost" in source["error"]
+        run.follow(source["hint"].replace("raise max_slot_wal_keep_size; ", ""), "resync", "shop")
+        run.assert_right()
+
+
+def test_f8_a_source_may_begin_anew_by_itself(run: Run) -> None:
+    run.configure(run.source_db, source='on_gap = "resync"')
+    run.source_db.execute(f"SELECT pg_drop_replication_slot('{run.source_db.name}')")
+    run.source_db.execute(MISSED)
+    with run.running():
+        run.wait_for_row("item 20")
+        run.assert_right()
+    assert "the stream begins anew" in run.cdc.log
+
+
+def test_f12_another_cluster_takes_a_person(run: Run, postgres16: PostgresServer, new_database: NewDatabase) -> None:
+    other = new_database(postgres16)
+    other.execute(SCHEMA)
+    other.execute(MISSED)
+    run.configure(other, source='on_gap = "resync"')
+    with run.running():
+        source = run.failed("shop")
+        assert "another cluster" in source["error"]
+        assert_complaint(run.cdc("resync", "mirror"), 1, "another cluster", "cdc resync shop --yes")
+        run.follow(source["hint"], "resync", "shop", "--yes")
+        run.source_db = other
+        run.assert_right()
+
+
+def test_f115_a_target_restored_to_before_what_is_kept(run: Run) -> None:
+    run.target_db.execute("UPDATE cdc.positions SET position = '0/1', seq = 0; DELETE FROM items WHERE id > 90")
+    with run.running():
+        sink = run.failed("mirror")
+        assert "the queue begins at" in sink["error"]
+        run.follow(sink["hint"], "resync", "mirror")
+        run.assert_right()
+
+
+def test_f115_an_emptied_target(run: Run) -> None:
+    run.target_db.execute("DROP SCHEMA cdc CASCADE; DROP TABLE items, keyless")
+    with run.running():
+        sink = run.failed("mirror")
+        assert "no position" in sink["error"]
+        assert_complaint(run.cdc("resync", "mirror"), 1, "no position", "--yes")
+        run.follow(sink["hint"], "resync", "mirror", "--yes")
+        run.assert_right()
+
+
+def test_without_a_daemon_it_is_done_when_one_starts(run: Run) -> None:
+    run.source_db.execute(f"SELECT pg_drop_replication_slot('{run.source_db.name}')")
+    run.source_db.execute(MISSED)
+    ordered = run.cdc("resync", "shop")
+    assert ordered.returncode == 0, ordered.stderr
+    assert "`cdc run`" in ordered.stderr
+    with run.running():
+        run.wait_for_row("item 20")
+        run.assert_right()
+
+
+def test_one_table_of_a_running_mirror(run: Run) -> None:
+    run.target_db.execute("DELETE FROM items WHERE id > 50; DELETE FROM keyless")
+    with run.running():
+        run.wait_until_resynced()
+        assert run.cdc("resync", "mirror", "public.items").returncode == 0
+        run.wait_for_row("item 100")
+        run.wait_until_resynced()
+        report = json.loads(run.cdc("verify", "--json").stdout)
+        assert not report["equal"], "the other table was not asked for"
+        assert_complaint(run.cdc("resync", "mirror", "items"), 1, "not a table", "schema.table")
+        assert run.cdc("resync", "mirror").returncode == 0
+        run.wait_until_resynced()
+        run.assert_right()
+
+
+def test_a_failed_sink_tries_again_when_it_is_told_to(run: Run) -> None:
+    run.target_db.execute("ALTER TABLE items ADD CHECK (name <> 'bad')")
+    with run.running():
+        run.source_db.execute("INSERT INTO items VALUES (500, 'bad')")
+        assert "cdc resume" in run.failed("mirror")["hint"]
+        run.target_db.execute("ALTER TABLE items DROP CONSTRAINT items_name_check")
+        assert run.cdc("resume", "mirror").returncode == 0
+        run.wait_for_row("bad")
+        run.assert_right()
+
+
+def test_replay(run: Run) -> None:
+    run.cdc.file.write_text(run.cdc.file.read_text().replace("[queue]", "[queue]\nkeep_seconds = 3600"))
+    with run.running():
+        run.wait_until_resynced()
+        assert_complaint(run.cdc("replay", "mirror", "--from", "1"), 1, "not kept any more", "keep_seconds")
+        first = run.cdc.status()["sources"]["shop"]["queue"]["last_seq"] + 1
+        run.source_db.execute("UPDATE items SET name = 'x' WHERE id = 2")
+        run.source_db.execute("UPDATE items SET name = NULL WHERE id = 2")
+        run.source_db.execute("UPDATE items SET name = 'x' WHERE id = 3; DELETE FROM items WHERE id = 4")
+        run.source_db.execute("UPDATE items SET id = 300 WHERE id = 5; INSERT INTO items VALUES (5, 'last')")
+        run.wait_for_row("last")
+        dry = run.cdc("replay", "mirror", "--from", str(first), "--dry-run")
+        assert "6 changes would be" in dry.stdout, dry
+        done = run.cdc("replay", "mirror", "--from", str(first))
+        assert "6 changes are" in done.stdout, done
+        wait_until(lambda: run.cdc.status()["sinks"]["mirror"]["changes"]["update"] >= 8, what=lambda: run.cdc.log)
+        run.assert_right()
+        assert run.target_db.value("SELECT count(*) FROM cdc.replays") == 0
