@@ -78,7 +78,7 @@ class MongodbSink(MongoCopyTarget):
     all_or_nothing = False
 
     def __init__(self, config: SinkConfig, context: SinkContext) -> None:
-        super().__init__(config)
+        super().__init__(config, context.source)
         self._reread = context.reread
         self._connection: _Connection | None = None
         self._through: bytes | None = None
@@ -245,7 +245,7 @@ class MongodbSink(MongoCopyTarget):
                     name = self.name
                     raise ResyncRequired(
                         f"sink {name}: its target is ahead of its position, by changes that do not come again",
-                        hint=f"`cdc drop {name}`, then `cdc run`: it is copied again",
+                        hint=f"`cdc resync {name} --yes`: it is copied again",
                     )
                 return None
             self._through = None

@@ -20,6 +20,10 @@ MAX_BYTES: Final = 12 * 1024**2
 _DUPLICATE_KEY: Final = 11000
 
 
+Overwrite = Callable[[Client, TableName, bytes], int]
+"""Write a block's documents over what a collection has; returns how many there were."""
+
+
 class MongoLoader:
     """A `cdc.sink.Loader`.
 
@@ -28,15 +32,23 @@ class MongoLoader:
     """
 
     def __init__(
-        self, client: Client, target_name: Callable[[TableName], TableName], in_order: Callable[[TableName], bool]
+        self,
+        client: Client,
+        target_name: Callable[[TableName], TableName],
+        in_order: Callable[[TableName], bool],
+        overwrites: Mapping[TableName, Overwrite],
     ) -> None:
+        """Load; `overwrites` tells how, for collections that keep what they hold."""
         self._client = client
         self._target_name = target_name
         self._in_order = in_order
+        self._overwrites = overwrites
 
     def load(self, table: TableName, blocks: Iterable[bytes], *, binary: bool) -> int:  # noqa: ARG002
         """Write documents that stand end to end; return how many there were. Durable on return."""
         rows = 0
+        if (overwrite := self._overwrites.get(table)) is not None:
+            return sum(overwrite(self._client, self._target_name(table), block) for block in blocks)
         name, ordered = self._target_name(table), self._in_order(table)
         for block in blocks:
             for documents in batches(block):

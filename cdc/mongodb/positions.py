@@ -48,6 +48,7 @@ class CollectionState(msgspec.Struct, frozen=True, kw_only=True):
     uuid: of the source's collection that was copied.
     renamed_at: the moment of the rename that it has its name by; `None` without one.
     made: whether the sink made the collection, and builds its indexes.
+    kept: whether it is to be copied over what is there.
     pending: descriptions of indexes that are yet to be built, as on the source.
     expiring: descriptions of indexes that delete by themselves, as on the source. On the mirror they are built without
         `expireAfterSeconds`, so that they delete nothing; cut-over gives it back by `collMod`.
@@ -60,6 +61,7 @@ class CollectionState(msgspec.Struct, frozen=True, kw_only=True):
     rows: int = 0
     renamed_at: bytes | None = None
     made: bool = False
+    kept: bool = False
     pending: tuple[bytes, ...] = ()
     expiring: tuple[bytes, ...] = ()
 
@@ -149,6 +151,11 @@ class Positions:
         set back.
         """
         self._change({"$set": {"through": through, "through_seq": Int64(seq)}}, None)
+
+    def put_back(self, position: Position) -> None:
+        """Let the sink stand at a position, wherever it stood. Nobody may be writing."""
+        with translated_errors():
+            self._collection.update_one({"_id": self._sink}, {"$set": _fields(position)}, upsert=True)
 
     def end(self) -> None:
         """Forget where the sink stands."""

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from cdc.change import TableName
-from cdc.config import SinkConfig
+from cdc.config import SinkConfig, SourceConfig
 from cdc.errors import FatalError, TransientError
 from cdc.mongodb.client import Client, connect, database_name, translated_errors
 from cdc.mongodb.collections import (
@@ -32,7 +32,9 @@ from cdc.mongodb.loader import MongoLoader
 from cdc.mongodb.moment import has_passed
 from cdc.mongodb.positions import CollectionState, Positions
 from cdc.mongodb.ranges import Ranges
+from cdc.mongodb.refresh import can_stay, drop_unique_indexes, order, overwrite, remove_gone
 from cdc.position import Position, SourcePosition
+from cdc.sink import Resync
 from cdc.source import Chunk
 
 log = structlog.get_logger()
@@ -47,14 +49,16 @@ class MongoCopyTarget:
     consistent: whether the stream is known to have passed the end of every collection's copy.
     """
 
-    def __init__(self, config: SinkConfig) -> None:
+    def __init__(self, config: SinkConfig, source: SourceConfig | None = None) -> None:
         assert config.url is not None, "cdc.config derives one"
+        self._source_url = source.url.reveal() if source is not None and source.url is not None else ""
         self.name = config.name
         self.config = config
         self.url = config.url.reveal()
         self.database = database_name(self.url) or DEFAULT_DATABASE
         self.consistent = False
         self._capped: set[TableName] = set()
+        self._kept: set[TableName] = set()
         self._numbers: dict[Chunk, int] = {}
 
     def stored_position(self) -> Position | None:
@@ -116,6 +120,17 @@ class MongoCopyTarget:
             positions.remove(tables)
             positions.end()
 
+    def want_resync(self, tables: Collection[TableName] | None, start: Position | None) -> Resync:
+        """Let collections (`None`: all) be copied over what is there. start: the mirror stands there from now on."""
+        with self._session() as client:
+            return order(client, self.database, self.name, tables, start)
+
+    def rewind(self, position: Position) -> None:
+        """Let the mirror stand at an earlier position: what follows it is delivered once more."""
+        with self._positions() as positions:
+            positions.end_last_writer()
+            positions.put_back(position)
+
     def prepare_copy(self, tables: Sequence[TableName], start: Position, schema: object) -> None:
         """Make the collections that are missing, empty those that are not copied, store `start` if no position is.
 
@@ -130,6 +145,7 @@ class MongoCopyTarget:
             preparation = _Preparation(self, client, positions, Ranges(client, self.database, self.name))
             preparation.run(schema.collections)
             positions.begin(start)
+            self._kept = {table for table, state in positions.collections().items() if state.kept}
         self._capped = {collection.name for collection in schema.collections if collection.capped}
 
     def column_types(self, table: TableName) -> dict[str, str]:  # noqa: ARG002 - the protocol's
@@ -149,6 +165,9 @@ class MongoCopyTarget:
                 if split[0].part[0] != state.uuid:
                     raise TransientError(f"{table} was made anew at the source")
                 positions.put([msgspec.structs.replace(state, copied_from=position)])
+                if table in self._kept:
+                    with connect(self._source_url, application_name="cdc-copy") as source:
+                        remove_gone(source, client, table, self.config.target_name(table))
                 plan = ranges.put(table, split)
         numbered = dict(zip(plan.chunks(table), range(len(plan.bounds) + 1), strict=True))
         self._numbers |= numbered
@@ -157,7 +176,8 @@ class MongoCopyTarget:
     def loader(self) -> MongoLoader:
         """Open a connection for a copy worker; from any thread."""
         client = connect(self.url, application_name=f"cdc-copy {self.name}")
-        return MongoLoader(client, self.config.target_name, self._capped.__contains__)
+        overwrites = dict.fromkeys(self._kept, overwrite)
+        return MongoLoader(client, self.config.target_name, self._capped.__contains__, overwrites)
 
     def chunk_copied(self, chunk: Chunk, rows: int) -> None:  # noqa: ARG002 - the protocol's
         """Record durably that a range is complete."""
@@ -170,7 +190,7 @@ class MongoCopyTarget:
         with self._session() as client:
             positions = Positions(client, self.database, self.name)
             state = positions.collections()[table]
-            positions.put([msgspec.structs.replace(state, copied_at=position, rows=rows)])
+            positions.put([msgspec.structs.replace(state, copied_at=position, rows=rows, kept=False)])
             Ranges(client, self.database, self.name).remove([table])
 
     def build_keys(self) -> None:
@@ -280,6 +300,9 @@ class _Preparation:
         if state is not None and found is not None and plan is not None and plan.uuid == wanted.uuid == state.uuid:
             return  # a copy that was killed: it goes on
         self._ranges.remove([wanted.name])
+        if state is not None and state.kept and found is not None and can_stay(wanted, found):
+            self._keep(wanted, state)
+            return
         made = found is None or (state is not None and state.made)
         indexes = tuple(index.spec for index in wanted.indexes)
         expiring = tuple(index.spec for index in wanted.indexes if index.expires)
@@ -295,6 +318,14 @@ class _Preparation:
         elif state is not None:
             with translated_errors():
                 self._client[name.schema][name.name].delete_many({})
+
+    def _keep(self, wanted: CollectionInfo, state: CollectionState) -> None:
+        """Leave what is there, but for unique indexes; all that are missing are built at the end."""
+        drop_unique_indexes(self._client, self._name(wanted))
+        indexes = tuple(index.spec for index in wanted.indexes)
+        expiring = tuple(index.spec for index in wanted.indexes if index.expires)
+        kept = msgspec.structs.replace(state, uuid=wanted.uuid, pending=indexes, expiring=expiring, renamed_at=None)
+        self._positions.put([kept])
 
     def _is_complete(self, table: TableName) -> bool:
         state = self._states.get(table)
