@@ -32,6 +32,9 @@ log = structlog.get_logger()
 UPKEEP_SECONDS: Final = 5.0
 """How often a sink is given time for upkeep."""
 
+CATCHING_UP_SECONDS: Final = 0.5
+"""The same for one that is not consistent yet: more may wait for that."""
+
 READ_SECONDS: Final = 0.2
 """Longest wait for batches. A pause, a hold and a stop wake the queue and need not wait so long."""
 
@@ -319,7 +322,8 @@ class Delivery:
 
     def _upkeep(self) -> None:
         now = time.monotonic()
-        if now - self._upkeep_at < UPKEEP_SECONDS or self._in_transaction or self._stats.position is None:
+        seconds = UPKEEP_SECONDS if self._sink.consistent else CATCHING_UP_SECONDS
+        if now - self._upkeep_at < seconds or self._in_transaction or self._stats.position is None:
             return
         self._wait_prepared()
         self._sink.upkeep(self._stats.position)

@@ -18,7 +18,7 @@ from cdc.position import Position
 from cdc.postgres.source import PostgresSource
 from cdc.queue import Queue
 from cdc.sink import SinkContext
-from cdc.status import CaptureStats, DeliveryStats
+from cdc.status import CaptureStats, DeliveryStats, State
 from sinks.postgres import PostgresSink
 from tests.servers import Database
 
@@ -98,6 +98,7 @@ class Mirror:
 
     def refill(self) -> None:
         """Go on after `stop`: what is to be copied again is copied, and all is streamed."""
+        self.delivery_stats.state = State.STARTING
         self.fill()
         self.deliver()
 
@@ -165,7 +166,8 @@ class Mirror:
         self.sync()
         for table in tables:
             source, target = self.rows(table)
-            assert source == target, f"{table} differs"
+            missing, extra = sorted(set(source) - set(target)), sorted(set(target) - set(source))
+            assert source == target, f"{table} differs: missing {missing[:5]}, not at the source {extra[:5]}"
 
     def close(self) -> None:
         self.stop()

@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pymongo
 import pytest
 
 from cdc.api.client import Client
 from cdc.status import to_json
 from tests.command import Cdc, assert_complaint
 from tests.conftest import NewDatabase
+from tests.mongo import at
+from tests.mongod.fixture import NewStandIn
 from tests.processes import wait_until
 from tests.servers import Database, PostgresServer
 
@@ -35,36 +38,16 @@ MISSED = """
 """What happens while nobody captures: names pass from row to row."""
 
 
-class Run:
-    """A daemon, and what becomes of it."""
+class Daemon:
+    """A daemon that is followed from outside."""
 
-    def __init__(self, cdc: Cdc, source_db: Database, target_db: Database, pg_dump: Path) -> None:
-        self.cdc, self.source_db, self.target_db, self.pg_dump = cdc, source_db, target_db, pg_dump
-        self.configure(source_db)
-
-    def configure(self, source_db: Database, **options: str) -> None:
-        source = f'pg_dump = "{self.pg_dump}"\nslot = "{self.source_db.name}"\n{options.pop("source", "")}'
-        self.cdc.configure(source_db.url, self.target_db.url, source=source, **options)
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        with self.cdc.running():
-            yield
+    def __init__(self, cdc: Cdc) -> None:
+        self.cdc = cdc
 
     def status(self) -> dict[str, Any]:
         """As `cdc status --json` prints it, without a process for each look."""
         address = (self.cdc.data_dir / "http").read_text()
         return dict(json.loads(to_json(Client(address).status())))
-
-    def fill_and_stop(self) -> None:
-        with self.cdc.running():
-            self.wait_until_resynced()
-            self.source_db.execute("UPDATE items SET name = 'first' WHERE id = 1")
-            self.wait_for_row("first")
-
-    def wait_for_row(self, name: str) -> None:
-        query = f"SELECT count(*) FROM items WHERE name = '{name}'"
-        wait_until(lambda: self.target_db.value(query), what=lambda: f"{name}: {self.status()}\n{self.cdc.log}")
 
     def failed(self, name: str) -> dict[str, Any]:
         """Wait until a source or a sink has stopped, and return its status."""
@@ -85,14 +68,6 @@ class Run:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def assert_right(self, new: str = "1") -> None:
-        """Right, and following the stream."""
-        self.wait_until_resynced()
-        self.source_db.execute(f"INSERT INTO items VALUES (1000 + {new}, 'new {new}')")
-        self.wait_for_row(f"new {new}")
-        verified = self.cdc("verify")
-        assert verified.returncode == 0, verified.stdout
-
     def wait_until_resynced(self) -> None:
         def done() -> bool:
             status = self.status()
@@ -100,6 +75,42 @@ class Run:
             return sink["state"] == source["state"] == "running" and sink["resync"] is None
 
         wait_until(done, timeout_seconds=60, what=lambda: f"the resync: {self.status()}\n{self.cdc.log}")
+
+
+class Run(Daemon):
+    """Of two PostgreSQL databases."""
+
+    def __init__(self, cdc: Cdc, source_db: Database, target_db: Database, pg_dump: Path) -> None:
+        super().__init__(cdc)
+        self.source_db, self.target_db, self.pg_dump = source_db, target_db, pg_dump
+        self.configure(source_db)
+
+    def configure(self, source_db: Database, **options: str) -> None:
+        source = f'pg_dump = "{self.pg_dump}"\nslot = "{self.source_db.name}"\n{options.pop("source", "")}'
+        self.cdc.configure(source_db.url, self.target_db.url, source=source, **options)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with self.cdc.running():
+            yield
+
+    def fill_and_stop(self) -> None:
+        with self.cdc.running():
+            self.wait_until_resynced()
+            self.source_db.execute("UPDATE items SET name = 'first' WHERE id = 1")
+            self.wait_for_row("first")
+
+    def wait_for_row(self, name: str) -> None:
+        query = f"SELECT count(*) FROM items WHERE name = '{name}'"
+        wait_until(lambda: self.target_db.value(query), what=lambda: f"{name}: {self.status()}\n{self.cdc.log}")
+
+    def assert_right(self, new: str = "1") -> None:
+        """Right, and following the stream."""
+        self.wait_until_resynced()
+        self.source_db.execute(f"INSERT INTO items VALUES (1000 + {new}, 'new {new}')")
+        self.wait_for_row(f"new {new}")
+        verified = self.cdc("verify")
+        assert verified.returncode == 0, verified.stdout
 
 
 @pytest.fixture
@@ -244,3 +255,34 @@ def test_replay(run: Run) -> None:
         wait_until(lambda: run.status()["sinks"]["mirror"]["changes"]["update"] >= 8, what=lambda: run.cdc.log)
         run.assert_right()
         assert run.target_db.value("SELECT count(*) FROM cdc.replays") == 0
+
+
+def test_f59_history_lost_on_mongodb(cdc: Cdc, new_stand_in: NewStandIn) -> None:
+    """F59: documents change while nobody captures, and the server forgets about it; unique values move."""
+    server = new_stand_in()
+    cdc.configure(at(server.url, "shop"))
+    with pymongo.MongoClient[dict[str, Any]](server.url) as client:
+        source, mirror = client.shop, client.shop_backup
+        source.items.create_index("name", unique=True)
+        source.items.insert_many([{"_id": n, "name": f"item {n}", "n": n} for n in range(100)])
+        with cdc.running():
+            cdc.wait_for_sink("running")
+            wait_until(lambda: mirror.items.count_documents({}) == 100)
+        source.items.delete_many({"_id": {"$lt": 40}})
+        source.items.update_one({"_id": 50}, {"$unset": {"name": ""}})
+        source.items.update_one({"_id": 60}, {"$set": {"name": "item 50"}})
+        source.items.insert_many([{"_id": n, "name": f"item {n - 1000}"} for n in range(1000, 1040)])
+        server.command("cdcTestTruncateOplog")
+        with cdc.running():
+            run = Daemon(cdc)
+            failed = run.failed("shop")
+            assert "286" in failed["error"]
+            run.follow(failed["hint"], "resync", "shop")
+            wait_until(lambda: mirror.items.count_documents({"_id": {"$gte": 1000}}), what=lambda: cdc.log)
+            assert mirror.items.count_documents({"_id": 99}), "what is there stays"
+            run.wait_until_resynced()
+            source.items.insert_one({"_id": "new", "name": "new"})
+            wait_until(lambda: mirror.items.count_documents({"_id": "new"}), what=lambda: cdc.log)
+            verified = cdc("verify")
+            assert verified.returncode == 0, verified.stdout
+            assert "name_1" in mirror.items.index_information()

@@ -13,7 +13,7 @@ from psycopg.errors import SerializationFailure, UniqueViolation
 
 from cdc.change import TableName
 from cdc.postgres import refresh, refresh_read
-from tests.mirror import Mirror, running_mirror
+from tests.mirror import Mirror, filled_mirror, running_mirror
 from tests.processes import wait_until
 from tests.servers import Database
 
@@ -145,3 +145,98 @@ def test_whatever_the_mirror_holds_it_becomes_right_beside_the_stream(
         wait_until_done(mirror)
     mirror.assert_equal(*TABLES)
     assert target_db.value("SELECT count(*) FROM cdc.resyncs") == 0
+
+
+def test_nothing_is_written_where_nothing_differs(mirror: Mirror, target_db: Database) -> None:
+    before = target_db.execute("SELECT max(xmin::text::bigint) FROM items")
+    resync(mirror, "items")
+    wait_until_done(mirror)
+    assert target_db.execute("SELECT max(xmin::text::bigint) FROM items") == before
+
+
+def test_it_goes_on_where_it_was_when_it_is_interrupted(mirror: Mirror, target_db: Database) -> None:
+    """The position of the stream and the last key are stored together: what is done is not done again."""
+    target_db.execute("UPDATE names SET n = -1; UPDATE items SET name = 'stale'")
+    resync(mirror, "items", "names")
+    wait_until(lambda: target_db.value("SELECT max(rows) FROM cdc.resyncs WHERE done_key IS NOT NULL"))
+    mirror.stop()
+    (done,) = target_db.execute("SELECT done_key[1]::int, rows FROM cdc.resyncs WHERE source_table = 'items'")
+    assert done == (done[1], done[1])
+    target_db.execute(f"UPDATE items SET name = 'since' WHERE id = {done[0]}")
+    mirror.refill()
+    wait_until_done(mirror)
+    assert target_db.execute("SELECT id FROM items WHERE name IN ('since', 'stale')") == [(done[0],)]
+    mirror.assert_equal("names")
+
+
+def test_a_table_that_is_emptied_meanwhile(mirror: Mirror, source_db: Database, target_db: Database) -> None:
+    target_db.execute("UPDATE items SET name = 'stale'; INSERT INTO items (id) VALUES (-5)")
+    resync(mirror, "items")
+    wait_until(lambda: target_db.value("SELECT max(rows) FROM cdc.resyncs WHERE done_key IS NOT NULL"))
+    source_db.execute("TRUNCATE items; INSERT INTO items (id, name) SELECT n, 'after' FROM generate_series(300, 900) n")
+    wait_until_done(mirror)
+    mirror.assert_equal("items")
+
+
+def test_values_that_did_not_travel_are_taken_from_the_snapshot(
+    mirror: Mirror, source_db: Database, target_db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the row has got another key since, or several; the values of others stay the stream's."""
+    target_db.execute("UPDATE items SET big = 'stale', name = 'stale'")
+    reading = threading.Event()
+    read = refresh_read.RangeReader.parts
+
+    def parts(reader: refresh_read.RangeReader, after: tuple[str, ...] | None) -> Iterator[refresh_read.Part]:
+        if not reading.is_set():
+            source_db.execute(
+                f"""
+                UPDATE items SET price = 1 WHERE id = 1;
+                UPDATE items SET id = -2 WHERE id = 2;
+                UPDATE items SET id = 1002 WHERE id = -2;
+                UPDATE items SET big = repeat(md5('x'), {BIG // 32}) WHERE id = 3;
+                UPDATE items SET price = 2 WHERE id = 3;
+                DELETE FROM items WHERE id = 4;
+                INSERT INTO items (id, name) VALUES (4, 'again');
+                """
+            )
+            mirror.sync()
+            reading.set()
+        yield from read(reader, after)
+
+    monkeypatch.setattr(refresh_read.RangeReader, "parts", parts)
+    resync(mirror, "items")
+    wait_until_done(mirror)
+    assert reading.is_set()
+    mirror.assert_equal("items")
+
+
+def test_tables_without_a_usable_key_are_copied_again(mirror: Mirror, source_db: Database, target_db: Database) -> None:
+    mirror.stop()
+    target_db.execute("ALTER TABLE names DROP CONSTRAINT names_mail_key, ADD UNIQUE (mail) DEFERRABLE")
+    target_db.execute("UPDATE names SET n = 0; UPDATE keyless SET n = 0; UPDATE items SET name = ''")
+    ordered = mirror.sink.want_resync(None, None)
+    assert [table.name for table in ordered.refreshed] == ["items", "pairs"]
+    assert [table.name for table in ordered.copied_again] == ["keyless", "names"]
+    mirror.refill()
+    wait_until_done(mirror)
+    mirror.assert_equal(*TABLES)
+
+
+def test_columns_filters_and_other_names(
+    source_db: Database, target_db: Database, tmp_path: Path, pg_dump: Path
+) -> None:
+    """What is not mirrored stays as it is; what the filter leaves out is removed."""
+    source_db.execute("CREATE EXTENSION citext; CREATE TABLE a (word citext, n int, secret text, PRIMARY KEY (word, n))")
+    source_db.execute("INSERT INTO a SELECT 'Word ' || n, n, 's' FROM generate_series(1, 200) n")
+    sink = {"rename": {"public.a": "other.b"}, "tables": {"public.a": {"columns": ["word", "n"], "where": "n > 50"}}}
+    with filled_mirror(source_db, target_db, tmp_path, pg_dump, sink=sink) as mirror:
+        mirror.sync()
+        target_db.execute("UPDATE other.b SET secret = 'mine'; INSERT INTO other.b VALUES ('word 7', 7)")
+        target_db.execute("DELETE FROM other.b WHERE word > 'Word 8'; UPDATE other.b SET word = upper(word::text)")
+        mirror.stop()
+        mirror.sink.want_resync([TableName("public", "a")], None)
+        mirror.refill()
+        wait_until_done(mirror)
+        wanted = source_db.execute("SELECT word::text, n FROM a WHERE n > 50 ORDER BY 2")
+        assert target_db.execute("SELECT word::text, n FROM other.b ORDER BY 2") == wanted
+        assert target_db.value("SELECT count(*) FROM other.b WHERE secret = 'mine'") > 0
