@@ -226,7 +226,9 @@ def test_columns_filters_and_other_names(
     source_db: Database, target_db: Database, tmp_path: Path, pg_dump: Path
 ) -> None:
     """What is not mirrored stays as it is; what the filter leaves out is removed."""
-    source_db.execute("CREATE EXTENSION citext; CREATE TABLE a (word citext, n int, secret text, PRIMARY KEY (word, n))")
+    source_db.execute(
+        "CREATE EXTENSION citext; CREATE TABLE a (word citext, n int, secret text, PRIMARY KEY (word, n))"
+    )
     source_db.execute("INSERT INTO a SELECT 'Word ' || n, n, 's' FROM generate_series(1, 200) n")
     sink = {"rename": {"public.a": "other.b"}, "tables": {"public.a": {"columns": ["word", "n"], "where": "n > 50"}}}
     with filled_mirror(source_db, target_db, tmp_path, pg_dump, sink=sink) as mirror:
