@@ -26,7 +26,8 @@ from cdc.letter import (
     Outcome,
     UnknownLetter,
 )
-from cdc.parking import Parker, reached_by, subject_of
+from cdc.parking import Parker, reached_by
+from cdc.parking_plan import subject_of
 from cdc.parts import Subjects
 from cdc.position import Position, format_position
 from cdc.queue import Queue

@@ -15,8 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
-from operator import attrgetter, is_
+from operator import is_
 from typing import Final, NamedTuple, TypeGuard, TypeVar
 
 import msgspec
@@ -28,6 +27,7 @@ from cdc.config import RetryOptions
 from cdc.desk import Desk
 from cdc.errors import FatalError, PermanentError
 from cdc.narrowing import Narrowing, ParkingSink
+from cdc.parking_plan import Plan, make_plan, subject_of
 from cdc.parts import Item, Subjects, alone, has_ddl, items_of, sifted
 from cdc.position import Position
 from cdc.queue import Queue, Stored
@@ -36,10 +36,6 @@ from cdc.retry import Backoff
 from cdc.sink import Ahead, Applied, Parking, Sink, Subject
 from cdc.status import DeliveryStats
 
-RELEASED_CHANGES: Final = 500
-RELEASED_BYTES: Final = 4 * 1024**2
-"""So much of what has waited behind a change is applied at once."""
-
 RETRY_SECONDS: Final = 0.1
 RELEASE_SECONDS: Final = 1.0
 """So long changes are tried again between two batches, and those applied that have waited behind them: the stream is
@@ -47,9 +43,6 @@ not to wait for many that fail."""
 
 ASK_SECONDS: Final = 5.0
 """So long an operator waits for a batch at hand."""
-
-_ID: Final = attrgetter("id")
-_POSITION: Final = attrgetter("position")
 
 log = structlog.get_logger()
 
@@ -73,18 +66,6 @@ class Clock(NamedTuple):
 
     monotonic: Callable[[], float] = time.monotonic
     unix: Callable[[], float] = time.time
-
-
-class _Plan(NamedTuple):
-    """What can be done now: released are those that wait behind nothing any more; heads begin with a refused one.
-
-    A head is what a transaction has parked that waits behind nothing else: a target may only take it together.
-    unreached: whether there are some that the target's position has not passed; they come first again.
-    """
-
-    released: Sequence[ParkedChange]
-    heads: Sequence[Sequence[ParkedChange]]
-    unreached: bool
 
 
 class _Admission(NamedTuple):
@@ -130,7 +111,7 @@ class Parker:
         self._version = 0  # of `_subjects`
         self._reached = 0
         self._ahead: Ahead | None = None
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._foreseen: _Admission | None = None
         self._steady = True  # a target's own equality may change with its tables
         self._narrowing = Narrowing(sink, self)
@@ -355,50 +336,16 @@ class Parker:
             self._try(plan.released or min(plan.heads, key=self._due_at))
         self._tried.set()
 
-    def _is_due(self, plan: _Plan) -> bool:
+    def _is_due(self, plan: Plan) -> bool:
         return bool(plan.heads) and min(map(self._due_at, plan.heads)) <= self._clock.monotonic()
 
     def _due_at(self, head: Sequence[ParkedChange]) -> float:
         return min(self._due.get(row.id, 0.0) for row in head if row.attempts)
 
-    def _planned(self) -> _Plan:
+    def _planned(self) -> Plan:
         if self._plan is None:
-            self._plan = self._make_plan()
+            self._plan = make_plan(self._rows.values(), self._reached, together=self._sink.all_or_nothing)
         return self._plan
-
-    def _make_plan(self) -> _Plan:
-        """The order of the source decides: nothing overtakes what it would have to wait behind."""
-        waiting = Subjects()
-        released: list[ParkedChange] = []
-        heads: list[Sequence[ParkedChange]] = []
-        size = 0
-        for _, rows in groupby(sorted(self._rows.values(), key=_ID), _POSITION):
-            head: list[ParkedChange] = []
-            behind_head = Subjects()
-            for row in rows:
-                subject = subject_of(row)
-                if row.place >= self._reached or row.state == "dead" or waiting.block(subject):
-                    waiting.add(subject)
-                elif row.attempts or behind_head.block(subject):
-                    behind_head.add(subject)
-                    head.append(row)
-                elif not self._goes_with(released, size, row):
-                    waiting.add(subject)
-                else:
-                    size += row.size
-                    released.append(row)
-            for row in head:
-                waiting.add(subject_of(row))
-            if head:
-                heads.append(head)
-        return _Plan(released, heads, any(place >= self._reached for place, _ in self._rows))
-
-    def _goes_with(self, released: Sequence[ParkedChange], size: int, row: ParkedChange) -> bool:
-        """Whether a row may be applied together with those, which weigh `size`."""
-        if not released:
-            return True
-        alone = not self._sink.all_or_nothing and (row.keys is None or released[-1].keys is None)
-        return not alone and size < RELEASED_BYTES and len(released) < RELEASED_CHANGES
 
     def _try(self, rows: Sequence[ParkedChange]) -> None:
         """Apply rows that nothing holds back, in order; those that are refused wait, and those behind them."""
@@ -498,8 +445,3 @@ class Parker:
 def reached_by(stored: Position) -> int:
     """What is parked at lower places was passed by a target that stands there."""
     return stored.source if isinstance(stored.source, int) else stored.seq + 1
-
-
-def subject_of(row: ParkedChange) -> Subject:
-    """What it is about."""
-    return Subject(row.tables, row.keys)
