@@ -66,6 +66,7 @@ class StatusCollector(Collector):
         yield from _slots(status.sources)
         yield from _sinks(status.sinks)
         yield from _copies(status.sinks)
+        yield from _resyncs(status.sinks)
 
 
 class StreamsCollector(Collector):
@@ -201,6 +202,19 @@ def _sinks(sinks: Mapping[str, SinkStatus]) -> Iterator[Metric]:
         label,
         each(lambda s: s.parked_oldest_seconds or 0),
     )
+
+
+def _resyncs(sinks: Mapping[str, SinkStatus]) -> Iterator[Metric]:
+    resyncs = {(name,): sink.resync for name, sink in sinks.items() if sink.resync is not None}
+    for field, text in (
+        ("tables_done", "Tables put right."),
+        ("tables_expected", "Tables to be put right."),
+        ("rows_done", "Rows compared, of the tables that are not done."),
+        ("rows_expected", "Rows of those tables, estimated."),
+        ("rows_written", "Rows that were not right, of the tables that are not done."),
+    ):
+        samples: Samples = [(name, getattr(resync, field)) for name, resync in resyncs.items()]
+        yield _gauge(f"cdc_resync_{field}", text, ("sink",), samples)
 
 
 def _copies(sinks: Mapping[str, SinkStatus]) -> Iterator[Metric]:

@@ -109,6 +109,10 @@ def _lag(pipeline: SourceStatus | SinkStatus) -> str:
 
 
 def _copy(sink: SinkStatus) -> str:
+    if (resync := sink.resync) is not None:
+        percent = min(100 * resync.rows_done // max(resync.rows_expected, 1), 100)
+        tables = f"resync: {resync.tables_done}/{resync.tables_expected} tables"
+        return f"{tables}, {resync.rows_done:,} rows, {percent} %{', waits' if resync.error else ''}"
     copy = sink.copy
     if copy is None or copy.tables_done == copy.tables_expected:
         return ""

@@ -6,12 +6,11 @@ up on anything unusual (`FoldError`, or the server's error); the third is always
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 import psycopg
-import structlog
 from psycopg import pq, sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Dumper
@@ -33,17 +32,15 @@ from cdc.change import (
 from cdc.config import SinkConfig
 from cdc.errors import PermanentError
 from cdc.position import format_position
-from cdc.postgres.conflicts import remove_conflicts, unique_indexes
+from cdc.postgres.conflicts import UniqueIndex, remove_conflicts, unique_indexes
 from cdc.postgres.connection import Connection, to_cdc_error
 from cdc.postgres.copy_text import copy_text
 from cdc.postgres.fold import FoldError, old_row
 from cdc.postgres.plan import Statement, TablePlan, truncate
-from cdc.postgres.row import UNCHANGED, decode_row
+from cdc.postgres.row import UNCHANGED, decode_row, encode_row
 from cdc.postgres.schema import SchemaTable
 from cdc.postgres.steps import Effect, SetWise, Step, Tables, steps
 from cdc.sink import Reread
-
-log = structlog.get_logger()
 
 Sent = Sequence[tuple[Change, psycopg.Cursor[Any]]]
 
@@ -70,6 +67,7 @@ class Applier:
         self._target = target
         self._reread = reread
         self._plans: dict[Table, TablePlan] = {}
+        self._unique: dict[TableName, Sequence[UniqueIndex]] = {}
         self._staging = _Staging(connection)
         connection.prepared_max = 1000
         connection.adapters.register_dumper(bytes, _TextDumper)
@@ -81,6 +79,8 @@ class Applier:
 
     def send(self, batches: Sequence[Batch]) -> Sent:
         """Send every change as a prepared statement, inside a pipeline of the caller's; `check` afterwards."""
+        if self.stale and any(self._moves_in_part(*each) for each in self._planned(batches)):
+            raise FoldError
         sent = [
             (change, self._execute(statement))
             for batch in batches
@@ -197,7 +197,24 @@ class Applier:
         with self._connection.cursor() as cursor, cursor.copy(query) as copy:
             copy.write(text)
 
+    def _planned(self, batches: Sequence[Batch]) -> Iterator[tuple[TablePlan, Change]]:
+        for batch in batches:
+            for transaction in batch.transactions:
+                for change in transaction.changes:
+                    if change.operation == UPDATE:
+                        yield self.plan(batch.tables[change.table]), change
+
+    def _moves_in_part(self, plan: TablePlan, change: Change) -> bool:
+        """Whether a row that may be stale gets another key, perhaps among rows that are right, but not all columns."""
+        if plan.target.name not in self.stale or change.operation != UPDATE:
+            return False
+        assert change.after is not None
+        row, old = decode_row(change.after), old_row(change)
+        return UNCHANGED in row and any(row[index] != old[index] for index in plan.key)
+
     def _alone(self, plan: TablePlan, change: Change) -> None:
+        if self._moves_in_part(plan, change):
+            raise FoldError
         statement = plan.update(change) if change.operation == UPDATE else plan.delete(change)
         if statement is not None and self._execute(statement).rowcount == 0:
             raise FoldError
@@ -215,7 +232,10 @@ class Applier:
         self._check_deferred(complete=transaction.complete)
 
     def _one_of_stale(self, tables: Tables, change: Change) -> None:
-        """Where a stale row of the mirror has the unique value that a right one gets, that one goes first."""
+        """Where a stale row of the mirror has the unique value that a right one gets, that one goes first.
+
+        And what a row that moves does not bring along is read again.
+        """
         plan = self.plan(tables[change.table]) if change.table >= 0 and change.after is not None else None
         if plan is None or plan.target.name not in self.stale:
             self._one(tables, change)
@@ -228,6 +248,23 @@ class Applier:
             self._give_way(plan, change)
             self._one(tables, change)
         self._connection.execute("RELEASE SAVEPOINT one")
+        if self._moves_in_part(plan, change):
+            self._complete(plan, change)
+
+    def _complete(self, plan: TablePlan, change: Change) -> None:
+        """Take the columns that did not travel as the source has them now. Gone from there, more is on its way."""
+        assert change.after is not None
+        image = self._reread(plan.source, change.after) if self._reread is not None else None
+        if image is None:
+            return
+        row, now = decode_row(change.after), decode_row(image)
+        patch = tuple(
+            now[index] if value is UNCHANGED else value if index in plan.key else UNCHANGED
+            for index, value in enumerate(row)
+        )
+        statement = plan.update(msgspec.structs.replace(change, key=None, before=None, after=encode_row(patch)))
+        if statement is not None:
+            self._execute(statement)
 
     def _give_way(self, plan: TablePlan, change: Change) -> None:
         """Delete what has the key that a row moves to, or a unique value that it gets; not the row itself."""
@@ -241,10 +278,14 @@ class Applier:
         stage = sql.Identifier("pg_temp", "cdc_right")
         self._copy(sql.SQL("COPY {} FROM STDIN").format(stage), copy_text(rows))
         key = [plan.source.columns[index].name for index in plan.key]
-        indexes = unique_indexes(self._connection, plan.target.name)
+        indexes = self._unique_indexes(plan.target.name)
         remove_conflicts(self._connection, plan.target.name, key, indexes, stage)
         self._connection.execute(sql.SQL("DROP TABLE {}").format(stage))
-        log.info("a stale row gave way", table=str(plan.target.name))
+
+    def _unique_indexes(self, table: TableName) -> Sequence[UniqueIndex]:
+        if table not in self._unique:
+            self._unique[table] = unique_indexes(self._connection, table)
+        return self._unique[table]
 
     def _one(self, tables: Tables, change: Change) -> None:
         if change.operation == INSERT:
@@ -274,6 +315,8 @@ class Applier:
                 )
             image = self._reread(plan.source, image)
         if image is not None:
+            if plan.target.name in self.stale and self._unique_indexes(plan.target.name):
+                self._give_way(plan, msgspec.structs.replace(change, operation=INSERT, after=image))
             self._execute(plan.insert(image, upsert=True))
             self.healed += 1
 
