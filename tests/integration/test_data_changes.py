@@ -184,7 +184,7 @@ def test_a_feed_that_was_emptied_stops_and_begins_anew_when_it_is_told_to(
     with daemon.running():
         wait_until(lambda: daemon.sink["state"] == "failed", what=lambda: f"it to stop: {daemon.log}")
         assert "no position" in daemon.sink["error"]
-        assert "cdc drop changes" in daemon.sink["hint"]
+        assert "cdc resync changes" in daemon.sink["hint"]
     assert daemon("drop", "changes", "--yes").returncode == 0
     daemon.read_anew()
     with daemon.following():

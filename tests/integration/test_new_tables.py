@@ -435,7 +435,7 @@ def test_f115_a_mirror_that_was_complete_is_not_filled_again(
     target_db.execute(emptied)
     with pytest.raises(ResyncRequired, match="sink mirror: the target has no position") as caught, life():
         pass
-    assert caught.value.hint.startswith("`cdc drop mirror`, then `cdc run`")
+    assert "`cdc resync mirror --yes`" in caught.value.hint
 
 
 def test_f115_nor_where_the_whole_database_is_gone(life: Life, source_db: Database, target_db: Database) -> None:
