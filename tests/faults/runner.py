@@ -180,6 +180,7 @@ def away(kind: str, folder: Path, *, seed: int, seconds: float, progress: Callab
         line.open()
 
     with world_type(folder, seed=seed) as world:
+        world.patience_seconds = max(world.patience_seconds, 3 * seconds)
         return Run(world, draw([Fault("target away", target_away)], seed), progress).run(faults=1)
 
 

@@ -45,9 +45,10 @@ def test_f86_a_disk_without_room_stops_reading_until_there_is_some(world: World)
     world.wait(lambda: world.daemon.status()["sources"]["shop"]["state"] == "running", "the source to be read again")
 
 
-@BOTH
 @needs_compiler
-@pytest.mark.parametrize("fault", [faults.fsync_fails, faults.disk_full])
+@pytest.mark.parametrize(
+    ("world", "fault"), [("postgres", faults.fsync_fails), ("mongodb", faults.disk_full)], indirect=["world"]
+)
 def test_f85_f86_what_cannot_be_written_is_final_until_the_next_start(
     world: World, fault: Callable[[World, random.Random], None]
 ) -> None:
@@ -58,25 +59,26 @@ def test_f85_f86_what_cannot_be_written_is_final_until_the_next_start(
 
 @BOTH
 @needs_compiler
-@pytest.mark.parametrize("seconds", [-86_400, 86_400])
-def test_f88_a_clock_that_jumps_delays_nothing(world: World, seconds: int) -> None:
+def test_f88_a_clock_that_jumps_delays_nothing(world: World) -> None:
     with faults.interposed(world) as clock:
-        clock.clock_offset_seconds = seconds
-        clock.apply()
-        world.arrive()
-        status = world.daemon.status()
-        assert all((sink["lag_seconds"] or 0) >= 0 for sink in status["sinks"].values())
+        for seconds in (-86_400, 86_400):
+            clock.clock_offset_seconds = seconds
+            clock.apply()
+            world.arrive()
+            status = world.daemon.status()
+            assert all((sink["lag_seconds"] or 0) >= 0 for sink in status["sinks"].values())
     world.arrive()
 
 
 @BOTH
-@pytest.mark.parametrize("line", ["source", "target"])
-@pytest.mark.parametrize("strike", [faults.corrupt, faults.half_close, faults.reset, faults.slow, faults.black_hole])
+@pytest.mark.parametrize("strike", [faults.corrupt, faults.half_close, faults.black_hole])
 def test_f62_f93_f94_a_network_that_breaks_is_got_over(
-    world: World, line: str, strike: Callable[[Proxy, World, random.Random], None]
+    world: World, strike: Callable[[Proxy, World, random.Random], None]
 ) -> None:
-    strike(world.lines[line], world, Briefly())
-    world.arrive()
+    """On both sides of the daemon: garbage, an end of one direction, silence."""
+    for line in world.lines.values():
+        strike(line, world, Briefly())
+        world.arrive()
 
 
 @BOTH

@@ -58,6 +58,7 @@ class World(ABC):
     """A context manager. On entry the servers are up and the load is at work; the daemon is yet to be started.
 
     lines: the network to `source` and `target`. interposer: disk and clock of the daemon, where there is a compiler.
+    patience_seconds: what a wait may take.
     """
 
     kind: ClassVar[str]
@@ -72,6 +73,7 @@ class World(ABC):
         self.feed = FeedCheck(folder / "data" / "data_changes.sqlite", self.counters, self.is_versioned)
         self.interposer = Interposer(folder, folder / "data") if AVAILABLE else None
         self.stack = ExitStack()
+        self.patience_seconds: float = CATCH_UP_SECONDS
 
     def __enter__(self) -> Self:
         with ExitStack() as on_error:
@@ -137,14 +139,14 @@ class World(ABC):
         """Let time pass: how much is a fault's matter."""
         threading.Event().wait(seconds)
 
-    def arrive(self, seconds: float = CATCH_UP_SECONDS) -> float:
+    def arrive(self) -> float:
         """Wait until what is committed now is in the mirror; returns how many seconds that took."""
         begin = time.monotonic()
         mark = self.mark()
-        self.wait(lambda: self.has_arrived(mark), "the mirror to catch up", seconds)
+        self.wait(lambda: self.has_arrived(mark), "the mirror to catch up")
         return time.monotonic() - begin
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = CATCH_UP_SECONDS) -> None:
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for something that a healthy daemon does. Raises `Violation` where it does not."""
         begin = looked = time.monotonic()
         while not condition():
@@ -153,9 +155,9 @@ class World(ABC):
             if now - looked > _LOOK_SECONDS:
                 looked = now
                 self._check_pipelines()
-            if now - begin > seconds:
+            if now - begin > self.patience_seconds:
                 status = self.daemon.ask("status").stdout
-                raise Violation(f"waited {seconds:.0f} s for {what}\n{status}\n{self.daemon.log_tail()}")
+                raise Violation(f"waited {self.patience_seconds:.0f} s for {what}\n{status}\n{self.daemon.log_tail()}")
             self.rest(0.02)
 
     def check(self) -> None:
