@@ -38,6 +38,7 @@ ONLY: Final = {
         "sinks",
         "cdc.failpoints",
         "cdc.sink",
+        "cdc.status",
         "cdc.config",
         "cdc.feed",
         "cdc.postgres",
