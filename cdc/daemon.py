@@ -26,13 +26,14 @@ from cdc.capture import Capture
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.dead_letters import Box, Office
 from cdc.delivery import Delivery
+from cdc.directory import lock_directory
 from cdc.errors import CdcError, FatalError
 from cdc.letter import DeadLetters
 from cdc.parking import Parker, ParkingBounds, can_park
 from cdc.pipeline import AnyPipeline, FillThenDeliver, Pipeline, contained
 from cdc.position import SourcePosition
 from cdc.process import on_signals, run_in_loop
-from cdc.queue import Queue, lock_directory
+from cdc.queue import Queue
 from cdc.sink import Sink
 from cdc.source import Source
 from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, State, snapshot

@@ -31,7 +31,7 @@ from cdc.parking_plan import subject_of
 from cdc.parts import Subjects
 from cdc.position import Position, format_position
 from cdc.queue import Queue
-from cdc.queue_parked import ParkedChange, ParkedId, payload_of
+from cdc.queue.parked import ParkedChange, ParkedId, payload_of
 from cdc.sink import Subject
 from cdc.status import DeliveryStats
 

@@ -28,7 +28,7 @@ class UnknownLetter(CdcError):
 
 
 class LetterId(NamedTuple):
-    """What people call a parked change by: `mirror:1207.3` (see `cdc.queue_parked.ParkedId`)."""
+    """What people call a parked change by: `mirror:1207.3` (see `cdc.queue.parked.ParkedId`)."""
 
     sink: str
     place: int

@@ -13,7 +13,7 @@ from cdc.dead_letters import Box, Office
 from cdc.errors import CdcError
 from cdc.pipeline import paused_fact
 from cdc.queue import ParkedInFile, QueueOnDisk, read_status
-from cdc.queue_parked import ParkedCount
+from cdc.queue.parked import ParkedCount
 from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, State, snapshot
 
 

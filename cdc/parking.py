@@ -31,7 +31,7 @@ from cdc.parking_plan import Plan, make_plan, subject_of
 from cdc.parts import Item, Subjects, alone, has_ddl, items_of, sifted
 from cdc.position import Position
 from cdc.queue import Queue, Stored
-from cdc.queue_parked import ParkedChange, ParkedId, payload_of
+from cdc.queue.parked import ParkedChange, ParkedId, payload_of
 from cdc.retry import Backoff
 from cdc.sink import Ahead, Applied, Parking, Sink, Subject
 from cdc.status import DeliveryStats

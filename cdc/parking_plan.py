@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Final, NamedTuple
 
 from cdc.parts import Subjects
-from cdc.queue_parked import ParkedChange
+from cdc.queue.parked import ParkedChange
 from cdc.sink import Subject
 
 RELEASED_CHANGES: Final = 500

@@ -12,7 +12,7 @@ import msgspec
 
 from cdc.change import DDL, TRUNCATE, Batch, Change, TableName, Transaction, Truncate
 from cdc.queue import Stored
-from cdc.queue_parked import ParkedId
+from cdc.queue.parked import ParkedId
 from cdc.sink import Subject
 
 _OPERATION: Final = attrgetter("operation")

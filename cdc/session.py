@@ -10,13 +10,13 @@ from cdc import daemon, kinds, logs
 from cdc.api.client import Client, DaemonUnreachable
 from cdc.barrier import Barrier, HttpBarrier, NoBarrier
 from cdc.config import Config, SinkConfig
+from cdc.directory import DirectoryLock, lock_directory
 from cdc.errors import DirectoryInUse, FatalError
 from cdc.kinds import build_source
 from cdc.letter import DeadLetters
 from cdc.mirroring import Mirroring
 from cdc.offline import letters_on_disk, offline_status, opened_letters
 from cdc.position import SourcePosition, parse_position
-from cdc.queue import DirectoryLock, lock_directory
 from cdc.status import DaemonStatus
 
 

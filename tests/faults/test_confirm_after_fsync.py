@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from cdc.position import as_lsn
-from cdc.queue_file import QueueFile
+from cdc.queue.file import QueueFile
 from tests.faults.daemon import Daemon
 from tests.faults.system_calls import STRACE, Call, Disk, calls_of
 from tests.faults.test_queue_durability import needs_strace

@@ -17,7 +17,7 @@ from cdc.config import Http, Token
 from cdc.dead_letters import Box, Office
 from cdc.http_config import TokenConfig
 from cdc.queue import Queue
-from cdc.queue_parked import ParkedChange, payload_of
+from cdc.queue.parked import ParkedChange, payload_of
 from cdc.status import DeliveryStats
 from tests.unit.test_api import FakeBackend
 

@@ -20,7 +20,7 @@ from cdc.desk import Desk
 from cdc.errors import DecodeError, FatalError, TransientError
 from cdc.letter import LetterId
 from cdc.queue import Queue
-from cdc.queue_parked import ParkedChange, payload_of
+from cdc.queue.parked import ParkedChange, payload_of
 from cdc.status import State
 from tests.processes import wait_until
 from tests.unit.test_parking import World, change, drop

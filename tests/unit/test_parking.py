@@ -22,7 +22,7 @@ from cdc.parking import Clock, Parker, ParkingBounds
 from cdc.parts import Subjects
 from cdc.position import Position
 from cdc.queue import Queue, read_status
-from cdc.queue_parked import ParkedChange, payload_of
+from cdc.queue.parked import ParkedChange, payload_of
 from cdc.retry import Backoff
 from cdc.sink import Ahead, Subject
 from cdc.status import DeliveryStats, State

@@ -20,11 +20,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdc import queue_file
 from cdc.change import Batch
+from cdc.directory import lock_directory
 from cdc.errors import CdcError, DirectoryInUse, FatalError, HistoryLost, QueueCorrupt, ResyncRequired
 from cdc.position import Position, SourcePosition
-from cdc.queue import Queue, Stored, lock_directory, read_status
+from cdc.queue import Queue, Stored, read_status
+from cdc.queue import file as queue_file
+from cdc.queue import format as queue_format
 from tests.batches import STRIDE, batch, end_of, idle, transaction
 from tests.processes import wait_until
 
@@ -307,7 +309,7 @@ class TestPruning:
         wait_pruned(open_queue(keep_seconds=1e-6), 3)
 
     def test_they_go_when_they_are_old_enough(self, open_queue: OpenQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("cdc.queue._AGING_SECONDS", 0.02)
+        monkeypatch.setattr("cdc.queue.queue._AGING_SECONDS", 0.02)
         queue = open_queue(keep_seconds=0.4)
         queue.register("mirror")
         fill(queue, [batch(1)])
@@ -568,7 +570,7 @@ class TestDamage:
     def test_f84_a_damaged_page_is_refused(self, queue: Queue, path: Path) -> None:
         self.filled(queue)
         data = bytearray(path.read_bytes())
-        data[queue_file.PAGE_BYTES :] = b"\xa5" * (len(data) - queue_file.PAGE_BYTES)
+        data[queue_format.PAGE_BYTES :] = b"\xa5" * (len(data) - queue_format.PAGE_BYTES)
         path.write_bytes(data)
         with pytest.raises(QueueCorrupt):
             Queue(path, max_bytes=1, min_free_bytes=0)
@@ -586,7 +588,7 @@ class TestDamage:
             assert found.position == end_of(len(kept)) if kept else START
             assert len(kept) < 20
 
-    @pytest.mark.parametrize("version", [0, queue_file.FORMAT + 1])
+    @pytest.mark.parametrize("version", [0, queue_format.FORMAT + 1])
     def test_f92_another_format_is_refused_and_left_alone(self, queue: Queue, path: Path, version: int) -> None:
         self.filled(queue)
         with sqlite3.connect(path) as connection:
@@ -699,7 +701,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 class TestDirectoryLock:
     def test_f87_a_second_process_is_refused_and_told_by_whom(self, tmp_path: Path) -> None:
         script = (
-            "import sys, pathlib; from cdc.queue import lock_directory\n"
+            "import sys, pathlib; from cdc.directory import lock_directory\n"
             "lock = lock_directory(pathlib.Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
         )
         folder = tmp_path / "new" / "data"
@@ -740,7 +742,7 @@ def test_the_log_is_used_again(queue: Queue, path: Path) -> None:
         queue.advance("mirror", number, end_of(number))
         sizes.append(log.stat().st_size)
     assert sizes == sorted(sizes)
-    assert sizes[-1] < 2 * queue_file._CHECKPOINT_BYTES
+    assert sizes[-1] < 2 * queue_format.CHECKPOINT_BYTES
 
 
 Step = tuple[str, int]

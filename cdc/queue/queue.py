@@ -6,53 +6,25 @@ serves as many batches as have come; nothing can be read before it is fsynced.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
-import msgspec
-
 from cdc.change import Batch
-from cdc.errors import CdcError, DirectoryInUse, FatalError, HistoryLost, ResyncRequired
+from cdc.errors import CdcError, FatalError, HistoryLost, ResyncRequired
 from cdc.failpoints import failpoint
 from cdc.position import Position, SourcePosition, format_position
-from cdc.queue_file import (
-    Begin,
-    Contents,
-    Cursor,
-    Fact,
-    Item,
-    ParkedInFile,
-    QueueFile,
-    Restart,
-    Stored,
-    Upkeep,
-    read_file_status,
-)
-from cdc.queue_parked import Park, ParkedChange, ParkedCount, ParkedId, Retried, Revive, Unpark
-
-__all__ = [
-    "DirectoryLock",
-    "ParkedInFile",
-    "Queue",
-    "QueueOnDisk",
-    "QueueStats",
-    "Stored",
-    "lock_directory",
-    "read_status",
-]
+from cdc.queue.file import QueueFile
+from cdc.queue.orders import Begin, Contents, Cursor, Fact, Item, Restart, Stored, Upkeep
+from cdc.queue.parked import Park, ParkedChange, ParkedId, Retried, Revive, Unpark
+from cdc.queue.stats import QueueStats, measure_free_disk, stats_of
+from cdc.queue.tail import Tail, weight
 
 _HANDED_OVER_BYTES: Final = 8 * 1024**2
 """Above this the writer is behind, and the source must wait."""
-
-_BATCH_BYTES: Final = 512
-"""What a batch weighs in memory besides its `size`: the many that carry a single change must count too."""
 
 _LARGEST_BATCH_BYTES: Final = 900_000_000
 """SQLite refuses a row of a billion bytes."""
@@ -62,84 +34,6 @@ _UPKEEP_SECONDS: Final = 0.1
 
 _AGING_SECONDS: Final = 1.0
 """How often to look for batches that only `keep_seconds` holds back."""
-
-
-class DirectoryLock:
-    """The right to use a data directory. Ends with `release`, or with the process however it dies."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def release(self) -> None:
-        """Let another process have the directory. Safe to call twice."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __enter__(self) -> DirectoryLock:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        self.release()
-
-
-def lock_directory(path: Path) -> DirectoryLock:
-    """Lock the data directory, made if it is missing. Raises `DirectoryInUse` at once if another process has it."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as exc:
-        hint = "create it for the daemon's user, or set another data_dir"
-        raise FatalError(f"cannot use the data directory {path}: {exc.strerror}", hint=hint) from exc
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
-        os.close(descriptor)
-        raise DirectoryInUse(
-            f"the data directory {path} is used by process {owner}", hint="stop it, or set another data_dir"
-        ) from exc
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    return DirectoryLock(descriptor)
-
-
-class QueueStats(msgspec.Struct, frozen=True):
-    """What a queue holds.
-
-    bytes: of the stored batches.
-    oldest_seconds: age of the oldest batch, `None` where there is none.
-    last_seq, pruned_seq: of the newest batch and of the last one that is gone; 0 before the first.
-    free_disk_bytes: including the pages that the file keeps for reuse.
-    full: the source must wait.
-    """
-
-    batches: int
-    bytes: int
-    oldest_seconds: float | None
-    last_seq: int
-    pruned_seq: int
-    max_bytes: int
-    free_disk_bytes: int
-    full: bool
-
-
-class QueueOnDisk(msgspec.Struct, frozen=True):
-    """A queue as its file tells, for when no daemon is there to ask."""
-
-    queue_id: str
-    position: SourcePosition | None
-    cursors: dict[str, tuple[int, SourcePosition | None]]
-    stats: QueueStats
-    facts: dict[str, str]
-    parked: dict[str, ParkedCount]
-
-
-def read_status(path: Path, *, max_bytes: int = 0, min_free_bytes: int = 0) -> QueueOnDisk:
-    """Read a queue's file without its lock. Changes nothing on disk. The bounds (0: none) only serve `stats`."""
-    found = read_file_status(path)
-    stats = _stats(path, found.contents, max_bytes, min_free_bytes)
-    return QueueOnDisk(found.queue_id, found.contents.state.position, found.cursors, stats, found.facts, found.parked)
 
 
 class Queue:
@@ -174,7 +68,7 @@ class Queue:
         self._facts = self._file.facts()
         self._cursors = self._file.cursors()
         self._tail_bytes = tail_bytes
-        self._tail = _Tail(tail_bytes)
+        self._tail = Tail(tail_bytes)
 
         self._items: list[Item] = []
         self._items_bytes = 0
@@ -219,7 +113,7 @@ class Queue:
         with self._lock:
             self._wait_written(None)
             self._in_transaction = False
-            self._tail = _Tail(self._tail_bytes)
+            self._tail = Tail(self._tail_bytes)
             self._hand_over(Restart(position, dict(facts), keep))
             self._wait_written(None)
             self._schedule(_UPKEEP_SECONDS)
@@ -259,7 +153,7 @@ class Queue:
                 self._in_transaction = not batch.complete
             elif self._in_transaction:
                 return  # the position must not pass the batches that a restart drops with their transaction
-            self._hand_over(batch, _weight(batch))
+            self._hand_over(batch, weight(batch))
 
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until all that was appended before is durable; whether it is. Raises what the writer failed with."""
@@ -272,7 +166,7 @@ class Queue:
 
         True after a failure: `append` raises it.
         """
-        free_bytes = _free_disk_bytes(self._path, self._contents)
+        free_bytes = measure_free_disk(self._path, self._contents)
         with self._lock:
             if self._failure is not None:
                 return True
@@ -410,7 +304,7 @@ class Queue:
 
     def stats(self) -> QueueStats:
         """Cheap, and never waits for the disk's writes."""
-        return _stats(self._path, self._contents, self._max_bytes, self._min_free_bytes)
+        return stats_of(self._path, self._contents, self._max_bytes, self._min_free_bytes)
 
     def close(self) -> None:
         """Write what was handed over, store the cursors, stop. Safe to call twice, and after a failure."""
@@ -423,12 +317,12 @@ class Queue:
         self._writer.join()
         self._file.close(checkpoint=self._failure is None)
 
-    def _hand_over(self, item: Item, weight: int = 0) -> None:
+    def _hand_over(self, item: Item, weight_bytes: int = 0) -> None:
         self._raise_failure()
         if self._closing:
             raise FatalError(f"{self._path} is closed")
         self._items.append(item)
-        self._items_bytes += weight
+        self._items_bytes += weight_bytes
         self._items_handed += 1
         self._handed.notify_all()
 
@@ -544,7 +438,7 @@ class Queue:
         self._items_written += len(items)
         for item in items:
             if isinstance(item, Batch):
-                self._items_bytes -= _weight(item)
+                self._items_bytes -= weight(item)
             elif isinstance(item, Fact):
                 self._learn(item)
             elif isinstance(item, Restart):
@@ -572,56 +466,3 @@ class Queue:
             self._schedule(0.0)
         elif self._keep_seconds and upkeep.prune_to > self._contents.state.pruned_seq:
             self._schedule(_AGING_SECONDS)
-
-
-class _Tail:
-    """The newest batches, decoded, bounded in bytes. Seqs within one run have no gaps."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._oldest_seq = 0
-        self._stored: dict[int, Stored] = {}
-
-    def add(self, stored: Stored) -> None:
-        """Add the newest one and forget the oldest ones."""
-        if not self._stored:
-            self._oldest_seq = stored.seq
-        self._stored[stored.seq] = stored
-        self._bytes += _weight(stored.batch)
-        while self._bytes > self._max_bytes:
-            self._bytes -= _weight(self._stored.pop(self._oldest_seq).batch)
-            self._oldest_seq += 1
-
-    def after(self, seq: int, max_bytes: int) -> list[Stored]:
-        """What follows `seq`, as `Queue.read` bounds it; empty if that is not here."""
-        found: list[Stored] = []
-        while (stored := self._stored.get(seq := seq + 1)) is not None:
-            max_bytes -= stored.batch.size
-            if found and max_bytes < 0:
-                break
-            found.append(stored)
-        return found
-
-
-def _weight(batch: Batch) -> int:
-    return batch.size + _BATCH_BYTES
-
-
-def _free_disk_bytes(path: Path, contents: Contents) -> int:
-    disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize + contents.free_bytes
-
-
-def _stats(path: Path, contents: Contents, max_bytes: int, min_free_bytes: int) -> QueueStats:
-    free_disk_bytes = _free_disk_bytes(path, contents)
-    return QueueStats(
-        batches=contents.batches,
-        bytes=contents.bytes,
-        oldest_seconds=contents.oldest_seconds,
-        last_seq=contents.last_seq,
-        pruned_seq=contents.state.pruned_seq,
-        max_bytes=max_bytes,
-        free_disk_bytes=free_disk_bytes,
-        full=free_disk_bytes < min_free_bytes or 0 < max_bytes <= contents.bytes,
-    )

@@ -1,0 +1,50 @@
+"""The right to use a data directory: one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+
+from cdc.errors import DirectoryInUse, FatalError
+
+
+class DirectoryLock:
+    """The right to use a data directory. Ends with `release`, or with the process however it dies."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let another process have the directory. Safe to call twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> DirectoryLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+
+def lock_directory(path: Path) -> DirectoryLock:
+    """Lock the data directory, made if it is missing. Raises `DirectoryInUse` at once if another process has it."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as exc:
+        hint = "create it for the daemon's user, or set another data_dir"
+        raise FatalError(f"cannot use the data directory {path}: {exc.strerror}", hint=hint) from exc
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
+        os.close(descriptor)
+        raise DirectoryInUse(
+            f"the data directory {path} is used by process {owner}", hint="stop it, or set another data_dir"
+        ) from exc
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return DirectoryLock(descriptor)
