@@ -13,7 +13,7 @@ from cdc.queue import Queue
 from cdc.retry import keep_trying
 from cdc.sink import StreamSink
 from cdc.status import DeliveryStats, note_waiting
-from cdc.wishes import Wish, resync_fact
+from cdc.wishes import Wish, explained, resync_fact
 
 log = structlog.get_logger()
 
@@ -40,10 +40,10 @@ def _begin(sink: StreamSink, queue: Queue) -> None:
     has_begun = queue.get(fact) is not None
     if sink.stored_position() is None:
         if has_begun:
-            raise ResyncRequired(
-                f"sink {sink.name}: its target has no position: it was emptied, or restored from before it began",
-                hint=f"`cdc resync {sink.name}`: it begins anew, with what the queue still has",
+            gap = ResyncRequired(
+                f"sink {sink.name}: its target has no position: it was emptied, or restored from before it began"
             )
+            raise explained(sink.name, gap)
         sink.begin(queue.beginning)
     if not has_begun:
         queue.set(fact, _BEGUN)

@@ -157,10 +157,10 @@ class Delivery:
     def _open(self) -> None:
         stored = self._sink.open()
         if stored is None:
-            raise ResyncRequired(
-                f"the target of sink {self._sink.name} has no position: it was emptied, or never filled",
-                hint=f"`cdc resync {self._sink.name}`: a mirror is made right again, a feed begins anew",
+            gap = ResyncRequired(
+                f"the target of sink {self._sink.name} has no position: it was emptied, or never filled"
             )
+            raise explained(self._sink.name, gap)
         try:
             after = self._queue.seek(stored)
         except ResyncRequired as exc:

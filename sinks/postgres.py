@@ -29,8 +29,7 @@ from cdc.postgres.refresh_read import Part
 from cdc.postgres.refresh_target import RefreshTarget
 from cdc.postgres.schema import read_tables
 from cdc.postgres.steps import Step
-from cdc.sink import Ahead, Applied, NeedsFilling, SinkContext, Subject, are_same
-from cdc.status import ResyncStatus
+from cdc.sink import Ahead, Applied, NeedsFilling, ResyncStatus, SinkContext, Subject, are_same
 
 FEW_CHANGES = 64
 """Up to so many changes, prepared statements in one pipeline are faster than staging tables."""

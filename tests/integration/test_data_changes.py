@@ -184,8 +184,9 @@ def test_a_feed_that_was_emptied_stops_and_begins_anew_when_it_is_told_to(
     with daemon.running():
         wait_until(lambda: daemon.sink["state"] == "failed", what=lambda: f"it to stop: {daemon.log}")
         assert "no position" in daemon.sink["error"]
-        assert "cdc resync changes" in daemon.sink["hint"]
-    assert daemon("drop", "changes", "--yes").returncode == 0
+        assert "`cdc resync changes --yes`" in daemon.sink["hint"]
+        assert daemon("resync", "changes", "--yes").returncode == 0
+        wait_until(lambda: daemon.sink["state"] == "running", what=lambda: daemon.log)
     daemon.read_anew()
     with daemon.following():
         source_db.execute("INSERT INTO products VALUES (2, 'tea', 'north', 1)")

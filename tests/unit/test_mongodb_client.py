@@ -63,7 +63,7 @@ def test_errors_by_what_to_do(error: Any, kind: type[CdcError]) -> None:
 @pytest.mark.parametrize("code", [286, 260, 280, 136, 40576, 40585, 40615, 222, 9, 15, 40647, 47])
 def test_f59_codes_that_end_a_stream_for_good(code: int) -> None:
     error = to_cdc_error(OperationFailure("x", code), streaming=True)
-    assert type(error) is ResyncRequired
+    assert isinstance(error, ResyncRequired)
     assert error.hint
 
 
