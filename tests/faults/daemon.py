@@ -35,6 +35,7 @@ url = {source}
 [sinks.mirror]
 from = "shop"
 url = {target}
+{sink_options}
 """
 
 _STOP_SECONDS: Final = 60
@@ -43,7 +44,7 @@ _STOP_SECONDS: Final = 60
 class Daemon:
     """One configuration, and the process that runs it.
 
-    pg_dump: of a PostgreSQL source. source_options: more lines of TOML for the source; more: more sections.
+    pg_dump: of a PostgreSQL source. source_options, sink_options: more lines of TOML there; more: more sections.
     tracer: a command line that the daemon's is put behind (strace).
     environment: variables of its process, besides its surroundings.
     """
@@ -56,6 +57,7 @@ class Daemon:
         target: str,
         pg_dump: Path | None = None,
         source_options: str = "",
+        sink_options: str = "",
         more: str = "",
         min_free_bytes: int = 0,
         tracer: Sequence[str] = (),
@@ -71,7 +73,9 @@ class Daemon:
             source_options += f"\npg_dump = {json.dumps(str(pg_dump))}\nheartbeat_seconds = 1.0"
         texts = {"data_dir": str(self.data_dir), "source": source, "target": target}
         quoted = {key: json.dumps(text) for key, text in texts.items()}
-        config = _CONFIG.format(**quoted, source_options=source_options, min_free_bytes=min_free_bytes)
+        config = _CONFIG.format(
+            **quoted, source_options=source_options, sink_options=sink_options, min_free_bytes=min_free_bytes
+        )
         self._config_file.write_text(config + more)
 
     def __enter__(self) -> Self:

@@ -1,7 +1,6 @@
 """What happens to PostgreSQL servers, and what their users do, besides `tests.faults.faults`.
 
-To come, each a function here: DDL on the load's tables, poison for a mirror that parks, a slot that is lost (`cdc
-resync` is the way out).
+To come, each a function here: DDL on the load's tables, a slot that is lost (`cdc resync` is the way out).
 """
 
 from __future__ import annotations
@@ -94,6 +93,22 @@ def deadlock(world: PostgresWorld, rng: random.Random) -> None:
                 continue
 
 
+def poison(world: PostgresWorld, rng: random.Random) -> None:
+    """A change that the mirror refuses is parked, what comes later for its row behind it; the rest flows on."""
+    value = f"{rng.getrandbits(40)}"
+    world.target.execute("CREATE UNIQUE INDEX of_the_mirror_alone ON poisoned (p)")
+    good, bad = f"a{value}", f"b{value}"
+    world.source.execute("INSERT INTO poisoned VALUES (%s, %s, 0), (%s, %s, 0)", [good, value, bad, value])
+    for number in range(3):
+        world.source.execute("UPDATE poisoned SET n = %s WHERE id = %s", [number, bad])
+    world.wait(lambda: world.parked >= 4, "changes to be parked")
+    world.arrive()
+    world.target.execute("DROP INDEX of_the_mirror_alone")
+    world.wait(lambda: not world.parked, "parked changes to be applied")
+    world.source.execute("DELETE FROM poisoned WHERE p = %s", [value])
+    world.arrive()
+
+
 def _any(world: PostgresWorld, rng: random.Random) -> PostgresServer:
     return world.servers[rng.choice(("source", "target"))]
 
@@ -114,4 +129,5 @@ POSTGRES: Final = (
     Fault("target read-only", target_read_only),
     Fault("target locked", target_locked),
     Fault("deadlock", deadlock),
+    Fault("poison", poison),
 )

@@ -28,6 +28,7 @@ TABLES: Final = (
     "bulk",
     "scratch",
     "marks",
+    "poisoned",
 )
 
 BULK_ROWS: Final = 15_000
@@ -50,6 +51,7 @@ CREATE TABLE places (id int PRIMARY KEY, moves bigint NOT NULL, document text NO
 CREATE TABLE documents (id int PRIMARY KEY, revision bigint NOT NULL, body text NOT NULL);
 CREATE TABLE bulk (id int PRIMARY KEY, run bigint NOT NULL, filling text NOT NULL);
 CREATE TABLE marks (id text PRIMARY KEY);
+CREATE TABLE poisoned (id text PRIMARY KEY, p text, n int);
 CREATE TABLE scratch (id bigint GENERATED ALWAYS AS IDENTITY, line text);
 ALTER TABLE entries REPLICA IDENTITY FULL;
 ALTER TABLE twins REPLICA IDENTITY FULL;

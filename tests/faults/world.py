@@ -125,6 +125,7 @@ class World(ABC):
                 target=target,
                 pg_dump=pg_dump,
                 source_options=options,
+                sink_options='on_error = "park"\nretry = {max = 2.0}',
                 more=_FEED + retention,
                 min_free_bytes=FREE_BYTES,
                 environment=environment,
