@@ -17,7 +17,7 @@ W = TypeVar("W", bound=World)
 @pytest.fixture(scope="package")
 def postgres_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresWorld]:
     """Its daemon runs when a test begins, or was killed by the one before."""
-    with PostgresWorld(tmp_path_factory.mktemp("postgres"), seed=1) as world:
+    with PostgresWorld(tmp_path_factory.mktemp("postgres"), seed=1, rate=20) as world:
         yield from _begun(world)
 
 

@@ -58,7 +58,7 @@ class World(ABC):
     """A context manager. On entry the servers are up and the load is at work; the daemon is yet to be started.
 
     lines: the network to `source` and `target`. interposer: disk and clock of the daemon, where there is a compiler.
-    patience_seconds: what a wait may take.
+    rate: transactions a second, where the load can tell. patience_seconds: what a wait may take.
     """
 
     kind: ClassVar[str]
@@ -67,9 +67,10 @@ class World(ABC):
     daemon: Daemon
     lines: Mapping[str, Proxy]
 
-    def __init__(self, folder: Path, *, seed: int) -> None:
+    def __init__(self, folder: Path, *, seed: int, rate: float = 60.0) -> None:
         self.folder = folder
         self.seed = seed
+        self.rate = rate
         self.feed = FeedCheck(folder / "data" / "data_changes.sqlite", self.counters, self.is_versioned)
         self.interposer = Interposer(folder, folder / "data") if AVAILABLE else None
         self.stack = ExitStack()

@@ -45,7 +45,7 @@ class PostgresWorld(World):
               for name in ("source", "target")),
             pg_dump=self.servers["source"].bin_dir / "pg_dump",
         )  # fmt: skip
-        self.load = self.stack.enter_context(Load(self.source.url, seed=self.seed, rate=60))
+        self.load = self.stack.enter_context(Load(self.source.url, seed=self.seed, rate=self.rate))
         self.watcher = self.stack.enter_context(Watcher(self.target.url))
 
     def mark(self) -> str:
