@@ -69,12 +69,14 @@ class Table(msgspec.Struct, frozen=True, array_like=True):
 
     identity: PostgreSQL's replica identity: `d`efault, `i`ndex, `f`ull, `n`othing. Where a document of MongoDB is to be
         read again: its collection's UUID in hexadecimal, if that is known.
+    oid: what PostgreSQL knows the table by, whatever it is called; 0 where that is not known.
     """
 
     schema: str
     name: str
     columns: tuple[Column, ...]
     identity: str = "d"
+    oid: int = 0
 
     @property
     def qualified(self) -> TableName:
@@ -109,7 +111,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
 class Ddl(msgspec.Struct, frozen=True, array_like=True, tag=4):
     """Detail of a DDL: what happened to the table itself, in the source's words (MongoDB: `operationType`).
 
-    description: what the source tells about it (MongoDB: the whole event, as BSON).
+    description: what the source tells about it (MongoDB: the whole event, as BSON; PostgreSQL: the table's shape from
+        here on, as JSON).
     """
 
     kind: str

@@ -142,6 +142,7 @@ class SinkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     url: Secret | None = None
     url_file: str | None = None
     on_error: Literal["", "stop", "park"] = ""
+    schema_changes: Literal["apply", "stop"] = "apply"
     max_parked: Count = 10_000
     max_parked_bytes: Count = 64 * 1024**2
     retry: RetryOptions = RetryOptions()

@@ -217,9 +217,11 @@ class Copy:
         already = self._copied()
         missing = [table for table in self._tables if table not in already]
         if missing or not already:
-            self._mirror.prepare_copy(self._tables, self._start, self._source.dump_schema())
+            schema = self._source.dump_schema()
+            self._mirror.prepare_copy(self._tables, self._start, schema)
         if missing and not stop.is_set():
             with closing(self._source.snapshot()) as snapshot:
+                snapshot.check_schema(schema, missing)
                 self._copy_tables(snapshot, missing, stop)
         copied = self._copied()
         done = tuple(table for table in missing if table in copied)

@@ -54,6 +54,17 @@ class Pair(Protocol):
         """Where the mirror itself says that it stands; `None` if it was never filled."""
         ...
 
+    def ddl_capture_script(self, source: SourceConfig, *, remove: bool) -> str:
+        """What makes a source tell of each DDL in its place, or removes that; for its administrator to read or run.
+
+        Raises `FatalError` where that kind tells by itself.
+        """
+        ...
+
+    def run_script(self, source: SourceConfig, script: str) -> None:
+        """Run such a script. Raises `FatalError` where the role of the source's URL may not."""
+        ...
+
     def left_at_source(self, source: SourceConfig) -> str:
         """What `drop_source` removes, for people; empty where the source's server knows nothing of us."""
         ...

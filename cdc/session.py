@@ -9,7 +9,7 @@ from pathlib import Path
 from cdc import daemon, kinds, logs
 from cdc.api.client import Client, DaemonUnreachable
 from cdc.barrier import Barrier, HttpBarrier, NoBarrier
-from cdc.config import Config, SinkConfig
+from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.directory import DirectoryLock, lock_directory
 from cdc.errors import DirectoryInUse, FatalError
 from cdc.kinds import build_source
@@ -52,6 +52,18 @@ class Session:
         if name not in self.config.sinks:
             raise FatalError(f"no sink is called {name!r}", hint=f"one of: {', '.join(self.config.sinks) or 'none'}")
         return [self.config.sinks[name]]
+
+    def source(self, name: str | None) -> SourceConfig:
+        """One source by name, or the only one. Raises `FatalError` for an unknown one."""
+        sources = self.config.sources
+        if name is None and len(sources) == 1:
+            return next(iter(sources.values()))
+        if name not in sources:
+            raise FatalError(
+                "there are several sources" if name is None else f"no source is called {name!r}",
+                hint=f"name one of: {', '.join(sources)}",
+            )
+        return sources[name]
 
     def mirrors(self, name: str | None) -> list[SinkConfig]:
         """One mirror by name, or all. Raises `FatalError` for a sink that is none."""

@@ -52,6 +52,7 @@ class SinkContext:
 
     data_dir: for what a sink keeps on this machine.
     reread: asks the source for a row. primary_key: asks it for the columns of a table's primary key, if it has one.
+    shapes: asks the catalog of a PostgreSQL source for the `cdc.postgres.shape.TableShape` of each OID that is there.
     row_limits: fields by which tokens of the HTTP interface are limited to rows.
     """
 
@@ -59,6 +60,7 @@ class SinkContext:
     data_dir: Path | None = None
     reread: Reread | None = None
     primary_key: Callable[[TableName], Sequence[str]] | None = None
+    shapes: Callable[[Collection[int]], Sequence[object]] | None = None
     row_limits: tuple[str, ...] = ()
 
 

@@ -6,7 +6,7 @@ other threads, each through a reader (and so a connection) of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -83,6 +83,10 @@ class Snapshot(Protocol):
 
     def check(self) -> None:
         """Raise `TransientError` if the snapshot is lost, and with it what was read since the last check."""
+        ...
+
+    def check_schema(self, schema: object, tables: Collection[TableName]) -> None:
+        """Raise `TransientError` if tables are no longer what `Source.dump_schema` said, where that matters."""
         ...
 
     def reader(self) -> SnapshotReader:
@@ -175,6 +179,10 @@ class Source(Protocol):
 
     def primary_key(self, table: TableName) -> Sequence[str]:
         """The columns of a table's primary key; empty where it has none. Uses a connection of its own."""
+        ...
+
+    def shapes(self, oids: Collection[int]) -> Sequence[object]:
+        """What tables are now, by OID, where tables have such a thing. From any thread."""
         ...
 
     def reread(self, table: Table, image: Image) -> Image | None:

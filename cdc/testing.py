@@ -124,6 +124,10 @@ class MemorySource:
         found = next(each for each in self._tables if each.qualified == table)
         return [column.name for column in found.columns if column.is_key]
 
+    def shapes(self, oids: Collection[int]) -> Sequence[object]:  # noqa: ARG002 - the protocol's
+        """Nothing: documents have their shape with them."""
+        return ()
+
     def reread(self, table: Table, image: Image) -> Image | None:  # noqa: ARG002 - protocol
         """Not kept by key."""
         raise FatalError(f"{self.name}: a source in memory has no rows to read again")

@@ -13,13 +13,13 @@ import msgspec
 import psycopg
 import structlog
 
-from cdc.change import Batch, Change, Table, TableName, Transaction, Truncate
+from cdc.change import DDL, Batch, Change, Table, TableName, Transaction, Truncate
 from cdc.config import SinkConfig
 from cdc.errors import PermanentError, TransientError
 from cdc.failpoints import failpoint
 from cdc.position import Lsn, Position, SourcePosition, as_lsn, format_lsn, format_position
 from cdc.postgres.apply import Applier
-from cdc.postgres.bookkeeping import FORGOTTEN, Settled
+from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Settled
 from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors, while_doing
 from cdc.postgres.fold import FoldError
 from cdc.postgres.parking import SubjectFinder, read_uniqueness, with_ends
@@ -27,7 +27,8 @@ from cdc.postgres.refresh import Refresh, Unusable
 from cdc.postgres.refresh_marks import RefreshMark, RefreshMarks
 from cdc.postgres.refresh_read import Part
 from cdc.postgres.refresh_target import RefreshTarget
-from cdc.postgres.schema import read_tables
+from cdc.postgres.reshape import CopyAgain, Reshaper
+from cdc.postgres.roster import Mirrored, Plans, Roster
 from cdc.postgres.steps import Step
 from cdc.sink import Ahead, Applied, NeedsFilling, ResyncStatus, SinkContext, Subject, are_same
 
@@ -50,10 +51,11 @@ log = structlog.get_logger()
 class _Todo(msgspec.Struct, frozen=True):
     """What `apply` has to do.
 
-    wanted: the batches without what the initial copy holds.
+    plans: the state of the mirror that it was made for. wanted: the batches without what the initial copy holds.
     few: send them one by one, in a pipeline. folded: else do this; `None` where only the careful way will do.
     """
 
+    plans: Plans
     batches: Sequence[Batch]
     wanted: Sequence[Batch]
     few: bool
@@ -66,13 +68,13 @@ class PostgresSink(RefreshTarget):
     all_or_nothing = True
 
     def __init__(self, config: SinkConfig, context: SinkContext) -> None:
-        super().__init__(config)
+        super().__init__(config, context.shapes)
         self._reread = context.reread
         self._source = context.source
         self._connection: Connection | None = None
         self._applier: Applier | None = None
         self._position: Lsn | None = None
-        self._copied_at: dict[TableName, Lsn] = {}
+        self._asked: set[int] = set()
         self._strangers: set[TableName] = set()
         self._begun = False
         self._finished = False
@@ -91,16 +93,17 @@ class PostgresSink(RefreshTarget):
             connection.execute("SET synchronous_commit = on")
             connection.execute(FIND_BY_INDEX)
             self.silence_triggers(connection)
-            tables = read_tables(connection)
             position = self.stored_position()
-            self._position = as_lsn(position.source) if position else None
-            self._copied_at = {table: as_lsn(copied_at) for table, copied_at in self.applied_from().items()}
-            copied = {name for table in self._copied_at if (name := self.config.target_name(table)) in tables}
-            self._applier = Applier(connection, self.config, {name: tables[name] for name in copied}, self._reread)
+            if position is None:
+                return None
+            self._position = as_lsn(position.source)
+            Bookkeeping(connection, self.name).create()  # one of an older version is completed
+            reshaper = Reshaper(connection, self.config, self._source, self.read_shapes, self._asked)
+            self._applier = applier = Applier(connection, reshaper, self._reread)
             if self.config.on_error == "park":
                 Settled(connection, self.name).create()
-                mirrored = {table for table, at in self._copied_at.items() if at != FORGOTTEN}
-                self._subjects = SubjectFinder(self._applier.plan, mirrored, read_uniqueness(connection))
+                mirrored = {table.name for table in applier.plans.roster if table.applied_from != FORGOTTEN}
+                self._subjects = SubjectFinder(applier.plan, mirrored, read_uniqueness(connection))
             self._unrefreshed_tables = self._unrefreshed(connection)
             self._replaying_until = RefreshMarks(connection, self.name).replaying()
             self._note_refreshed()
@@ -116,7 +119,7 @@ class PostgresSink(RefreshTarget):
         """Apply in order; visible together with `position` when `batches` end with a complete transaction."""
         connection, applier = self._opened()
         todo, self._ahead = self._ahead, None
-        if todo is None or not are_same(todo.batches, batches):
+        if todo is None or todo.plans is not applier.plans or not are_same(todo.batches, batches):
             todo = self._look_at(applier, batches)
         with translated_errors():
             applied = self._do(connection, applier, todo)
@@ -187,7 +190,7 @@ class PostgresSink(RefreshTarget):
         if isinstance(failure, PermanentError) and not todo.few and self.config.on_error == "park":
             raise failure
         if failure is not None:
-            applier.carefully(todo.wanted)
+            self._carefully(connection, applier, todo.wanted)
         return Applied(
             changes=sum(batch.change_count for batch in todo.batches),
             missing_rows=applier.missing - missing,
@@ -249,7 +252,11 @@ class PostgresSink(RefreshTarget):
     def _note_refreshed(self) -> None:
         _, applier = self._opened()
         self.consistent = not self._unrefreshed_tables and self._replaying_until is None
-        stale = self._unrefreshed_tables if self._replaying_until is None else self._copied_at
+        stale = (
+            self._unrefreshed_tables
+            if self._replaying_until is None
+            else [table.name for table in applier.plans.roster]
+        )
         applier.stale = {self.config.target_name(table) for table in stale}
         if not self._unrefreshed_tables and self._refresh is not None:
             self._refresh.close()
@@ -261,9 +268,26 @@ class PostgresSink(RefreshTarget):
         return self._connection, self._applier
 
     def _look_at(self, applier: Applier, batches: Sequence[Batch]) -> _Todo:
-        wanted = list(map(self._without_copied, batches))
+        plans = applier.plans
+        wanted = [self._without_copied(plans.roster, batch) for batch in batches]
         few = sum(batch.change_count for batch in wanted) <= FEW_CHANGES
-        return _Todo(batches, wanted, few, None if few else applier.fold(wanted))
+        if not few:
+            return _Todo(plans, batches, wanted, few, applier.fold(wanted))
+        try:
+            applier.check_shapes(wanted)
+        except FoldError:
+            few = False
+        return _Todo(plans, batches, wanted, few, None)
+
+    def _carefully(self, connection: Connection, applier: Applier, wanted: Sequence[Batch]) -> None:
+        try:
+            applier.carefully(wanted)
+        except CopyAgain as again:
+            connection.execute("ROLLBACK")
+            self._begun = False
+            self._copy_again(connection, [again.table])
+            log.warning("table is copied again", sink=self.name, table=str(again.table), reason=str(again))
+            raise NeedsFilling(str(again)) from again
 
     def _apply_fast(self, connection: Connection, applier: Applier, todo: _Todo) -> PermanentError | FoldError | None:
         """Try the fast way that suits. Where it does not work all of it is undone, and the reason returned."""
@@ -339,40 +363,43 @@ class PostgresSink(RefreshTarget):
         connection.execute("RELEASE SAVEPOINT batch")
         connection.execute("SAVEPOINT batch")
 
-    def _without_copied(self, batch: Batch) -> Batch:
+    def _without_copied(self, roster: Roster, batch: Batch) -> Batch:
         """Leave out what the initial copy holds already, table by table."""
         if not batch.transactions:
             return batch
-        latest = max(self._copied_at.values(), default=Lsn(0))
-        if self._knows(batch.tables) and as_lsn(batch.transactions[0].position) >= latest:
+        known = [roster.find(table) for table in batch.tables]
+        self._note_strangers(batch, known)
+        copied_at = [NEVER if table is None else table.applied_from for table in known]
+        if as_lsn(batch.transactions[0].position) >= max(copied_at, default=Lsn(0)):
             return batch
-        kept = [self._uncopied(batch.tables, transaction) for transaction in batch.transactions]
-        return msgspec.structs.replace(batch, transactions=kept)
+        return msgspec.structs.replace(
+            batch, transactions=[_uncopied(copied_at, transaction) for transaction in batch.transactions]
+        )
 
-    def _knows(self, tables: tuple[Table, ...]) -> bool:
-        """Whether all of them are mirrored here; says so once of each that is not.
+    def _note_strangers(self, batch: Batch, known: Sequence[Mirrored | None]) -> None:
+        """Say once of each table that it is not mirrored.
 
         The publication may be wider than the configuration, or a table newer than our last look for new ones. What
         is left out of such a table is in its copy, if it ever gets one.
         """
-        strangers = {table.qualified for table in tables} - self._copied_at.keys()
+        strangers = {table.qualified for table, found in zip(batch.tables, known, strict=True) if found is None}
         for table in strangers - self._strangers:
-            log.warning("not mirrored: copied at the next start, if it is captured", sink=self.name, table=str(table))
+            log.warning("not mirrored: copied once it is captured", sink=self.name, table=str(table))
         self._strangers |= strangers
-        return not strangers
 
-    def _uncopied(self, tables: tuple[Table, ...], transaction: Transaction) -> Transaction:
-        position = as_lsn(transaction.position)
-        copied = [position < self._copied_at.get(table.qualified, NEVER) for table in tables]
-        if not any(copied):
-            return transaction
-        changes = [kept for change in transaction.changes if (kept := _without_copied(change, copied)) is not None]
-        return msgspec.structs.replace(transaction, changes=changes)
+
+def _uncopied(copied_at: Sequence[Lsn], transaction: Transaction) -> Transaction:
+    position = as_lsn(transaction.position)
+    copied = [position < at for at in copied_at]
+    if not any(copied):
+        return transaction
+    changes = [kept for change in transaction.changes if (kept := _without_copied(change, copied)) is not None]
+    return msgspec.structs.replace(transaction, changes=changes)
 
 
 def _without_copied(change: Change, copied: Sequence[bool]) -> Change | None:
-    """The change, as far as it is about tables whose copy does not hold it."""
-    if change.table < 0:
+    """The change, as far as it is about tables whose copy does not hold it. Of DDL it tells itself what it is about."""
+    if change.table < 0 or change.operation == DDL:
         return change
     if not isinstance(change.detail, Truncate):
         return None if copied[change.table] else change

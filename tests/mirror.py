@@ -38,6 +38,7 @@ class Mirror:
     """A source database, a target database, and what runs between them.
 
     error: what the capture or the delivery stopped with. clock: of what is parked.
+    fillings: how often it was filled again in mid-stream.
     """
 
     def __init__(self, source_db: Database, target_db: Database, folder: Path, pg_dump: Path, **options: Any) -> None:
@@ -49,9 +50,15 @@ class Mirror:
             },
             {},
         )
-        self.queue = Queue(folder / "shop.queue", max_bytes=options.pop("max_bytes", 10**9), min_free_bytes=0)
+        self.queue = Queue(
+            folder / "shop.queue",
+            max_bytes=options.pop("max_bytes", 10**9),
+            min_free_bytes=0,
+            keep_seconds=options.pop("keep_seconds", 0.0),
+        )
         self.error: BaseException | None = None
         self.clock: Clock | None = options.pop("clock", None)
+        self.fillings = 0
         self._threads: list[threading.Thread] = []
         self._stop = threading.Event()
         self._make()
@@ -71,7 +78,7 @@ class Mirror:
         self.delivery = Delivery(self.sink, self.queue, self.delivery_stats, sink.batch, parker=self.parker)
 
     def _context(self) -> SinkContext:
-        return SinkContext(source=self.config.sources["shop"], reread=self.source.reread)
+        return SinkContext(source=self.config.sources["shop"], reread=self.source.reread, shapes=self.source.shapes)
 
     def prepare(self) -> None:
         """Create publication, slot and the mirror's tables; all tables must be empty."""
@@ -92,6 +99,9 @@ class Mirror:
         wait_for(lambda: self.error or self.queue.position is not None, "the stream to begin")
         if self.error is not None:
             raise self.error
+        self._fill()
+
+    def _fill(self) -> None:
         reader = PostgresSource(self.config, self.config.sources["shop"], self.queue)
         options = self.config.sinks["mirror"].copy
         fill(reader, self.sink, self.queue, stats=self.delivery_stats, options=options, stop=self._stop)
@@ -119,7 +129,9 @@ class Mirror:
 
     def _run(self, part: Capture | Delivery) -> None:
         try:
-            part.run(self._stop)
+            while part.run(self._stop):  # to be filled again
+                self._fill()
+                self.fillings += 1
         except BaseException as exc:  # noqa: BLE001 - kept for the test
             self.error = exc
 

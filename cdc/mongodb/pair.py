@@ -81,6 +81,15 @@ def stored_position(sink: SinkConfig) -> SourcePosition | None:
     return None if position is None else position.source
 
 
+def ddl_capture_script(source: SourceConfig, *, remove: bool) -> str:  # noqa: ARG001 - the protocol's
+    """MongoDB needs nothing."""
+    raise FatalError(f"source {source.name} tells of DDL by itself", hint="see show_expanded_events")
+
+
+def run_script(source: SourceConfig, script: str) -> None:
+    """Nothing there is run."""
+
+
 def left_at_source(source: SourceConfig) -> str:  # noqa: ARG001 - the protocol's
     """Nothing: a MongoDB server knows nothing of its readers."""
     return ""

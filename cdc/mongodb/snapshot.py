@@ -12,7 +12,7 @@ made anew while it was read is not counted as copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final
 
@@ -67,6 +67,9 @@ class MongoSnapshot:
         ranges = ranges_between(bounds)
         rows, size = estimate.rows // len(ranges), estimate.size // len(ranges)
         return [Chunk(table, (collection.uuid, *ids), rows, size) for ids in ranges]
+
+    def check_schema(self, schema: object, tables: Collection[TableName]) -> None:
+        """Documents have no schema."""
 
     def binary_columns(self, table: TableName) -> dict[str, str]:  # noqa: ARG002 - the protocol's
         """Documents have no columns."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
@@ -188,6 +188,10 @@ class MongoSource:
     def primary_key(self, table: TableName) -> Sequence[str]:  # noqa: ARG002 - the same for all
         """Documents have their `_id`."""
         return ("_id",)
+
+    def shapes(self, oids: Collection[int]) -> Sequence[object]:  # noqa: ARG002 - the protocol's
+        """Nothing: documents have their shape with them."""
+        return ()
 
     def reread(self, table: Table, image: Image) -> Image | None:
         """Read one document as it is now, by the `_id` in `image`: see `cdc.mongodb.reread`."""

@@ -16,6 +16,7 @@ from psycopg.abc import Buffer
 from psycopg.adapt import Dumper
 
 from cdc.change import (
+    DDL,
     DELETE,
     INSERT,
     MESSAGE,
@@ -23,22 +24,23 @@ from cdc.change import (
     UPDATE,
     Batch,
     Change,
+    Ddl,
     Operation,
     Table,
     TableName,
     Transaction,
     Truncate,
 )
-from cdc.config import SinkConfig
 from cdc.errors import PermanentError
-from cdc.position import format_position
+from cdc.position import Lsn, as_lsn, format_position
 from cdc.postgres.conflicts import UniqueIndex, remove_conflicts, unique_indexes
 from cdc.postgres.connection import Connection, to_cdc_error
 from cdc.postgres.copy_text import copy_text
 from cdc.postgres.fold import FoldError, old_row
 from cdc.postgres.plan import Statement, TablePlan, truncate
+from cdc.postgres.reshape import Reshaper
+from cdc.postgres.roster import Plans, Unfit
 from cdc.postgres.row import UNCHANGED, decode_row, encode_row
-from cdc.postgres.schema import SchemaTable
 from cdc.postgres.steps import Effect, SetWise, Step, Tables, steps
 from cdc.sink import Reread
 
@@ -55,18 +57,15 @@ class Applier:
     def __init__(
         self,
         connection: Connection,
-        config: SinkConfig,
-        target: dict[TableName, SchemaTable],
+        reshaper: Reshaper,
         reread: Reread | None,
     ) -> None:
         self.stale: set[TableName] = set()
         self.missing = 0
         self.healed = 0
         self._connection = connection
-        self._config = config
-        self._target = target
+        self._reshaper = reshaper
         self._reread = reread
-        self._plans: dict[Table, TablePlan] = {}
         self._unique: dict[TableName, Sequence[UniqueIndex]] = {}
         self._staging = _Staging(connection)
         connection.prepared_max = 1000
@@ -76,6 +75,22 @@ class Applier:
                 0
             ][0]
         )
+
+    @property
+    def plans(self) -> Plans:
+        """The mirror as it is. What was prepared with another one must not be used."""
+        return self._reshaper.plans
+
+    def check_shapes(self, batches: Sequence[Batch]) -> None:
+        """Raise `FoldError` where the mirror has to follow a change of shape first. From any thread."""
+        plans = self.plans
+        for batch in batches:
+            for transaction in batch.transactions:
+                for change in transaction.changes:
+                    if change.operation == DDL:
+                        raise Unfit
+                    if change.operation < TRUNCATE:
+                        plans.of(batch.tables[change.table])
 
     def send(self, batches: Sequence[Batch]) -> Sent:
         """Send every change as a prepared statement, inside a pipeline of the caller's; `check` afterwards."""
@@ -129,26 +144,18 @@ class Applier:
     def rolled_back(self) -> None:
         """Forget what a rollback to the savepoint has undone."""
         self._staging.drop()
+        self._reshaper.rolled_back()
 
     def committed(self) -> None:
         """Note that the target transaction has ended: staging tables are empty again."""
         self._staging.emptied()
+        self._reshaper.committed()
 
     # statements
 
     def plan(self, table: Table) -> TablePlan:
-        """How changes of a table become statements. Raises `PermanentError` where the mirror has none that fits."""
-        plan = self._plans.get(table)
-        if plan is None:
-            name = self._config.target_name(table.qualified)
-            target = self._target.get(name)
-            if target is None:
-                raise PermanentError(
-                    f"table {table.qualified} was never copied to the mirror",
-                    hint="restart `cdc run`: it copies tables that are new",
-                )
-            plan = self._plans[table] = TablePlan(table, target, self._config.table(table.qualified).columns)
-        return plan
+        """How changes of a table become statements. `FoldError` where a change of shape has to be followed first."""
+        return self.plans.of(table)
 
     def _statement(self, tables: Tables, change: Change) -> Statement | None:
         if change.operation == TRUNCATE:
@@ -164,7 +171,7 @@ class Applier:
     def _truncate(self, tables: Tables, change: Change) -> Statement:
         detail = change.detail
         assert isinstance(detail, Truncate)
-        names = [self._config.target_name(tables[index].qualified) for index in detail.tables]
+        names = [self.plans.target_name(tables[index]) for index in detail.tables]
         return truncate(names, restart_identity=detail.restart_identity).as_bytes(), ()
 
     def _execute(self, statement: Statement) -> psycopg.Cursor[Any]:
@@ -226,7 +233,9 @@ class Applier:
             self._connection.execute("SET CONSTRAINTS ALL DEFERRED")
         for index, change in enumerate(transaction.changes):
             try:
-                self._one_of_stale(tables, change)
+                self._fit(tables, change, as_lsn(transaction.position))
+                if self._is_wanted(tables, change, as_lsn(transaction.position)):
+                    self._one_of_stale(tables, change)
             except psycopg.Error as exc:
                 raise _refused(exc, tables, transaction, index) from exc
         self._check_deferred(complete=transaction.complete)
@@ -286,6 +295,26 @@ class Applier:
         if table not in self._unique:
             self._unique[table] = unique_indexes(self._connection, table)
         return self._unique[table]
+
+    def _fit(self, tables: Tables, change: Change, position: Lsn) -> None:
+        """Let the mirror's table follow what has happened to the source's, before the change."""
+        plans = self.plans
+        if isinstance(change.detail, Ddl):
+            self._reshaper.follow(change.detail, position)
+        elif change.operation < TRUNCATE:
+            try:
+                plans.of(tables[change.table])
+            except Unfit:
+                self._reshaper.settle(tables[change.table], position)
+        if self.plans is not plans:
+            self._staging.drop()
+
+    def _is_wanted(self, tables: Tables, change: Change, position: Lsn) -> bool:
+        """False where a change of shape before it has ended the mirroring of its table."""
+        if change.operation >= TRUNCATE:
+            return change.operation == TRUNCATE
+        mirrored = self.plans.roster.find(tables[change.table])
+        return mirrored is None or mirrored.applied_from <= position
 
     def _one(self, tables: Tables, change: Change) -> None:
         if change.operation == INSERT:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from struct import Struct
 from typing import Final
 
 from cdc.change import (
+    DDL,
     DELETE,
     INSERT,
     MESSAGE,
@@ -14,6 +15,7 @@ from cdc.change import (
     UPDATE,
     Batch,
     Change,
+    Ddl,
     Image,
     Message,
     Table,
@@ -24,6 +26,7 @@ from cdc.errors import DecodeError, ResyncRequired
 from cdc.position import format_lsn
 from cdc.postgres import pgoutput
 from cdc.postgres.row import UNCHANGED, decode_row, encode_row, merge
+from cdc.postgres.shape import TableShape, decode
 
 _NEW_ROW: Final = {ord("I"): INSERT, ord("U"): UPDATE}
 _NEW: Final = ord("N")
@@ -46,8 +49,10 @@ class Assembler:
     pending_bytes: size of all that was not given out.
     """
 
-    def __init__(self, position: int) -> None:
+    def __init__(self, position: int, *, ddl_prefixes: Collection[str] = ()) -> None:
+        """ddl_prefixes: of the logical messages that tell a table's shape (see `cdc.postgres.ddl_capture`)."""
         self.position = position
+        self._ddl_prefixes = ddl_prefixes
         self._end = position  # of the last transaction that came, given out or not
         self.pending_bytes = 0
         self._relations: dict[int, Table] = {}
@@ -79,7 +84,7 @@ class Assembler:
     def reset(self) -> None:
         """Forget what was not given out: the stream begins again at `position`, with Relation messages."""
         given = self._given
-        self.__init__(self.position)  # type: ignore[misc]
+        self.__init__(self.position, ddl_prefixes=self._ddl_prefixes)  # type: ignore[misc]
         self._given = given
 
     def feed(self, messages: Iterable[bytes], at: int = 0) -> None:
@@ -161,7 +166,10 @@ class Assembler:
                 tables = tuple(self._table(relation) for relation in relations)
                 self._add(Change(TRUNCATE, tables[0], None, None, None, Truncate(tables, cascade, restart)))
             case pgoutput.LogicalMessage(transactional=True, prefix=prefix, content=content):
-                if prefix != HEARTBEAT_PREFIX:
+                if prefix in self._ddl_prefixes:
+                    shape = decode(content, TableShape)
+                    self._add(Change(DDL, self._index(shape.described()), None, None, None, Ddl("shape", content)))
+                elif prefix != HEARTBEAT_PREFIX:
                     self._add(Change(MESSAGE, -1, None, None, None, Message(prefix, content)))
             case _:  # names of types, origins, and messages outside transactions say nothing about rows
                 pass
@@ -228,9 +236,12 @@ class Assembler:
             table = self._relations.get(relation)
             if table is None:
                 raise DecodeError(f"pgoutput: change of relation {relation}, which was not described")
-            index = self._indexes[relation] = len(self._tables)
-            self._tables.append(table)
+            index = self._indexes[relation] = self._index(table)
         return index
+
+    def _index(self, table: Table) -> int:
+        self._tables.append(table)
+        return len(self._tables) - 1
 
 
 def _filled(after: Image, before: Image) -> Image:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
+import msgspec
+from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from cdc.change import TableName
 from cdc.position import Lsn, Position, as_lsn, format_lsn, parse_lsn
 from cdc.postgres.connection import Connection, while_doing
 from cdc.postgres.dump import SchemaEntry
+from cdc.postgres.shape import Followed, TableShape, decode
 
 FORGOTTEN: Final = Lsn(2**64 - 1)
 """The copy position of a table that is no longer captured: every change comes before it, and is left out."""
@@ -64,6 +67,8 @@ class Bookkeeping:
             self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.bookkeeping', 0))")
             if not self.exists:  # even IF NOT EXISTS wants the right to create a schema
                 self._connection.execute(_TABLES)
+            elif not self._connection.execute(_HAS_SHAPE).rowcount:
+                self._connection.execute("ALTER TABLE cdc.tables ADD COLUMN shape jsonb")
 
     def position(self) -> Position | None:
         """Where the sink stands; `None` if it never wrote anything."""
@@ -109,6 +114,42 @@ class Bookkeeping:
     def copy_again(self, tables: Collection[TableName]) -> None:
         """Note that what is in these tables is of no use."""
         self._move(tables, None)
+
+    def followed(self) -> dict[TableName, Followed]:
+        """The shape that each table has followed, where one was kept. After `create`."""
+        query = "SELECT source_schema, source_table, shape::text FROM cdc.tables WHERE sink = %s AND shape IS NOT NULL"
+        rows = self._connection.execute(query, [self._sink]).fetchall()
+        return {TableName(schema, name): decode(shape, Followed) for schema, name, shape in rows}
+
+    def follow(self, table: TableName, followed: Followed) -> None:
+        """Note the shape that a table has now."""
+        self._connection.execute(
+            "UPDATE cdc.tables SET shape = %s WHERE sink = %s AND source_schema = %s AND source_table = %s",
+            [msgspec.json.encode(followed).decode(), self._sink, *table],
+        )
+
+    def follow_copies(self, shapes: Iterable[TableShape]) -> None:
+        """Note the shapes of the tables that are going to be copied."""
+        with self._connection.cursor() as cursor:
+            cursor.executemany(
+                """UPDATE cdc.tables SET shape = %s
+                    WHERE sink = %s AND source_schema = %s AND source_table = %s AND position IS NULL""",
+                [(msgspec.json.encode(Followed(shape)).decode(), self._sink, *shape.qualified) for shape in shapes],
+            )
+
+    def rename(self, old: TableName, new: TableName) -> None:
+        """A table has another name at the source. What was kept under that name, of a table that is gone, goes."""
+        forget = "DELETE FROM cdc.{} WHERE sink = %s AND source_schema = %s AND source_table = %s"
+        move = """UPDATE cdc.{} SET source_schema = %s, source_table = %s
+                   WHERE sink = %s AND source_schema = %s AND source_table = %s"""
+        for table in ("tables", "post_data"):
+            name = sql.Identifier(table)
+            self._connection.execute(sql.SQL(forget).format(name), [self._sink, *new])
+            self._connection.execute(sql.SQL(move).format(name), [*new, self._sink, *old])
+
+    def building(self, table: TableName) -> bool:
+        """Whether something is left to build that is about a table."""
+        return any(table in entry.relations for entry in self.pending())
 
     def waiting(self, position: Lsn) -> bool:
         """Whether a table is incomplete, or the stream has not reached its copy at `position`."""
@@ -219,6 +260,8 @@ INSERT INTO cdc.post_data (sink, kind, name, source_schema, source_table, relati
 SELECT %s, %s, %s, %s, %s, %s, %s, coalesce(max(ordinal) + 1, 0) FROM cdc.post_data WHERE sink = %s
 """
 
+_HAS_SHAPE: Final = "SELECT FROM pg_attribute WHERE attrelid = 'cdc.tables'::regclass AND attname = 'shape'"
+
 _SETTLED: Final = """
 CREATE TABLE cdc.settled (
     sink text,
@@ -246,6 +289,7 @@ CREATE TABLE IF NOT EXISTS cdc.tables (
     position pg_lsn,
     rows bigint,
     copied_at timestamptz,
+    shape jsonb,
     PRIMARY KEY (sink, source_schema, source_table)
 );
 CREATE TABLE IF NOT EXISTS cdc.post_data (

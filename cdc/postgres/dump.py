@@ -25,6 +25,7 @@ from cdc.errors import FatalError, TransientError
 from cdc.postgres.connection import Connection, connect, translated_errors
 from cdc.postgres.schema import SchemaTable, database_identity, read_tables
 from cdc.postgres.sequences import read_sequences
+from cdc.postgres.shape import TableShape, read_shapes
 from cdc.postgres.toc import TocEntry, parse_toc, reach, reverse, select_entries, split_script
 
 log = structlog.get_logger()
@@ -91,7 +92,7 @@ class SchemaDump(msgspec.Struct, frozen=True):
     """The captured tables, and the SQL that makes them somewhere else.
 
     origin: the `database_identity` of the source.
-    sequences: those that no column owns.
+    shapes: what they are, as far as a mirror follows that. sequences: those that no column owns.
     database: the options of a CREATE DATABASE with the same encoding and collation.
     pre_data, post_data: what comes before and after the copy, in an order in which each finds what it depends on;
     assumes `search_path = ''`, UTF8 and `check_function_bodies = off`.
@@ -103,6 +104,7 @@ class SchemaDump(msgspec.Struct, frozen=True):
     database: str
     pre_data: tuple[SchemaEntry, ...]
     post_data: tuple[SchemaEntry, ...]
+    shapes: tuple[TableShape, ...] = ()
 
     def select(self, tables: Collection[TableName]) -> Selection:
         """What some of the captured tables take, on a mirror that has the others."""
@@ -128,10 +130,14 @@ def dump_schema(url: str, tables: Collection[TableName], *, pg_dump: str) -> Sch
     """Describe `tables` and all that they need. Raises `FatalError` where pg_dump is missing, too old or refused."""
     with connect(url, application_name="cdc-schema") as connection:
         program = _find_pg_dump(pg_dump, connection.info.server_version // 10000)
+        shapes = _shapes(connection, tables)
         with tempfile.TemporaryDirectory(prefix="cdc-") as folder:
             archive = Archive(program.with_name("pg_restore"), Path(folder))
             _run_pg_dump(program, url, archive.path)
-            return _read_archive(connection, archive, tables)
+            schema = _read_archive(connection, archive, tables)
+        if _shapes(connection, tables) != shapes:
+            raise TransientError("tables were altered while their schema was read: it is read again")
+        return msgspec.structs.replace(schema, shapes=shapes)
 
 
 def pg_dump_version(path: str | Path) -> tuple[int, int]:
@@ -246,6 +252,10 @@ def _read_archive(connection: Connection, archive: Archive, names: Collection[Ta
         pre_data=tuple(entry for entry in entries if entry.number not in post_data),
         post_data=tuple(entry for entry in entries if entry.number in post_data),
     )
+
+
+def _shapes(connection: Connection, tables: Collection[TableName]) -> tuple[TableShape, ...]:
+    return tuple(shape for shape in read_shapes(connection) if shape.qualified in tables)
 
 
 def _unwanted(connection: Connection, oids: list[int]) -> set[tuple[int, int]]:

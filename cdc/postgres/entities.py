@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from cdc.change import DELETE, INSERT, MESSAGE, TRUNCATE, UPDATE, Change, Table, TableName, Truncate
+from cdc.change import DDL, DELETE, INSERT, MESSAGE, TRUNCATE, UPDATE, Change, Table, TableName, Truncate
 from cdc.errors import DecodeError
 from cdc.feed.event import Event, Told, View, bounded, masked, masked_text
 from cdc.feed.options import Entity, FeedOptions, Mask
@@ -37,7 +37,7 @@ class EntityTranslator:
         if change.operation == TRUNCATE:
             assert isinstance(change.detail, Truncate)
             return [_emptied(tables[index].qualified) for index in change.detail.tables]
-        if change.operation == MESSAGE:
+        if change.operation in (MESSAGE, DDL):
             return ()
         shape = self._shape(tables[change.table])
         if change.operation == INSERT:

@@ -13,6 +13,7 @@ from cdc.cutover import CutoverResult, cutover
 from cdc.errors import FatalError
 from cdc.mirroring import Mirroring
 from cdc.position import SourcePosition
+from cdc.postgres import ddl_capture
 from cdc.postgres.connection import connect, translated_errors
 from cdc.postgres.cutover import PostgresHandover
 from cdc.postgres.digest import Comparison, plan_comparison
@@ -70,6 +71,21 @@ def stored_position(sink: SinkConfig) -> SourcePosition | None:
     """Where the mirror itself says that it stands; `None` if it was never filled."""
     position = CopyTarget(sink).stored_position()
     return None if position is None else position.source
+
+
+def ddl_capture_script(source: SourceConfig, *, remove: bool) -> str:
+    """The SQL that installs the event triggers for the role of the source's URL, or removes them."""
+    if remove:
+        return ddl_capture.removal()
+    with connect(reveal(source.url)) as connection, translated_errors():
+        ((role,),) = connection.execute("SELECT current_user").fetchall()
+    return ddl_capture.installation(role)
+
+
+def run_script(source: SourceConfig, script: str) -> None:
+    """Run it as a whole, or not at all."""
+    with connect(reveal(source.url)) as connection:
+        ddl_capture.execute(connection, script)
 
 
 def left_at_source(source: SourceConfig) -> str:

@@ -16,10 +16,11 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from cdc.change import MESSAGE, Batch, Change, Image, Table, TableName, Truncate
+from cdc.change import DDL, MESSAGE, Batch, Change, Image, Table, TableName, Truncate
 from cdc.errors import PermanentError
 from cdc.position import SourcePosition
 from cdc.postgres.connection import Connection
+from cdc.postgres.fold import FoldError
 from cdc.postgres.plan import TablePlan
 from cdc.postgres.row import UNCHANGED, decode_row, encode_row
 from cdc.postgres.schema import FIRST_USER_OID
@@ -81,6 +82,8 @@ class SubjectFinder:
             names = [tables[index].qualified for index in change.detail.tables]
             return Subject(tuple(name for name in names if name in self._mirrored), None)
         table = tables[change.table]
+        if change.operation == DDL:
+            return Subject((table.qualified,), None) if table.qualified in self._mirrored else NOTHING
         known = self._known.get(id(table))
         if known is None:
             known = self._learn(table)
@@ -98,7 +101,7 @@ class SubjectFinder:
     def _keys_of(self, table: Table) -> _Keys | None:
         try:
             plan = self._plan_of(table)
-        except PermanentError:
+        except (PermanentError, FoldError):
             return None  # the mirror's table does not fit: nothing of it can be applied
         keys = _Keys(plan, self._uniqueness.get(plan.target.name, Uniqueness({}, {})))
         return keys if keys.usable else None

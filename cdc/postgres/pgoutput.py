@@ -203,7 +203,7 @@ def _relation(data: bytes, at: int) -> tuple[Relation, int]:
     if at > len(data):
         raise IndexError
     # the manual: an empty namespace stands for pg_catalog
-    return Relation(oid, Table(schema or "pg_catalog", name, tuple(columns), identity)), at
+    return Relation(oid, Table(schema or "pg_catalog", name, tuple(columns), identity, oid)), at
 
 
 def _type(data: bytes, at: int) -> tuple[TypeName, int]:

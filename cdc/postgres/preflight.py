@@ -17,6 +17,7 @@ from cdc.config import Config, SourceConfig
 from cdc.errors import FatalError
 from cdc.position import Lsn
 from cdc.postgres.connection import Connection, connect
+from cdc.postgres.ddl_capture import grants, is_installed, trigger_key
 from cdc.postgres.dump import pg_dump_version
 from cdc.postgres.preflight_feed import check_feeds
 from cdc.postgres.preflight_server import (
@@ -249,6 +250,19 @@ def _check_old_transactions(connection: Connection) -> Iterator[Finding]:
         yield Finding("warning", "transactions", message, f"wait, or end it: {fix}")
 
 
+def _check_ddl_capture(view: _SourceView) -> Iterator[Finding]:
+    if not is_installed(view.connection):
+        message = (
+            "by looking into the catalog: `cdc init --ddl-capture` lets event triggers tell, in mid-transaction too"
+        )
+        yield Finding("ok", "schema changes", message)
+    elif trigger_key(view.connection) is None:
+        message = f"event triggers tell of them, but {view.role} may not read cdc.ddl_capture"
+        yield Finding("warning", "schema changes", message, f"as its owner: {grants(view.role)}")
+    else:
+        yield Finding("ok", "schema changes", "told by event triggers")
+
+
 def _check_left_out(view: _SourceView) -> Iterator[Finding]:
     """What matches the globs and cannot be captured (F34), and what no table holds (F35)."""
     kinds: dict[str, list[TableName]] = {}
@@ -285,6 +299,7 @@ _SOURCE_CHECKS: Final[dict[str, Callable[[_SourceView], Iterator[Finding]]]] = {
     "privileges": _check_reading,
     "publication": _check_publications,
     "slot": _check_slot,
+    "schema changes": _check_ddl_capture,
     "left out": _check_left_out,
     "pg_dump": _check_pg_dump,
 }

@@ -26,9 +26,16 @@ from cdc.postgres.preflight_server import (
     shortened,
     value,
 )
-from cdc.postgres.preparation import mirrored_columns, type_holds
+from cdc.postgres.preparation import mirrored_columns
 from cdc.postgres.publication import captured_tables, quoted
-from cdc.postgres.schema import SchemaColumn, SchemaTable, database_identity, read_tables, unsupported_relations
+from cdc.postgres.schema import (
+    SchemaColumn,
+    SchemaTable,
+    database_identity,
+    read_tables,
+    type_holds,
+    unsupported_relations,
+)
 from cdc.preflight import Finding, guard
 
 _TARGET_PRIVILEGES: Final = ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -13,10 +12,11 @@ from psycopg import sql
 from cdc.change import TableName
 from cdc.config import SinkConfig
 from cdc.errors import FatalError
+from cdc.postgres.alter import MirrorTable
 from cdc.postgres.bookkeeping import EntryKey, Mark, key_of
 from cdc.postgres.connection import Connection, while_doing
-from cdc.postgres.dump import TABLE, SchemaDump, SchemaEntry, Selection
-from cdc.postgres.schema import SchemaColumn, SchemaTable, read_tables
+from cdc.postgres.dump import PRIMARY_KEY, TABLE, SchemaDump, SchemaEntry, Selection
+from cdc.postgres.schema import SchemaColumn, SchemaTable, read_tables, type_holds
 
 ANALYZE: Final = "ANALYZE"
 """A kind of post-data besides those of the dump. Its SQL has the target's names, all other has the source's."""
@@ -58,14 +58,18 @@ class Preparation:
         pairs = [(table, present.get(self._config.target_name(table.name))) for table in schema.tables]
         missing = [table for table, target in pairs if target is None]
         unfinished = [(table, target) for table, target in pairs if target and not self._is_complete(table.name)]
+        ours = [(table, target) for table, target in unfinished if table.name in self._marks]
+        follow = self._config.schema_changes == "apply"
         self._refuse(missing, among=len(pairs))
-        self._check(unfinished)
-        _empty(self._connection, [target for table, target in unfinished if table.name in self._marks])
+        self._check([pair for pair in unfinished if not (follow and pair in ours)])
+        _empty(self._connection, [target for _, target in ours])
+        if follow and ours:
+            self._conform(schema, ours)
         made = tuple(table.name for table in missing)
         if missing:
             self._make(schema, missing)
         analyzed = [*made, *(table.name for table, _ in unfinished)]
-        later = (*self._later(schema, made), *(self._analyze(table) for table in analyzed))
+        later = (*self._without_keys(self._later(schema, made)), *(self._analyze(table) for table in analyzed))
         return Prepared(made, later)
 
     def _is_complete(self, table: TableName) -> bool:
@@ -91,25 +95,38 @@ class Preparation:
             self._connection.execute("SET LOCAL check_function_bodies = off")
             self._connection.execute("SET LOCAL client_min_messages = warning")
             if self._marks:
-                self._add(schema, schema.select([table.name for table in tables]))
+                selection = schema.select([table.name for table in tables])
+                made = {entry.number for entry in schema.pre_data if entry.kind == TABLE} & set(selection.about)
+                self._add(schema, selection.needed, made)
             else:
                 self._connection.execute("\n".join(entry.sql for entry in schema.pre_data).encode())
                 rename_relations(self._connection, self._renames(schema, schema.pre_data))
             for table in tables:
                 self._loosen(table)
 
-    def _add(self, schema: SchemaDump, selection: Selection) -> None:
-        """Create tables, and what they need beside what an earlier run made, or the user since."""
-        entries = [entry for entry in schema.pre_data if entry.number in selection.needed]
+    def _conform(self, schema: SchemaDump, tables: Sequence[tuple[SchemaTable, SchemaTable]]) -> None:
+        """Tables that were begun, and are empty again: give them the shape that the source's have by now."""
+        shapes = {shape.qualified: shape for shape in schema.shapes}
+        selection = schema.select([table.name for table, _ in tables])
+        used = [entry.number for entry in schema.pre_data if _may_need(entry, selection)]
+        self._add(schema, used, ())
+        for table, target in tables:
+            written = self._config.table(table.name).columns
+            mirrored = MirrorTable(self._connection, target.name, made=self._marks[table.name].made, written=written)
+            with while_doing(f"altering {target.name} on the target"):
+                mirrored.conform(shapes[table.name])
+
+    def _add(self, schema: SchemaDump, wanted: Collection[int], made: Collection[int]) -> None:
+        """Create entries, beside what an earlier run made, or the user since. made: what must not be there yet."""
+        entries = [entry for entry in schema.pre_data if entry.number in wanted]
         pairs = self._renames(schema, entries)
         rename_relations(self._connection, [(target, source) for source, target in pairs])
         for entry in entries:
-            new = entry.kind == TABLE and entry.number in selection.about
             try:
                 with self._connection.transaction():
                     self._connection.execute(entry.sql.encode())
             except _DUPLICATES:
-                if new:
+                if entry.number in made:
                     raise
         rename_relations(self._connection, pairs)
 
@@ -127,6 +144,13 @@ class Preparation:
         needed = schema.select([*made, *begun]).needed
         for entry in schema.post_data:
             if entry.number in about or (entry.number in needed and key_of(entry) not in self._recorded):
+                yield entry
+
+    def _without_keys(self, entries: Iterable[SchemaEntry]) -> Iterator[SchemaEntry]:
+        """A table that was conformed has its primary key, perhaps by another name."""
+        keyed = {table.name for table in read_tables(self._connection).values() if table.primary_key}
+        for entry in entries:
+            if entry.kind != PRIMARY_KEY or entry.table is None or self._config.target_name(entry.table) not in keyed:
                 yield entry
 
     def _analyze(self, table: TableName) -> SchemaEntry:
@@ -193,21 +217,6 @@ def mirrored_columns(config: SinkConfig, table: SchemaTable) -> list[SchemaColum
     return [column for column in table.replicated_columns if column.name in wanted]
 
 
-def type_holds(source: str, target: str) -> bool:
-    """Whether a column of type `target` holds all values of type `source`, and shows them with the same text."""
-    if source == target or target in _WIDER.get(source, ()):
-        return True
-    if source.startswith("numeric(") and target == "numeric":
-        return True
-    limited = re.fullmatch(r"character varying(?:\((\d+)\))?", source)
-    if limited is None:
-        return False
-    if target in ("text", "character varying"):
-        return True
-    wider = re.fullmatch(r"character varying\((\d+)\)", target)
-    return bool(limited[1] and wider and int(wider[1]) >= int(limited[1]))
-
-
 def renames(config: SinkConfig, names: Iterable[TableName]) -> list[Rename]:
     """(name at the source, another name on the target), for those that have one."""
     return [(name, renamed) for name in names if (renamed := config.target_name(name)) != name]
@@ -227,6 +236,13 @@ def rename_relations(connection: Connection, pairs: Iterable[Rename]) -> None:
             _alter(connection, passing, "SET SCHEMA {}", new.schema)
     for number, (_, new) in enumerate(present):
         _alter(connection, TableName(new.schema, f"cdc_renaming_{number}"), "RENAME TO {}", new.name)
+
+
+def _may_need(entry: SchemaEntry, selection: Selection) -> bool:
+    """Whether columns of tables that are there may need it: a type, a function, a sequence."""
+    if entry.number in selection.about:
+        return entry.kind == "SEQUENCE" and "CREATE SEQUENCE" in entry.sql
+    return entry.number in selection.needed
 
 
 def _listed(names: Iterable[TableName]) -> str:
@@ -262,12 +278,6 @@ def _exists(connection: Connection, table: TableName) -> bool:
     query = "SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE nspname = %s AND relname = %s"
     return connection.execute(query, list(table)).rowcount > 0
 
-
-_WIDER: Final = {
-    "smallint": ("integer", "bigint", "numeric"),
-    "integer": ("bigint", "numeric"),
-    "bigint": ("numeric",),
-}
 
 _DUPLICATES: Final = (
     psycopg.errors.DuplicateSchema,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -96,6 +97,21 @@ def unsupported_relations(connection: Connection) -> list[tuple[TableName, str]]
     return [(TableName(schema, name), kind) for schema, name, kind in rows]
 
 
+def type_holds(source: str, target: str) -> bool:
+    """Whether a column of type `target` holds all values of type `source`, and shows them with the same text."""
+    if source == target or target in _WIDER.get(source, ()):
+        return True
+    if source.startswith("numeric(") and target == "numeric":
+        return True
+    limited = re.fullmatch(r"character varying(?:\((\d+)\))?", source)
+    if limited is None:
+        return False
+    if target in ("text", "character varying"):
+        return True
+    wider = re.fullmatch(r"character varying\((\d+)\)", target)
+    return bool(limited[1] and wider and int(wider[1]) >= int(limited[1]))
+
+
 class _Type(msgspec.Struct, frozen=True):
     oid: int
     kind: str
@@ -144,10 +160,17 @@ def _table(row: tuple[Any, ...], columns: list[dict[str, Any]], types: Mapping[i
     )
 
 
-_PUBLISHABLE: Final = """
+_WIDER: Final = {
+    "smallint": ("integer", "bigint", "numeric"),
+    "integer": ("bigint", "numeric"),
+    "bigint": ("numeric",),
+}
+
+PUBLISHABLE: Final = """
     c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.relpersistence = 'p'
     AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'cdc') AND n.nspname !~ '^pg_'
 """
+"""Which rows `c` of pg_class, with their schema `n`, are tables that can be published."""
 
 _TABLES: Final = f"""
 SELECT c.oid, n.nspname, c.relname, c.relkind = 'p', c.relreplident::text,
@@ -173,7 +196,7 @@ SELECT c.oid, n.nspname, c.relname, c.relkind = 'p', c.relreplident::text,
          FROM pg_class p
         WHERE p.oid = c.oid OR (c.relkind = 'p' AND p.oid IN (SELECT relid FROM pg_partition_tree(c.oid)))
        ) AS part ON true
- WHERE {_PUBLISHABLE}
+ WHERE {PUBLISHABLE}
  ORDER BY n.nspname, c.relname
 """  # noqa: S608 - a constant
 
@@ -186,7 +209,7 @@ SELECT c.oid, a.attname, a.atttypid, format_type(a.atttypid, a.atttypmod), forma
   FROM pg_attribute a
   JOIN pg_class c ON c.oid = a.attrelid
   JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE {_PUBLISHABLE} AND a.attnum > 0 AND NOT a.attisdropped
+ WHERE {PUBLISHABLE} AND a.attnum > 0 AND NOT a.attisdropped
  ORDER BY c.oid, a.attnum
 """  # noqa: S608 - a constant
 

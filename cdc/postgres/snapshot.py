@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import selectors
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Final
 
@@ -21,7 +21,9 @@ from cdc.change import TableName
 from cdc.errors import CdcError, TransientError
 from cdc.position import Lsn, parse_lsn
 from cdc.postgres.connection import Connection, connect, result_error, translated_errors, while_doing
+from cdc.postgres.dump import SchemaDump
 from cdc.postgres.schema import SchemaTable
+from cdc.postgres.shape import read_shapes
 from cdc.postgres.slot import blockers_logged
 from cdc.source import Chunk
 
@@ -107,6 +109,16 @@ class PostgresSnapshot:
                 self._coordinator.execute("SELECT 1")
         except CdcError as exc:
             raise TransientError(f"the snapshot is lost: {exc}", hint=_LOST_HINT) from exc
+
+    def check_schema(self, schema: object, tables: Collection[TableName]) -> None:
+        """Raise `TransientError` if tables have another shape than `dump_schema` has said; the locks keep it now."""
+        assert isinstance(schema, SchemaDump)
+        shapes = [shape for shape in schema.shapes if shape.qualified in tables]
+        with connect(self._url) as connection:  # the coordinator may see the catalog as it was
+            now = read_shapes(connection, [shape.oid for shape in shapes])
+        for shape in shapes:
+            if shape not in now:
+                raise TransientError(f"{shape.qualified} was altered while its copy began", hint=_LOST_HINT)
 
     def close(self) -> None:
         """Release snapshot and locks. Safe to call twice."""

@@ -16,6 +16,7 @@ from cdc.config import Config, SourceConfig
 from cdc.errors import FatalError, TransientError
 from cdc.position import Lsn, SourcePosition, as_lsn
 from cdc.postgres.assembly import HEARTBEAT_PREFIX, PART_BYTES, Assembler
+from cdc.postgres.catalog_watch import CatalogWatch
 from cdc.postgres.connection import Connection, connect, translated_errors
 from cdc.postgres.dump import SchemaDump, dump_schema
 from cdc.postgres.publication import Publication, captured_tables, desired_publications, is_insert_only
@@ -25,6 +26,7 @@ from cdc.postgres.replication import DATA_AT, ReplicationStream
 from cdc.postgres.reread import reread
 from cdc.postgres.schema import SchemaTable, read_tables
 from cdc.postgres.sequences import SequenceValue, read_sequences
+from cdc.postgres.shape import TableShape, read_shapes
 from cdc.postgres.slot import (
     check_cluster,
     check_slot,
@@ -49,6 +51,9 @@ IDLE_SECONDS: Final = 1.0
 OBSERVE_SECONDS: Final = 5.0
 """How often the server is asked for the end of its log and the state of the slot."""
 
+CATALOG_SECONDS: Final = 10.0
+"""How often the source's catalog is looked at for changes of shape that no event trigger has told of."""
+
 
 class PostgresSource:
     """Streams one slot. Implements `cdc.source.Source`."""
@@ -72,7 +77,9 @@ class PostgresSource:
         self._server_end = Lsn(0)
         self._slot = SlotStats(source.slot)
         self._insert_only: tuple[str, ...] = ()
-        self._captured: frozenset[TableName] | None = None  # since the start
+        self._captured: frozenset[int] | None = None  # OIDs, since the start
+        self._watch = CatalogWatch(source, facts)
+        self._looked_at = 0.0
 
     def open(self, position: SourcePosition | None) -> SourcePosition:
         """Connect, check that nothing is missing since `position`, and stream."""
@@ -85,10 +92,11 @@ class PostgresSource:
         publications = self._publications(control, create=stored is None)
         start = self._slot_start(control, walsender, stored)
         if self._assembler is None or self._assembler.position < start:
-            self._assembler = Assembler(start)
+            self._assembler = Assembler(start, ddl_prefixes=self._watch.prefixes)
         else:
             self._assembler.reset()
         self._given = Lsn(start)
+        self._look_at_catalog(control, tell_all=stored is not None)
         self._stream = ReplicationStream(
             walsender,
             slot=self._source.slot,
@@ -116,6 +124,8 @@ class PostgresSource:
         """Wait for changes; a batch without transactions moves the position while nothing happens."""
         stream, assembler = self._opened()
         self._heartbeat()
+        if self._control is not None and time.monotonic() - self._looked_at > CATALOG_SECONDS:
+            self._look_at_catalog(self._control)
         assembler.feed(stream.drain(max_bytes=PART_BYTES, timeout_seconds=timeout_seconds), DATA_AT)
         batch = assembler.take(part=assembler.open_bytes >= PART_BYTES)
         if batch is not None:
@@ -178,6 +188,11 @@ class PostgresSource:
         found = self._schema().get(table)
         return found.primary_key if found is not None else ()
 
+    def shapes(self, oids: Collection[int]) -> list[TableShape]:
+        """The shapes that tables have now, those that are gone left out. From any thread."""
+        with connect(self._url) as connection:
+            return read_shapes(connection, oids)
+
     def reread(self, table: Table, image: Image) -> Image | None:
         """Read one row as it is now, by its key; `None` if it is gone."""
         return reread(self._url, table, image)
@@ -219,7 +234,7 @@ class PostgresSource:
         elif self._captured is None:
             self._extend(control, wanted)
         if self._captured is None:
-            self._captured = frozenset(table.name for table in captured_tables(self._source, tables))
+            self._captured = frozenset(table.oid for table in captured_tables(self._source, tables))
         # a table that was made since the start waits for the next one: a reconnect must not fail because of it
         require(check_publications(control, [_only(publication, self._captured) for publication in wanted]))
         self._insert_only = tuple(
@@ -284,6 +299,11 @@ class PostgresSource:
         with translated_errors():
             self._control.execute(_HEARTBEAT, [HEARTBEAT_PREFIX])
 
+    def _look_at_catalog(self, control: Connection, *, tell_all: bool = False) -> None:
+        """After whatever error, look again: what was told twice has no effect."""
+        self._looked_at = time.monotonic()
+        self._watch.look(control, tell_all=tell_all)
+
     def _observe_server(self) -> None:
         assert self._control is not None
         self._observed_at = time.monotonic()
@@ -310,8 +330,8 @@ class PostgresSource:
             return {table.name: table for table in captured_tables(self._source, read_tables(connection))}
 
 
-def _only(publication: Publication, tables: Collection[TableName]) -> Publication:
-    chosen = tuple(published for published in publication.tables if published.name in tables)
+def _only(publication: Publication, oids: Collection[int]) -> Publication:
+    chosen = tuple(published for published in publication.tables if published.table.oid in oids)
     return msgspec.structs.replace(publication, tables=chosen)
 
 

@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 import msgspec
 
-from cdc.change import TRUNCATE, Batch, Change, Image, Table, TableName
+from cdc.change import DDL, TRUNCATE, Batch, Change, Image, Table, TableName
 from cdc.postgres.copy_text import copy_text, plain_text
 from cdc.postgres.fold import Appends, Fold, FoldError, changed_columns
 from cdc.postgres.plan import TablePlan
@@ -56,12 +56,16 @@ def steps(batches: Sequence[Batch], plan_of: PlanOf) -> list[Step]:
             for change in transaction.changes:
                 if change.operation < TRUNCATE:
                     lane = by_index[change.table]
+                    if lane is None:
+                        raise FoldError
                     if not lane.fold.add(change):
                         lanes.flush(lane)
                         lanes.steps.append(Alone(lane.plan, batch.tables, change))
                 elif change.operation == TRUNCATE:
                     lanes.flush_all()
                     lanes.steps.append(Alone(None, batch.tables, change))
+                elif change.operation == DDL:
+                    raise FoldError  # what comes behind it has another shape
     lanes.flush_all()
     return lanes.steps
 
@@ -87,8 +91,8 @@ class _Lanes:
         self._plan_of = plan_of
         self._lanes: dict[TableName, _Lane] = {}
 
-    def of(self, tables: Tables) -> list[_Lane]:
-        """The lanes of a batch's tables, in their order."""
+    def of(self, tables: Tables) -> list[_Lane | None]:
+        """The lanes of a batch's tables, in their order; `None` where changes of one cannot be folded."""
         if len({table.qualified for table in tables}) < len(tables):
             raise FoldError  # a table changes its shape between two changes of this batch
         return [self._lane(table) for table in tables]
@@ -109,12 +113,15 @@ class _Lanes:
             self._write(Effect.UPDATE, lane.plan, fold.updated(), fold.row)
         self._write(Effect.INSERT, lane.plan, fold.inserted(), fold.row)
 
-    def _lane(self, table: Table) -> _Lane:
+    def _lane(self, table: Table) -> _Lane | None:
         lane = self._lanes.get(table.qualified)
         if lane is None or lane.plan.source != table:
             if lane is not None:  # the table has a new shape: what came in the old one goes first
                 self.flush(lane)
-            lane = self._lanes[table.qualified] = _Lane(self._plan_of(table))
+            try:
+                lane = self._lanes[table.qualified] = _Lane(self._plan_of(table))
+            except FoldError:  # that of a table of which nothing is wanted does not matter
+                return None
         return lane
 
     def _delete(self, plan: TablePlan, rows: list[Row]) -> None:

@@ -23,8 +23,10 @@ from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, PendingEntry, chang
 from cdc.postgres.connection import Connection, connect, translated_errors, while_doing
 from cdc.postgres.dump import KEY_KINDS, SchemaDump
 from cdc.postgres.preparation import ANALYZE, Preparation, mirrored_columns, rename_relations, renames
+from cdc.postgres.renaming import Renaming
 from cdc.postgres.schema import SchemaTable, database_identity, read_tables
 from cdc.postgres.sequences import SequenceValue, set_sequences
+from cdc.postgres.shape import TableShape
 from cdc.source import Chunk
 
 log = structlog.get_logger()
@@ -41,11 +43,13 @@ class CopyTarget:
 
     consistent = True
 
-    def __init__(self, config: SinkConfig) -> None:
+    def __init__(self, config: SinkConfig, shapes: Callable[[Collection[int]], Sequence[object]] | None = None) -> None:
+        """shapes: asks the source's catalog for the shapes of tables (`cdc.sink.SinkContext`)."""
         assert config.url is not None, "cdc.config derives one"
         self.name = config.name
         self.config = config
         self.url = config.url.reveal()
+        self.read_shapes = cast("Callable[[Collection[int]], Sequence[TableShape]] | None", shapes)
         self._columns: dict[TableName, dict[str, str]] = {}
         self._warned = False
 
@@ -67,6 +71,8 @@ class CopyTarget:
 
         Raises `FatalError` where none would stay: that is a mistake, and would cost a copy of everything.
         """
+        if self.config.schema_changes == "apply":
+            self._follow_renames(tables)
         marks = self._remembered(Bookkeeping.marks) or {}
         left, back = changed_tables(marks, tables)
         if not left and not back:
@@ -83,6 +89,22 @@ class CopyTarget:
             log.info("table no longer mirrored", sink=self.name, table=str(table))
         for table in back:
             log.info("table is mirrored again, and copied anew", sink=self.name, table=str(table))
+
+    def _follow_renames(self, tables: Collection[TableName]) -> None:
+        """Tables that only have another name now need no copy. What has yet to come by the old name knows their OID."""
+        marks = self._remembered(Bookkeeping.marks) or {}
+        left, _ = changed_tables(marks, tables)
+        if not left or self.read_shapes is None:
+            return
+        with self._session() as connection, translated_errors(), connection.transaction():
+            bookkeeping = Bookkeeping(connection, self.name)
+            bookkeeping.create()
+            names = {each.shape.oid: name for name, each in bookkeeping.followed().items() if name in left}
+            for shape in self.read_shapes(list(names)):
+                if shape.qualified in tables and shape.qualified not in marks:
+                    renaming = Renaming(connection, self.config, names[shape.oid], shape.qualified)
+                    if renaming.possible:
+                        renaming.carry_out()
 
     def prepare_copy(self, tables: Sequence[TableName], start: Position, schema: object) -> None:
         """Create database, bookkeeping and missing tables, or take tables that the user made; empty what is not copied.
@@ -108,9 +130,13 @@ class CopyTarget:
                 prepared = preparation.run(schema)
                 bookkeeping.record(prepared.later)
                 bookkeeping.mark([table.name for table in schema.tables], prepared.made)
+                bookkeeping.follow_copies(schema.shapes)
                 bookkeeping.begin(start)
             present = read_tables(connection)
-        self._columns = {table.name: self._column_types(table, present) for table in schema.tables}
+            copied = {name for name, mark in bookkeeping.marks().items() if mark.copied_at is not None}
+        # those that are copied may have yet to follow the source's columns
+        incomplete = [table for table in schema.tables if table.name not in copied]
+        self._columns = {table.name: self._column_types(table, present) for table in incomplete}
 
     def column_types(self, table: TableName) -> dict[str, str]:
         """Column name -> type name on the target, in the order the loader writes them. After `prepare_copy`."""

@@ -410,7 +410,7 @@ def test_f98_a_refused_change_stops_the_sink_and_is_named(start: Start) -> None:
 
 
 def test_f102_a_column_missing_on_the_mirror_is_named(start: Start) -> None:
-    mirror = start(ITEMS)
+    mirror = start(ITEMS, sink={"schema_changes": "stop"})
     run(mirror, "ALTER TABLE items ADD COLUMN extra int", "INSERT INTO items VALUES (1, 1, 'a', 'b', 5)")
     error = mirror.failure()
     assert "public.items" in str(error)

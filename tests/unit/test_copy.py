@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import pytest
@@ -49,6 +49,9 @@ class FakeSource:
     def chunks(self, table: TableName, chunk_bytes: int) -> Sequence[Chunk]:
         parts = enumerate(self.contents[table])
         return [Chunk(table, (n,), rows=len(blocks), size=sum(map(len, blocks))) for n, blocks in parts]
+
+    def check_schema(self, schema: object, tables: Collection[TableName]) -> None:
+        """Never altered."""
 
     def binary_columns(self, table: TableName) -> dict[str, str]:
         return self.exact

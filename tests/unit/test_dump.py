@@ -15,8 +15,7 @@ from cdc.postgres.dump import (
     _without_secrets,
     pg_dump_version,
 )
-from cdc.postgres.preparation import type_holds
-from cdc.postgres.schema import SchemaTable
+from cdc.postgres.schema import SchemaTable, type_holds
 from cdc.postgres.toc import TocEntry, parse_toc, select_entries, split_script
 
 LISTING = """;

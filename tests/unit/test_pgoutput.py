@@ -39,11 +39,13 @@ MESSAGES = {
         + b"\0"
         + text("état")
         + pack(">Ii", 25, -1),
-        pgoutput.Relation(16400, Table("public", "orders", (Column("id", 23, True), Column("état", 25, False)), "d")),
+        pgoutput.Relation(
+            16400, Table("public", "orders", (Column("id", 23, True), Column("état", 25, False)), "d", 16400)
+        ),
     ),
     "relation in pg_catalog": (
         b"R" + pack(">I", 1) + text("") + text("t") + b"n" + pack(">H", 0),
-        pgoutput.Relation(1, Table("pg_catalog", "t", (), "n")),
+        pgoutput.Relation(1, Table("pg_catalog", "t", (), "n", 1)),
     ),
     "type": (b"Y" + pack(">I", 16500) + text("public") + text("mood"), pgoutput.TypeName(16500, "public", "mood")),
     "insert": (b"I" + pack(">I", 1) + b"N" + row(b"1", None, b""), pgoutput.Insert(1, row(b"1", None, b""))),
