@@ -50,11 +50,17 @@ class FeedCheck:
                     found += self._check_counter((kind, entity), after, delta)
         return found[:MAX_PROBLEMS]
 
-    def missing(self, kind: str, at_source: Mapping[str, int]) -> list[str]:
-        """What is not in the feed of a source at rest; both must have been looked at."""
-        missing = {key: count for key, count in at_source.items() if count and self.newest.get((kind, key)) != count}
-        return [f"feed: {kind} {key} was changed {count} times, but the feed tells of {self.newest.get((kind, key))}"
-                for key, count in list(missing.items())[:MAX_PROBLEMS]]  # fmt: skip
+    def missing(self, kind: str, before: Mapping[str, int], at_source: Mapping[str, int]) -> list[str]:
+        """What is not in the feed of a source at rest; all of the feed must have been looked at.
+
+        before: how often each was changed at a time when the feed had begun.
+        """
+        told = {key: self.newest.get((kind, key), before.get(key, 0)) for key in at_source}
+        return [
+            f"feed: {kind} {key} was changed {count} times, but the feed tells of {told[key]}"
+            for key, count in at_source.items()
+            if count > told[key]
+        ][:MAX_PROBLEMS]
 
     def _check_version(self, entity: Entity, version: int) -> list[str]:
         before = self._versions.get(entity, 0)

@@ -75,6 +75,7 @@ class World(ABC):
         self.interposer = Interposer(folder, folder / "data") if AVAILABLE else None
         self.stack = ExitStack()
         self.patience_seconds: float = CATCH_UP_SECONDS
+        self._counted_before: Mapping[str, Mapping[str, int]] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as on_error:
@@ -146,6 +147,7 @@ class World(ABC):
         begin = time.monotonic()
         mark = self.mark()
         self.wait(lambda: self.has_arrived(mark), "the mirror to catch up")
+        self._counted_before = self._counted_before or self.counted()  # the feed has begun before the copy was complete
         return time.monotonic() - begin
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
@@ -184,7 +186,7 @@ class World(ABC):
             self.wait(lambda: not self.parked, "parked changes to be applied")
             problems = [*self.differences(), *self.feed.problems()]
             for kind, at_source in self.counted().items():
-                problems += self.feed.missing(kind, at_source)
+                problems += self.feed.missing(kind, self._counted_before[kind], at_source)
             verified = self.daemon.ask("verify")
             if verified.returncode:
                 problems.append(f"cdc verify: {verified.stdout}{verified.stderr}")
