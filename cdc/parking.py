@@ -355,7 +355,7 @@ class Parker:
         self._publish()
 
     def _try_part(self, rows: Sequence[ParkedChange], failed: Subjects) -> None:
-        rows = [row for row in rows if not failed.block(subject_of(row))]
+        rows = [row for row in rows if not _waits(row, failed)]
         if not rows:
             return
         ids = [row.id for row in rows]
@@ -440,6 +440,15 @@ class Parker:
         self._stats.parked = len(rows)
         self._stats.dead = sum(row.state == "dead" for row in rows)
         self._stats.parked_oldest_at = min((row.created_at for row in rows), default=None)
+
+
+def _waits(row: ParkedChange, failed: Subjects) -> bool:
+    """Whether a change has to wait behind those that failed; then later ones have to wait behind it as well."""
+    subject = subject_of(row)
+    if not failed.block(subject):
+        return False
+    failed.add(subject)
+    return True
 
 
 def reached_by(stored: Position) -> int:

@@ -293,6 +293,21 @@ def test_f90_a_drop_waits_for_the_parked_rows_of_its_table(world: World) -> None
     assert [row[2] for row in world.sink.rows] == [b"2:1", b"drop", b"1:1", b"drop", b"2:2", b"1:3"]
 
 
+def test_f90_what_waits_behind_a_change_that_waits_does_not_overtake_it(world: World) -> None:
+    """Within one transaction, whose head is still refused."""
+    world.sink.bad = {b"1:1"}
+    world.commit([change(1, 1), drop(), change(2, 2)])
+    world.deliver()
+    assert world.stats.parked == 3
+    world.later()
+    world.parker.retry()
+    assert (world.stats.parked, world.sink.rows) == (3, [])
+    world.sink.bad = set()
+    world.later()
+    world.deliver(lambda: not world.stats.parked)
+    assert [row[2] for row in world.sink.rows] == [b"1:1", b"drop", b"2:2"]
+
+
 @pytest.mark.parametrize("bounds", [{"max_changes": 4}, {"max_bytes": 250}])
 def test_f89_the_sink_stops_where_too_much_would_be_parked(tmp_path: Path, bounds: dict[str, int]) -> None:
     world = World(tmp_path, **bounds)
