@@ -166,7 +166,7 @@ class PostgresSink(RefreshTarget):
         changes = [(as_lsn(each.position), each.first_ordinal) for batch in batches for each in batch.transactions]
         try:
             with translated_errors():
-                applied = self._do(connection, applier, todo)
+                applied = self._do(connection, applier, todo, late=True)
                 Settled(connection, self.name).replace(changes)
                 self._end(connection)
                 applier.committed()
@@ -178,7 +178,7 @@ class PostgresSink(RefreshTarget):
             raise
         return applied
 
-    def _do(self, connection: Connection, applier: Applier, todo: _Todo) -> Applied:
+    def _do(self, connection: Connection, applier: Applier, todo: _Todo, *, late: bool = False) -> Applied:
         """Apply, and leave the target transaction open.
 
         Where many are refused together and may be parked, the caller will find out which by halves, set-wise: faster.
@@ -190,7 +190,7 @@ class PostgresSink(RefreshTarget):
         if isinstance(failure, PermanentError) and not todo.few and self.config.on_error == "park":
             raise failure
         if failure is not None:
-            self._carefully(connection, applier, todo.wanted)
+            self._carefully(connection, applier, todo.wanted, late=late)
         return Applied(
             changes=sum(batch.change_count for batch in todo.batches),
             missing_rows=applier.missing - missing,
@@ -279,9 +279,9 @@ class PostgresSink(RefreshTarget):
             few = False
         return _Todo(plans, batches, wanted, few, None)
 
-    def _carefully(self, connection: Connection, applier: Applier, wanted: Sequence[Batch]) -> None:
+    def _carefully(self, connection: Connection, applier: Applier, wanted: Sequence[Batch], *, late: bool) -> None:
         try:
-            applier.carefully(wanted)
+            applier.carefully(wanted, late=late)
         except CopyAgain as again:
             connection.execute("ROLLBACK")
             self._begun = False

@@ -135,8 +135,12 @@ class Applier:
                 self._alone(step.plan, step.change)
         self._check_deferred(complete=complete)
 
-    def carefully(self, batches: Sequence[Batch]) -> None:
-        """Apply one change at a time, constraints deferred within each source transaction; heal missing rows."""
+    def carefully(self, batches: Sequence[Batch], *, late: bool) -> None:
+        """Apply one change at a time, constraints deferred within each source transaction; heal missing rows.
+
+        late: whether they were parked, and others of their transactions are applied already.
+        """
+        self._reshaper.late = late
         for batch in batches:
             for transaction in batch.transactions:
                 self._transaction(batch.tables, transaction)

@@ -46,6 +46,7 @@ class Reshaper:
     """Alters tables inside the target transactions that changes are applied in, and remembers what they have followed.
 
     plans: the mirror as it is now. After a rollback that takes back what was altered: `reload`.
+    late: whether changes are applied that were parked: they follow others of their transaction.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Reshaper:
         self._asked = asked
         self._following: set[int] = set()  # OIDs, in the open target transaction
         self._changed = False
+        self.late = False
         self.reload()
 
     def reload(self) -> None:
@@ -99,7 +101,8 @@ class Reshaper:
         if mirrored is None or mirrored.applied_from == FORGOTTEN:
             self._unknown(shape, position)
             return
-        if position < mirrored.applied_from or self._is_past(mirrored, position):
+        again = self._is_past(mirrored, position) and not (self.late and self._is_of(mirrored, position))
+        if again or position < mirrored.applied_from:
             return
         if shape.dropped:
             self._forget(mirrored, "dropped at the source")
@@ -153,6 +156,10 @@ class Reshaper:
         if mirrored.followed is None or mirrored.followed.shape.oid in self._following:
             return False
         return position <= mirrored.followed.position
+
+    def _is_of(self, mirrored: Mirrored, position: Lsn) -> bool:
+        """Whether the transaction has brought the shape that the table has followed."""
+        return mirrored.followed is not None and position == mirrored.followed.position
 
     def _adopt(self, mirrored: Mirrored, table: Table, current: TableShape, position: Lsn) -> None:
         """A mirror that was made before shapes were kept: take the source's, if it is what the mirror has."""

@@ -1,0 +1,78 @@
+"""Changes are parked, or delivered once more, while the table that they are about is altered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdc import delivery
+from cdc.postgres import ddl_capture
+from cdc.postgres import source as postgres_source
+from cdc.postgres.connection import connect
+from tests.mirror import Mirror, filled_mirror, wait_for
+from tests.servers import Database
+
+Life = Callable[..., AbstractContextManager[Mirror]]
+
+ITEMS = """
+CREATE TABLE items (id int PRIMARY KEY, name text, note text);
+INSERT INTO items SELECT g, 'row ' || g, 'note' FROM generate_series(1, 20) g;
+"""
+POISON = "ALTER TABLE items ADD CONSTRAINT poison CHECK (id <> 107)"
+CURE = "ALTER TABLE items DROP CONSTRAINT poison"
+
+
+@pytest.fixture(autouse=True)
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "UPKEEP_SECONDS", 0.05)
+    monkeypatch.setattr(postgres_source, "CATALOG_SECONDS", 0.1)
+
+
+@pytest.fixture
+def life(source_db: Database, target_db: Database, tmp_path: Path, pg_dump: Path) -> Life:
+    """Mirrors `items`, and parks what it refuses."""
+
+    @contextmanager
+    def life(*, triggers: bool, **options: Any) -> Iterator[Mirror]:
+        if triggers:
+            with connect(source_db.url) as connection:
+                ddl_capture.execute(connection, ddl_capture.installation("postgres"))
+        source_db.execute(ITEMS)
+        options |= {"sink": {"on_error": "park"}}
+        with filled_mirror(source_db, target_db, tmp_path, pg_dump, **options) as mirror:
+            mirror.sync()
+            yield mirror
+
+    return life
+
+
+def assert_same(mirror: Mirror) -> None:
+    """Rows are the same, whatever the order of columns, sooner or later."""
+    query = "SELECT to_jsonb(t)::text FROM items AS t ORDER BY 1"
+
+    def same() -> bool:
+        mirror.sync()
+        return not mirror.delivery_stats.parked and mirror.source_db.execute(query) == mirror.target_db.execute(query)
+
+    wait_for(lambda: mirror.error or same(), "items to be the same", seconds=8)
+    if mirror.error:
+        raise mirror.error
+
+
+def test_f30_f89_a_transaction_alters_the_table_before_and_after_what_is_refused(life: Life) -> None:
+    with life(triggers=True) as mirror, mirror.source_db.connect() as connection:
+        mirror.target_db.execute(POISON)
+        with connection.transaction():
+            connection.execute("ALTER TABLE items ADD COLUMN c int")
+            connection.execute("INSERT INTO items VALUES (107, 'a', 'b', 1)")
+            connection.execute("ALTER TABLE items ADD COLUMN d int")
+            connection.execute("INSERT INTO items VALUES (108, 'a', 'b', 1, 2)")
+        mirror.sync()
+        assert mirror.delivery_stats.parked >= 3
+        mirror.target_db.execute(CURE)
+        assert_same(mirror)
+        assert mirror.fillings == 0
