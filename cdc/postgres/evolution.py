@@ -189,6 +189,19 @@ def between(old: TableShape, described: Table, new: TableShape) -> TableShape | 
     )
 
 
+def is_part(described: Table, later: TableShape) -> bool:
+    """Whether rows of an older shape can be written into a table that has followed since, and are right there.
+
+    What is more may have been dropped, and what is less may be its new name. Columns that came later must have been
+    NULL in the rows that there were.
+    """
+    before, after = {column.name for column in described.columns}, {column.name for column in later.described().columns}
+    added = [column for column in later.columns if column.name in after - before]
+    if added and before - after:
+        return False
+    return not any(column.not_null or (column.missing or column.default) is not None for column in added)
+
+
 def _key(shape: TableShape) -> list[int]:
     attnums = {column.name: column.attnum for column in shape.columns}
     return [attnums[name] for name in shape.primary_key]

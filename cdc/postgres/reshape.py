@@ -21,7 +21,7 @@ from cdc.position import Lsn
 from cdc.postgres.alter import LACKING, MirrorTable, describe
 from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping
 from cdc.postgres.connection import Connection
-from cdc.postgres.evolution import Step, between, evolve
+from cdc.postgres.evolution import Step, between, evolve, is_part
 from cdc.postgres.renaming import Renaming
 from cdc.postgres.roster import Mirrored, Plans, Roster
 from cdc.postgres.schema import read_tables
@@ -126,7 +126,9 @@ class Reshaper:
             self.plans.accept(table, strict=True)
             return
         followed = mirrored.followed
-        if self._is_past(mirrored, position):
+        if followed is not None and self._is_past(mirrored, position):
+            if not is_part(table, followed.shape):
+                raise CopyAgain(mirrored.name, "rows of an older shape were delivered again")
             log.warning("an older shape, delivered again", sink=self._config.name, table=str(mirrored.name))
             self.plans.accept(table, strict=False)
             return

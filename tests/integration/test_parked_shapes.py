@@ -76,3 +76,27 @@ def test_f30_f89_a_transaction_alters_the_table_before_and_after_what_is_refused
         mirror.target_db.execute(CURE)
         assert_same(mirror)
         assert mirror.fillings == 0
+
+
+@pytest.mark.parametrize("triggers", [True, False])
+@pytest.mark.parametrize(
+    "alter", ["RENAME name TO title", "ADD COLUMN c timestamptz NOT NULL DEFAULT now()", "ADD COLUMN c int"]
+)
+def test_f33_rows_are_written_once_more_in_a_shape_that_the_mirror_has_left(
+    life: Life, alter: str, triggers: bool
+) -> None:
+    with life(triggers=triggers, keep_seconds=3600) as mirror:
+        stored = mirror.sink.stored_position()
+        assert stored is not None
+        mirror.source_db.execute("UPDATE items SET name = 'new' WHERE id = 1; DELETE FROM items WHERE id = 2")
+        mirror.source_db.execute("INSERT INTO items VALUES (2, 'again', 'x')")
+        mirror.source_db.execute(f"ALTER TABLE items {alter}")
+        mirror.source_db.execute("INSERT INTO items VALUES (108, 'c', 'd')")
+        assert_same(mirror)
+        fillings = mirror.fillings
+        mirror.stop()
+        mirror.sink.rewind(mirror.queue.rewind("mirror", stored.seq))
+        mirror.delivery_stats.position = None
+        mirror.start()
+        assert_same(mirror)
+        assert mirror.fillings - fillings == (alter != "ADD COLUMN c int"), "a copy that was not necessary"

@@ -252,9 +252,10 @@ def test_f33_what_is_delivered_once_more_does_not_undo_later_changes(
         assert_same(mirror)
         mirror.stop()
         target_db.execute(f"UPDATE cdc.positions SET position = '{before}', seq = {seq}")
+        mirror.delivery_stats.position = None
         mirror.start()
         assert_same(mirror)
-        assert mirror.fillings == 0
+        assert mirror.fillings == 1, "nothing tells what `c` was in the rows of the first shape"
 
 
 def test_f16_a_new_table_is_copied_and_streamed_without_a_restart(
