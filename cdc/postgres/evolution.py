@@ -85,10 +85,20 @@ def evolve(old: TableShape, new: TableShape) -> Evolution:
     if new.rewrite is not None and new.rewrite & REWRITE_OF_TYPES:
         return Evolution((), "its rows were rewritten")
     before = {column.attnum: column for column in old.columns}
+    if new.rewrite is None and (name := _made_anew(before, new)):
+        return Evolution((), f"column {name} was dropped and added again")
     for column in new.columns:
         if rewritten and (reason := _computed(before.get(column.attnum), column)):
             return Evolution((), reason)
     return Evolution(list(_steps(before, old, new)))
+
+
+def _made_anew(before: dict[int, ColumnShape], new: TableShape) -> str:
+    """A column that looks as one which is gone: its first values were taken for those of the other. Empty if none."""
+    after = {column.attnum for column in new.columns}
+    gone = {(column.name, column.type_oid) for column in before.values() if column.attnum not in after}
+    added = (column for column in new.columns if column.attnum not in before and not column.generated)
+    return next((column.name for column in added if (column.name, column.type_oid) in gone), "")
 
 
 def _computed(old: ColumnShape | None, new: ColumnShape) -> str:

@@ -481,3 +481,19 @@ def test_ddl_capture_is_installed_checked_and_removed(cdc: Cdc, source_db: Datab
     source_db.execute("ALTER TABLE items ADD COLUMN c int")  # warned, not refused
     assert cdc("init", "--ddl-capture", "--remove").returncode == 0
     assert source_db.value("SELECT count(*) FROM pg_event_trigger") == 0
+
+
+def test_f29_a_column_is_dropped_and_added_again(life: Life, source_db: Database, capture: str) -> None:
+    """Of the same type: rows of the new column look like rows of the old one, until the catalog is looked at."""
+    source_db.execute(ITEMS)
+    with life() as mirror:
+        mirror.sync()
+        mirror.delivery.pause()
+        with source_db.connect() as connection, connection.transaction():
+            connection.execute("ALTER TABLE items DROP COLUMN note")
+            connection.execute("ALTER TABLE items ADD COLUMN note text")
+            connection.execute("INSERT INTO items VALUES (101, 1, 'a', 'new')")
+        source_db.execute("UPDATE items SET note = 'other' WHERE id = 3")
+        mirror.delivery.resume()
+        assert_same(mirror)
+        assert mirror.fillings == (capture == "catalog")
