@@ -220,8 +220,7 @@ class Applier:
         if plan.target.name not in self.stale or change.operation != UPDATE:
             return False
         assert change.after is not None
-        row, old = decode_row(change.after), old_row(change)
-        return UNCHANGED in row and any(row[index] != old[index] for index in plan.key)
+        return UNCHANGED in decode_row(change.after) and _moves(plan, change)
 
     def _alone(self, plan: TablePlan, change: Change) -> None:
         if self._moves_in_part(plan, change):
@@ -250,7 +249,7 @@ class Applier:
         And what a row that moves does not bring along is read again.
         """
         plan = self.plan(tables[change.table]) if change.table >= 0 and change.after is not None else None
-        if plan is None or plan.target.name not in self.stale:
+        if plan is None or not self._may_collide(plan, change):
             self._one(tables, change)
             return
         self._connection.execute("SAVEPOINT one")
@@ -263,6 +262,12 @@ class Applier:
         self._connection.execute("RELEASE SAVEPOINT one")
         if self._moves_in_part(plan, change):
             self._complete(plan, change)
+
+    def _may_collide(self, plan: TablePlan, change: Change) -> bool:
+        """Whether a stale row could be in the way: a row that keeps its key only meets others in further indexes."""
+        if plan.target.name not in self.stale:
+            return False
+        return bool(self._unique_indexes(plan.target.name)) or (change.operation == UPDATE and _moves(plan, change))
 
     def _complete(self, plan: TablePlan, change: Change) -> None:
         """Take the columns that did not travel as the source has them now. Gone from there, more is on its way."""
@@ -284,7 +289,7 @@ class Applier:
         assert change.after is not None
         row, old = decode_row(change.after), old_row(change)
         rows = [tuple(None if row[index] is UNCHANGED else row[index] for index in plan.columns)]
-        if change.operation == UPDATE and any(row[index] != old[index] for index in plan.key):
+        if change.operation == UPDATE and _moves(plan, change):
             self._execute(plan.delete(msgspec.structs.replace(change, key=None, before=None)))
             rows.append(tuple(old[index] if index in plan.key else None for index in plan.columns))
         self._connection.execute(plan.staging("cdc_right", plan.columns))
@@ -393,6 +398,13 @@ class _TextDumper(Dumper):
 
     def dump(self, obj: Buffer) -> Buffer:
         return obj
+
+
+def _moves(plan: TablePlan, change: Change) -> bool:
+    """Whether an update gives its row another key."""
+    assert change.after is not None
+    row, old = decode_row(change.after), old_row(change)
+    return any(row[index] != old[index] for index in plan.key)
 
 
 def _refused(error: psycopg.Error, tables: Tables, transaction: Transaction, index: int) -> Exception:
