@@ -89,6 +89,21 @@ def second_daemon(world: World, rng: random.Random) -> None:
         raise Violation(f"a second daemon was not refused: {result.returncode} {result.stderr}")
 
 
+def resync(world: World, rng: random.Random) -> None:
+    """All of the mirror is compared and put right under load; kill -9 within that, and it goes on."""
+    begun = world.logged("resync begins")
+    result = world.daemon.ask("resync", "mirror")
+    if result.returncode:
+        raise Violation(f"no resync: {result.stderr}")
+    world.wait(lambda: world.logged("resync begins") > begun, "the resync to begin")
+    for _ in range(rng.randint(1, 3)):
+        world.rest(rng.uniform(0.0, 2.0))
+        world.check()
+        world.daemon.kill()
+        world.daemon.start()
+    world.await_resync()
+
+
 # the network
 
 
@@ -224,6 +239,7 @@ EVERYWHERE: Final = (
     Fault("SIGTERM", terminate),
     Fault("daemon suspended", suspend),
     Fault("second daemon", second_daemon),
+    Fault("resync, killed", resync),
     Fault("slow network", network(slow)),
     Fault("black hole", network(black_hole)),
     Fault("connections reset", network(reset)),

@@ -1,24 +1,27 @@
-"""What happens to PostgreSQL servers, and what their users do, besides `tests.faults.faults`.
-
-To come, each a function here: DDL on the load's tables, a slot that is lost (`cdc resync` is the way out).
-"""
+"""What happens to PostgreSQL servers, and what their users do, besides `tests.faults.faults`."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Final
 
 import psutil
 import psycopg
 
+from tests.faults.daemon import Daemon
 from tests.faults.faults import Fault
+from tests.faults.faults_ddl import new_table, reshaped
 from tests.faults.world_postgres import PostgresWorld
+from tests.processes import wait_until
 from tests.servers import PostgresServer
 
 _BACKENDS: Final = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
  WHERE pid <> pg_backend_pid() AND (application_name LIKE 'cdc%' OR backend_type = 'walsender')
 """
+
+_SLOT: Final = "FROM pg_replication_slots WHERE NOT temporary"
 
 _WAITING: Final = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)"
 
@@ -93,6 +96,55 @@ def deadlock(world: PostgresWorld, rng: random.Random) -> None:
                 continue
 
 
+def slot_dropped(world: PostgresWorld, rng: random.Random) -> None:
+    """By somebody, while nobody reads it: what was written since is in no stream."""
+
+    def drop() -> bool:
+        try:
+            world.source.execute(f"SELECT pg_drop_replication_slot(slot_name) {_SLOT}")
+        except psycopg.errors.ObjectInUse:
+            world.source.execute(f"SELECT pg_terminate_backend(active_pid) {_SLOT}")
+        return not world.source.value(f"SELECT count(*) {_SLOT}")
+
+    world.pass_gap(lambda: _while_unread(world, rng, drop, "the slot to be dropped"))
+
+
+def slot_invalidated(world: PostgresWorld, rng: random.Random) -> None:
+    """The server gives it up: it would have to keep more than it may."""
+
+    def give_up() -> bool:
+        world.source.execute("SELECT pg_logical_emit_message(true, 'filling', 'x'), pg_switch_wal()")
+        world.source.execute("CHECKPOINT")
+        return bool(world.source.value(f"SELECT wal_status {_SLOT}") == "lost")
+
+    def lose() -> bool:
+        world.source.execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
+        world.source.execute("SELECT pg_reload_conf()")
+        wait_until(give_up, what="the slot to be lost")
+        world.source.execute("ALTER SYSTEM RESET max_slot_wal_keep_size")  # or its successor would be lost as well
+        world.source.execute("SELECT pg_reload_conf()")
+        return True
+
+    world.pass_gap(lambda: _while_unread(world, rng, lose, "the slot to be lost"))
+
+
+def second_reader(world: PostgresWorld, rng: random.Random) -> None:
+    """Another daemon with the same slot waits, and says for whom."""
+    folder = world.folder / "rival"
+    folder.mkdir(exist_ok=True)
+    target = world.servers["target"].create_database(f"rival_{rng.getrandbits(40)}")
+    pg_dump = world.servers["source"].bin_dir / "pg_dump"
+    with Daemon(folder, source=world.source.url, target=target.url, pg_dump=pg_dump) as rival:
+
+        def waits() -> bool:
+            status = rival.ask("status").stdout
+            return "in use by process" in status and "cdc" in status
+
+        world.wait(waits, "the second reader to wait")
+        world.arrive()
+    target.drop()
+
+
 def poison(world: PostgresWorld, rng: random.Random) -> None:
     """A change that the mirror refuses is parked, what comes later for its row behind it; the rest flows on."""
     value = f"{rng.getrandbits(40)}"
@@ -107,6 +159,16 @@ def poison(world: PostgresWorld, rng: random.Random) -> None:
     world.wait(lambda: not world.parked, "parked changes to be applied")
     world.source.execute("DELETE FROM poisoned WHERE p = %s", [value])
     world.arrive()
+
+
+def _while_unread(world: PostgresWorld, rng: random.Random, done: Callable[[], bool], what: str) -> None:
+    line = world.lines["source"]
+    line.close()
+    try:
+        wait_until(done, what=what)
+        world.rest(rng.uniform(0.0, 2.0))
+    finally:
+        line.open()
 
 
 def _any(world: PostgresWorld, rng: random.Random) -> PostgresServer:
@@ -130,4 +192,9 @@ POSTGRES: Final = (
     Fault("target locked", target_locked),
     Fault("deadlock", deadlock),
     Fault("poison", poison),
+    Fault("slot dropped", slot_dropped),
+    Fault("slot invalidated", slot_invalidated),
+    Fault("second reader of the slot", second_reader),
+    Fault("reshaped", reshaped),
+    Fault("new table", new_table),
 )

@@ -29,6 +29,7 @@ TABLES: Final = (
     "scratch",
     "marks",
     "poisoned",
+    "shapes",
 )
 
 BULK_ROWS: Final = 15_000
@@ -52,6 +53,7 @@ CREATE TABLE documents (id int PRIMARY KEY, revision bigint NOT NULL, body text 
 CREATE TABLE bulk (id int PRIMARY KEY, run bigint NOT NULL, filling text NOT NULL);
 CREATE TABLE marks (id text PRIMARY KEY);
 CREATE TABLE poisoned (id text PRIMARY KEY, p text, n int);
+CREATE TABLE shapes (id int PRIMARY KEY, revision bigint NOT NULL DEFAULT 0, c0 int DEFAULT 0, c1 varchar(10));
 CREATE TABLE scratch (id bigint GENERATED ALWAYS AS IDENTITY, line text);
 ALTER TABLE entries REPLICA IDENTITY FULL;
 ALTER TABLE twins REPLICA IDENTITY FULL;
@@ -212,6 +214,16 @@ def revise(connection: Connection, rng: random.Random) -> None:
     connection.execute("UPDATE documents SET revision = revision + 1 WHERE id = %s", [document])
 
 
+def reshape(connection: Connection, rng: random.Random) -> None:
+    """Rows of a table whose columns come and go, but for two of them."""
+    row = _key(rng)
+    if rng.random() < 0.2:
+        connection.execute("DELETE FROM shapes WHERE id = %s", [row])
+    connection.execute(
+        "INSERT INTO shapes (id) VALUES (%s) ON CONFLICT (id) DO UPDATE SET revision = shapes.revision + 1", [row]
+    )
+
+
 def change_everything(connection: Connection, rng: random.Random) -> None:
     """A transaction that is larger than a batch."""
     _one_at_a_time(connection)
@@ -243,6 +255,7 @@ _CHOICES: Final[Sequence[tuple[Callable[[Connection, random.Random], None], floa
     (move, 5),
     (revise, 5),
     (scribble, 5),
+    (reshape, 6),
     (change_everything, 0.4),
 )
 _ACTIONS: Final = [action for action, _ in _CHOICES]

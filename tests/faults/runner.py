@@ -101,7 +101,7 @@ class Run:
             self._settle()
             world.load.stop()
             world.daemon.stop()
-        except Violation as exc:
+        except (Violation, TimeoutError) as exc:
             self.result.problems.append(str(exc))
         self.result.seconds = round(self._elapsed(), 1)
         self.result.transactions = world.load.transactions
@@ -128,7 +128,7 @@ class Run:
             fault.strike(self._world, rng)
             lasted = time.monotonic() - begin
             seconds = self._world.arrive()
-        except Violation as exc:
+        except (Violation, TimeoutError) as exc:
             raise Violation(f"{fault.name}: {exc}") from None
         tally.recovered += 1
         tally.seconds = round(tally.seconds + seconds, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final, NamedTuple, Self
 
 import psycopg
@@ -53,12 +54,19 @@ class Snapshot(NamedTuple):
 
 
 def look(connection: Connection) -> Snapshot | None:
-    """Take one snapshot of a mirror; `None` before its initial copy is consistent."""
-    try:
-        ((filled,),) = connection.execute(_FILLED).fetchall()
-    except errors.UndefinedTable:
-        return None
-    return Snapshot(*connection.execute(_LOOK).fetchall()[0]) if filled else None
+    """Take one snapshot of a mirror; `None` before its initial copy is consistent, and while it is resynced."""
+    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    with suppress(errors.UndefinedTable), connection.transaction():
+        connection.execute(_LOCK)  # first: a TRUNCATE also empties what older snapshots see
+        if _is_one(connection):
+            return Snapshot(*connection.execute(_LOOK).fetchall()[0])
+    return None
+
+
+def _is_one(connection: Connection) -> bool:
+    """Whether all of the mirror is of one moment."""
+    ((filled, resyncs),) = connection.execute(_FILLED).fetchall()
+    return bool(filled) and not (resyncs and connection.execute("SELECT FROM cdc.resyncs LIMIT 1").fetchall())
 
 
 class Watcher:
@@ -111,8 +119,11 @@ def _went_back(before: Sequence[int], now: Sequence[int]) -> bool:
     return len(now) < len(before) or any(later < earlier for earlier, later in zip(before, now, strict=False))
 
 
+_LOCK: Final = "LOCK TABLE accounts, counters, journal, entries, orders, order_lines, bulk IN ACCESS SHARE MODE"
+
 _FILLED: Final = """
-SELECT bool_and(tables.position IS NOT NULL AND tables.position <= positions.position)
+SELECT bool_and(tables.position IS NOT NULL AND tables.position <= positions.position),
+       to_regclass('cdc.resyncs') IS NOT NULL
   FROM cdc.positions LEFT JOIN cdc.tables USING (sink)
 """
 

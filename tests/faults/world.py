@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -22,6 +23,8 @@ MEMORY_LIMIT_BYTES: Final = 250 * 1024**2
 CATCH_UP_SECONDS: Final = 120
 """Within this time what was committed last has arrived, whatever was broken before, or something is wrong."""
 
+RESYNC_SECONDS: Final = 300
+
 FREE_BYTES: Final = 500_000_000
 """`min_free_bytes`: more than the queue's file ever has inside it."""
 
@@ -31,6 +34,9 @@ kind = "data_changes"
 from = "shop"
 retention = "never"
 """
+
+BEGINS_ANEW: Final = "the stream begins anew"
+"""In the log: history was lost, which is so only where a fault says it."""
 
 _LOOK_SECONDS: Final = 2.0
 """How often a wait looks whether a pipeline has failed."""
@@ -76,6 +82,7 @@ class World(ABC):
         self.stack = ExitStack()
         self.patience_seconds: float = CATCH_UP_SECONDS
         self._counted_before: Mapping[str, Mapping[str, int]] = {}
+        self._gaps = 0
 
     def __enter__(self) -> Self:
         with ExitStack() as on_error:
@@ -150,8 +157,9 @@ class World(ABC):
         self._counted_before = self._counted_before or self.counted()  # the feed has begun before the copy was complete
         return time.monotonic() - begin
 
-    def wait(self, condition: Callable[[], bool], what: str) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, *, patience_seconds: float | None = None) -> None:
         """Wait for something that a healthy daemon does. Raises `Violation` where it does not."""
+        patience_seconds = patience_seconds or self.patience_seconds
         begin = looked = time.monotonic()
         while not condition():
             self.check()
@@ -159,9 +167,9 @@ class World(ABC):
             if now - looked > _LOOK_SECONDS:
                 looked = now
                 self._check_pipelines()
-            if now - begin > self.patience_seconds:
+            if now - begin > patience_seconds:
                 status = self.daemon.ask("status").stdout
-                raise Violation(f"waited {self.patience_seconds:.0f} s for {what}\n{status}\n{self.daemon.log_tail()}")
+                raise Violation(f"waited {patience_seconds:.0f} s for {what}\n{status}\n{self.daemon.log_tail()}")
             self.rest(0.02)
 
     def check(self) -> None:
@@ -176,6 +184,30 @@ class World(ABC):
         if '"state":"failed"' in status.stdout.replace(" ", ""):
             raise Violation(f"a pipeline has failed:\n{status.stdout}\n{self.daemon.log_tail()}")
 
+    def pass_gap(self, strike: Callable[[], object]) -> None:
+        """Let history be lost, and the stream begin anew by itself; then the feed must not lack anything again."""
+        self._gaps += 1
+        self.feed.gaps += 1
+        strike()
+        self.wait(lambda: self.logged(BEGINS_ANEW) == self._gaps, "the stream to begin anew")
+        self._counted_before = self.counted()
+        self.await_resync()
+
+    def await_resync(self) -> None:
+        """Wait until the mirror is right again. Meanwhile changes of stale rows come one by one: that takes time."""
+        self.wait(lambda: self.is_resynced, "the mirror to be resynced", patience_seconds=RESYNC_SECONDS)
+
+    def logged(self, text: str) -> int:
+        """How often the daemon has logged this in all of its lives."""
+        return self.daemon.log_file.read_text(errors="replace").count(text)
+
+    @property
+    def is_resynced(self) -> bool:
+        """Whether the daemon says that nothing of the mirror is to be made right any more; False while it begins."""
+        status = self.daemon.ask("status", "--json").stdout
+        sink = json.loads(status)["sinks"]["mirror"] if status else {"state": "unknown", "resync": None}
+        return sink["state"] == "running" and sink["resync"] is None
+
     # the check
 
     def settle(self) -> list[str]:
@@ -185,6 +217,8 @@ class World(ABC):
             self.wait(self._feed_is_through, "the feed to catch up")
             self.wait(lambda: not self.parked, "parked changes to be applied")
             problems = [*self.differences(), *self.feed.problems()]
+            if (found := self.logged(BEGINS_ANEW)) != self._gaps:
+                problems.append(f"the stream began anew {found} times, and was made to do so {self._gaps} times")
             for kind, at_source in self.counted().items():
                 problems += self.feed.missing(kind, self._counted_before[kind], at_source)
             verified = self.daemon.ask("verify")
