@@ -201,8 +201,9 @@ class PostgresSink(RefreshTarget):
     def upkeep(self, position: SourcePosition) -> None:
         """Build what has waited for all tables to be consistent with each other: unique indexes, foreign keys."""
         if not self._finished:
-            self._finished = self.finish_copy(position)
+            finished = self.finish_copy(position)
             self.open()  # with what the catalog says now
+            self._finished = finished
 
     def refresh(self, position: SourcePosition) -> ResyncStatus | None:
         """Write the next part of the tables that are read again; once what a copy has left to be built is built."""
@@ -233,7 +234,7 @@ class PostgresSink(RefreshTarget):
             with suppress(psycopg.Error):
                 self._connection.close()
         self._connection = self._applier = self._ahead = self._subjects = None
-        self._begun = False
+        self._begun = self._finished = False  # tables may be copied before it is opened again
 
     def _write(self, connection: Connection, refresh: Refresh, part: Part) -> None:
         """Write a part, and how far its table is, in one transaction that leaves the position as it is."""

@@ -267,6 +267,7 @@ def test_f16_a_new_table_is_copied_and_streamed_without_a_restart(
             mirror.sync()
             source_db.execute("CREATE TYPE mood AS ENUM ('good'); CREATE SCHEMA sales")
             source_db.execute("CREATE TABLE sales.orders (id serial PRIMARY KEY, item int REFERENCES items, m mood)")
+            source_db.execute("CREATE INDEX ON sales.orders (item)")
             source_db.execute("CREATE TABLE hidden (id int PRIMARY KEY); CREATE TEMP TABLE mine (id int)")
             source_db.execute("INSERT INTO sales.orders (m) SELECT 'good' FROM generate_series(1, 100)")
             wait_for(lambda: mirror.error or mirror.fillings, "a copy")
@@ -275,6 +276,10 @@ def test_f16_a_new_table_is_copied_and_streamed_without_a_restart(
             )
         assert_same(mirror, "items", "sales.orders")
         assert target_db.value("SELECT to_regclass('hidden')") is None
+        built = """SELECT array_agg(pg_get_indexdef(indexrelid) ORDER BY 1), (
+                       SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = indrelid AND contype = 'f')
+                     FROM pg_index WHERE indrelid = 'sales.orders'::regclass GROUP BY indrelid"""
+        wait_for(lambda: mirror.error or target_db.execute(built) == source_db.execute(built), "indexes", seconds=8)
         assert mirror.fillings == 1
 
 
