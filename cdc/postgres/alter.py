@@ -48,6 +48,14 @@ class _Column(NamedTuple):
     collation: str | None
 
 
+class ForeignKey(NamedTuple):
+    """A foreign key that was taken away. table: the referring one. statement: the one that makes it again."""
+
+    table: TableName
+    name: str
+    statement: str
+
+
 class MirrorTable:
     """One table of a mirror, to be altered.
 
@@ -76,9 +84,13 @@ class MirrorTable:
             else:
                 self._do(step)
 
-    def conform(self, shape: TableShape) -> None:
-        """Give the table, which is empty, a shape, whatever it has now."""
+    def conform(self, shape: TableShape) -> list[ForeignKey]:
+        """Give the table, which is empty, a shape, whatever it has now.
+
+        Returns the foreign keys that were in the way: those of columns with another type would be checked at once.
+        """
         steps = list(self._conforming(shape))
+        taken = self._take_foreign_keys([step.column.name for step in steps if isinstance(step, SetType)])
         for step in steps:
             if isinstance(step, SetDefault | SetKey):
                 self._try(step)
@@ -88,6 +100,16 @@ class MirrorTable:
                 self._alter(_set_type(step.column) + sql.SQL(" USING NULL"))
             else:
                 self._do(step, empty=True)
+        return taken
+
+    def _take_foreign_keys(self, columns: Sequence[str]) -> list[ForeignKey]:
+        """Drop all that refer with, or to, one of these columns."""
+        rows = self._connection.execute(_FOREIGN_KEYS, {"table": self._regclass, "columns": list(columns)}).fetchall()
+        taken = [ForeignKey(TableName(schema, table), name, text) for schema, table, name, text in rows]
+        for key in taken:
+            drop = sql.SQL("ALTER TABLE {} DROP CONSTRAINT {}")
+            self._connection.execute(drop.format(sql.Identifier(*key.table), sql.Identifier(key.name)))
+        return taken
 
     def _conforming(self, shape: TableShape) -> Iterator[Step]:
         present, key = self._columns(), self._key()
@@ -281,4 +303,20 @@ SELECT a.attname
   JOIN pg_attribute a ON a.attnum = k.attnum
  WHERE i.indrelid = to_regclass(%s) AND i.indisprimary AND a.attrelid = i.indrelid
  ORDER BY k.ordinality
+"""
+
+_FOREIGN_KEYS: Final = """
+SELECT n.nspname, r.relname, c.conname,
+       format(
+           'ALTER TABLE %%I.%%I ADD CONSTRAINT %%I %%s', n.nspname, r.relname, c.conname, pg_get_constraintdef(c.oid)
+       )
+  FROM pg_constraint c
+  JOIN pg_class r ON r.oid = c.conrelid
+  JOIN pg_namespace n ON n.oid = r.relnamespace
+ WHERE c.contype = 'f' AND c.conparentid = 0
+   AND EXISTS (SELECT FROM pg_attribute a
+                WHERE a.attrelid = to_regclass(%(table)s) AND a.attname = ANY (%(columns)s)
+                  AND (a.attrelid = c.conrelid AND a.attnum = ANY (c.conkey)
+                       OR a.attrelid = c.confrelid AND a.attnum = ANY (c.confkey)))
+ ORDER BY c.oid
 """

@@ -12,14 +12,15 @@ from psycopg import sql
 from cdc.change import TableName
 from cdc.config import SinkConfig
 from cdc.errors import FatalError
-from cdc.postgres.alter import MirrorTable
+from cdc.postgres.alter import ForeignKey, MirrorTable
 from cdc.postgres.bookkeeping import EntryKey, Mark, key_of
 from cdc.postgres.connection import Connection, while_doing
 from cdc.postgres.dump import PRIMARY_KEY, TABLE, SchemaDump, SchemaEntry, Selection
 from cdc.postgres.schema import SchemaColumn, SchemaTable, read_tables, type_holds
 
 ANALYZE: Final = "ANALYZE"
-"""A kind of post-data besides those of the dump. Its SQL has the target's names, all other has the source's."""
+FOREIGN_KEY: Final = "FOREIGN KEY"
+"""Kinds of post-data besides those of the dump. Their SQL has the target's names, all other has the source's."""
 
 Rename = tuple[TableName, TableName]
 
@@ -63,14 +64,13 @@ class Preparation:
         self._refuse(missing, among=len(pairs))
         self._check([pair for pair in unfinished if not (follow and pair in ours)])
         _empty(self._connection, [target for _, target in ours])
-        if follow and ours:
-            self._conform(schema, ours)
+        taken = list(self._conform(schema, ours)) if follow and ours else []
         made = tuple(table.name for table in missing)
         if missing:
             self._make(schema, missing)
         analyzed = [*made, *(table.name for table, _ in unfinished)]
-        later = (*self._without_keys(self._later(schema, made)), *(self._analyze(table) for table in analyzed))
-        return Prepared(made, later)
+        built = self._without_keys(self._later(schema, made))
+        return Prepared(made, (*built, *taken, *map(self._analyze, analyzed)))
 
     def _is_complete(self, table: TableName) -> bool:
         return table in self._marks and self._marks[table].copied_at is not None
@@ -104,8 +104,11 @@ class Preparation:
             for table in tables:
                 self._loosen(table)
 
-    def _conform(self, schema: SchemaDump, tables: Sequence[tuple[SchemaTable, SchemaTable]]) -> None:
-        """Tables that were begun, and are empty again: give them the shape that the source's have by now."""
+    def _conform(self, schema: SchemaDump, tables: Sequence[tuple[SchemaTable, SchemaTable]]) -> Iterator[SchemaEntry]:
+        """Tables that were begun, and are empty again: give them the shape that the source's have by now.
+
+        Yields the foreign keys that had to go for that.
+        """
         shapes = {shape.qualified: shape for shape in schema.shapes}
         selection = schema.select([table.name for table, _ in tables])
         used = [entry.number for entry in schema.pre_data if _may_need(entry, selection)]
@@ -114,7 +117,13 @@ class Preparation:
             written = self._config.table(table.name).columns
             mirrored = MirrorTable(self._connection, target.name, made=self._marks[table.name].made, written=written)
             with while_doing(f"altering {target.name} on the target"):
-                mirrored.conform(shapes[table.name])
+                taken = mirrored.conform(shapes[table.name])
+            yield from (self._foreign_key(table.name, key) for key in taken)
+
+    def _foreign_key(self, table: TableName, key: ForeignKey) -> SchemaEntry:
+        referring = next((name for name in self._marks if self._config.target_name(name) == key.table), table)
+        name = f"{key.table.name} {key.name}"
+        return SchemaEntry(0, FOREIGN_KEY, name, referring, tuple({table, referring}), (), key.statement)
 
     def _add(self, schema: SchemaDump, wanted: Collection[int], made: Collection[int]) -> None:
         """Create entries, beside what an earlier run made, or the user since. made: what must not be there yet."""

@@ -22,7 +22,7 @@ from cdc.position import Lsn, Position, SourcePosition, as_lsn
 from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, PendingEntry, changed_tables
 from cdc.postgres.connection import Connection, connect, translated_errors, while_doing
 from cdc.postgres.dump import KEY_KINDS, SchemaDump
-from cdc.postgres.preparation import ANALYZE, Preparation, mirrored_columns, rename_relations, renames
+from cdc.postgres.preparation import ANALYZE, FOREIGN_KEY, Preparation, mirrored_columns, rename_relations, renames
 from cdc.postgres.renaming import Renaming
 from cdc.postgres.schema import SchemaTable, database_identity, read_tables
 from cdc.postgres.sequences import SequenceValue, set_sequences
@@ -264,10 +264,27 @@ class CopyTarget:
 
     def _run_entry(self, connection: Connection, entry: PendingEntry) -> None:
         """Run SQL that has the source's names: renamed tables get those back until the end of the transaction."""
+        if entry.kind == FOREIGN_KEY:
+            self._restore(connection, entry)
+            return
         pairs = [] if entry.kind == ANALYZE else renames(self.config, entry.relations)
         rename_relations(connection, [(target, source) for source, target in pairs])
         connection.execute(entry.sql.encode())
         rename_relations(connection, pairs)
+
+    def _restore(self, connection: Connection, entry: PendingEntry) -> None:
+        """A foreign key that was taken away. The stream can do without, and the source may have dropped it since."""
+        try:
+            with connection.transaction():
+                connection.execute(entry.sql.encode())
+        except (psycopg.ProgrammingError, psycopg.IntegrityError) as exc:
+            log.warning(
+                "foreign key left out: it no longer fits",
+                sink=self.name,
+                name=entry.name,
+                sql=entry.sql,
+                error=exc.diag.message_primary,
+            )
 
 
 class PostgresLoader:

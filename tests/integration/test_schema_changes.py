@@ -164,6 +164,30 @@ def test_f31_rows_that_were_rewritten_are_copied_again(
         assert mirror.fillings == 1
 
 
+def test_f31_columns_of_foreign_keys_get_another_type(
+    life: Life, source_db: Database, target_db: Database, capture: str
+) -> None:
+    source_db.execute(ITEMS + "CREATE TABLE orders (id int PRIMARY KEY, item int REFERENCES items)")
+    source_db.execute("INSERT INTO orders SELECT id, id FROM items")
+    keys = """SELECT conrelid::regclass::text, pg_get_constraintdef(oid), convalidated FROM pg_constraint
+               WHERE contype = 'f'"""
+    with life() as mirror:
+        mirror.sync()
+        source_db.execute("ALTER TABLE items ALTER id TYPE bigint; INSERT INTO items VALUES (3000000000)")
+        assert_same(mirror)
+        source_db.execute("ALTER TABLE orders ALTER item TYPE bigint; INSERT INTO orders VALUES (100, 3000000000)")
+        assert_same(mirror, "items", "orders")
+        wait_for(lambda: mirror.error or target_db.execute(keys) == source_db.execute(keys), "the key", seconds=8)
+        source_db.execute("ALTER TABLE orders DROP CONSTRAINT orders_item_fkey")
+        source_db.execute("ALTER TABLE items ALTER id TYPE text; INSERT INTO items VALUES ('a')")
+        assert_same(mirror)
+        left = "SELECT FROM cdc.post_data WHERE NOT done"
+        wait_for(lambda: mirror.error or not target_db.execute(left), "all to be built", seconds=8)
+        source_db.execute("ALTER TABLE orders ALTER item TYPE text; INSERT INTO orders VALUES (101, 'a')")
+        assert_same(mirror, "items", "orders")
+        assert target_db.execute(keys) == [], "one that only the mirror has, and that did not fit in between"
+
+
 def test_f30_the_shape_changes_between_two_changes_of_a_transaction(
     life: Life, source_db: Database, target_db: Database, capture: str
 ) -> None:
