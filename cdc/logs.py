@@ -76,3 +76,5 @@ def _configure_standard_library(renderer: Processor, threshold: int, stream: Tex
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=_processors(), processors=[remove_meta, renderer])
     )
     logging.basicConfig(handlers=[handler], level=max(threshold, logging.WARNING), force=True)
+    # it warns of what it ignores while an error is on its way: we tell of the error
+    logging.getLogger("psycopg").setLevel(logging.ERROR)

@@ -46,6 +46,7 @@ class _Column(NamedTuple):
     not_null: bool
     generated: str
     collation: str | None
+    default: str | None
 
 
 class ForeignKey(NamedTuple):
@@ -134,11 +135,12 @@ class MirrorTable:
             yield SetKey((), shape.primary_key)
 
     def _conforming_column(self, column: ColumnShape, found: _Column) -> Iterator[Step]:
-        if not self._has_type(column, found):
+        retyped = not self._has_type(column, found)
+        if retyped:  # it loses its default
             yield SetType(column)
         if self._made and found.not_null != self._refuses_null(column):
             yield SetNotNull(column.name, self._refuses_null(column))
-        if not column.identity:
+        if not column.identity and (retyped or column.default != found.default):
             yield SetDefault(column.name, column.default)
 
     def _refuses_null(self, column: ColumnShape) -> bool:
@@ -205,9 +207,11 @@ class MirrorTable:
             case SetKey(_, columns):
                 self._set_key(columns)
         log.info("schema change", table=str(self.name), step=describe(step))
+        if isinstance(step, AddColumn):
+            self._set_later_default(step.column)
 
     def _add(self, column: ColumnShape, *, empty: bool) -> None:
-        """Old rows get what the source's old rows have; later the source's default holds."""
+        """Old rows get what the source's old rows have."""
         parts: list[sql.Composable] = [sql.SQL("ADD COLUMN {}").format(sql.Identifier(column.name)), _type(column)]
         if column.generated:
             stored = column.generated == "s" or self._connection.info.server_version < VIRTUAL_SINCE
@@ -220,6 +224,8 @@ class MirrorTable:
         if self._refuses_null(column):
             parts.append(sql.SQL("NOT NULL"))
         self._alter(sql.SQL(" ").join(parts))
+
+    def _set_later_default(self, column: ColumnShape) -> None:
         if not column.generated and not column.identity and (column.default or column.missing) is not None:
             self._try(SetDefault(column.name, column.default))
 
@@ -290,9 +296,11 @@ _COLUMNS: Final = """
 SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated::text,
        (SELECT quote_ident(n.nspname) || '.' || quote_ident(c.collname)
           FROM pg_collation c JOIN pg_namespace n ON n.oid = c.collnamespace
-         WHERE c.oid = a.attcollation AND a.attcollation <> t.typcollation)
+         WHERE c.oid = a.attcollation AND a.attcollation <> t.typcollation),
+       pg_get_expr(d.adbin, d.adrelid)
   FROM pg_attribute a
   JOIN pg_type t ON t.oid = a.atttypid
+  LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
  WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped
  ORDER BY a.attnum
 """

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import structlog
-
 from cdc.change import TableName
 from cdc.errors import FatalError
 from cdc.position import Position
@@ -16,8 +14,6 @@ from cdc.postgres.refresh_marks import RefreshMark, RefreshMarks
 from cdc.postgres.schema import read_tables
 from cdc.postgres.target import CopyTarget
 from cdc.sink import Resync
-
-log = structlog.get_logger()
 
 
 class RefreshTarget(CopyTarget):
@@ -75,9 +71,7 @@ class RefreshTarget(CopyTarget):
         return RefreshMarks(connection, self.name).read()
 
     def _copy_again(self, connection: Connection, tables: Collection[TableName]) -> None:
-        """As it turned out, these cannot be refreshed."""
+        """As it turned out, these can neither be altered nor refreshed."""
         with translated_errors(), connection.transaction():
             Bookkeeping(connection, self.name).copy_again(tables)
             RefreshMarks(connection, self.name).done(tables)
-        for table in tables:
-            log.warning("no key to resync it by: copied again", sink=self.name, table=str(table))

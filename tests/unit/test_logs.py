@@ -72,6 +72,13 @@ def test_level_is_a_threshold() -> None:
     assert [json.loads(line)["event"] for line in logged(write, level="warning").splitlines()] == ["enough"]
 
 
+def test_what_psycopg_ignores_on_the_way_to_an_error_is_not_told() -> None:
+    def write(_: Any) -> None:
+        logging.getLogger("psycopg").warning("error ignored terminating <psycopg.Pipeline ...>")
+
+    assert logged(write) == ""
+
+
 @pytest.mark.parametrize("log_format", ["json", "console"])
 @pytest.mark.parametrize(
     "write",
