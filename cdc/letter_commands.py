@@ -42,7 +42,7 @@ def list_command(
     if as_json:
         print(msgspec.json.encode(found).decode())
     else:
-        Console().print(letter_table.render(found))
+        Console().print(letter_table.render(found), soft_wrap=True)
 
 
 @app.command()

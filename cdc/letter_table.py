@@ -8,38 +8,45 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
-from rich.console import RenderableType
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from cdc.letter import Letter
 from cdc.status_table import duration
 
+_HEADINGS: Final = ("id", "state", "table", "change", "key", "tries", "age", "next")
+_KEY_CHARACTERS: Final = 60
 _COLORS: Final = {"dead": "red", "retrying": "yellow", "waiting": "cyan"}
 
 
 def render(letters: Sequence[Letter]) -> RenderableType:
-    """A line for each, in the order of the source."""
+    """A line for each, in the order of the source, and its error below. Not to be wrapped: see `soft_wrap`."""
     if not letters:
         return Text("nothing is parked", style="green")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("id", "state", "table", "change", "key", "tries", "next", "age"):
-        table.add_column(column, no_wrap=column == "id", justify="right" if column in {"tries", "age"} else "left")
-    table.add_column("error", overflow="fold")
     now = datetime.now(UTC)
-    for each in letters:
-        table.add_row(
-            Text(each.id),
-            Text(each.state, style=_COLORS[each.state]),
-            Text(", ".join(each.tables)),
-            Text(each.operation),
-            Text(_text(each.key)),
-            str(each.attempts or ""),
-            Text(_next(each, now)),
-            duration((now - each.parked_at).total_seconds()),
-            Text(each.error),
-        )
-    return table
+    rows = [_HEADINGS, *(_cells(each, now) for each in letters)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *rest = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    lines = [Text(head, style="bold")]
+    for each, line in zip(letters, rest, strict=True):
+        lines.append(Text(line, style=_COLORS[each.state]))
+        if each.error:
+            lines.append(Text(f"    {each.error}"))
+    return Group(*lines)
+
+
+def _cells(letter: Letter, now: datetime) -> Sequence[str]:
+    key = _text(letter.key)
+    return (
+        letter.id,
+        letter.state,
+        ", ".join(letter.tables),
+        letter.operation,
+        key if len(key) <= _KEY_CHARACTERS else f"{key[: _KEY_CHARACTERS - 1]}…",
+        str(letter.attempts or ""),
+        duration((now - letter.parked_at).total_seconds()),
+        _next(letter, now),
+    )
 
 
 def lines(letter: Letter) -> Iterator[str]:
