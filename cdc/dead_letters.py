@@ -212,8 +212,6 @@ def _log_discarded(letter: LetterId, row: ParkedChange, *, reason: str, who: str
         id=str(letter),
         sink=letter.sink,
         tables=", ".join(map(str, row.tables)),
-        place=row.place,
-        ordinal=row.ordinal,
         state=row.state,
         error=row.error,
         reason=reason,

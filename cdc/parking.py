@@ -26,6 +26,7 @@ from cdc.change import Change, Transaction
 from cdc.config import RetryOptions
 from cdc.desk import Desk
 from cdc.errors import FatalError, PermanentError
+from cdc.letter import LetterId
 from cdc.narrowing import Narrowing, ParkingSink
 from cdc.parking_plan import Plan, make_plan, subject_of
 from cdc.parts import Item, Subjects, alone, has_ddl, items_of, sifted
@@ -281,7 +282,7 @@ class Parker:
         self._park([(row, payload)])
         self._plan = None
         tables = ", ".join(map(str, row.tables))
-        self._log.warning("parked", tables=tables, place=row.place, ordinal=row.ordinal, error=str(error))
+        self._log.warning("parked", id=self._letter(row), tables=tables, error=str(error))
 
     def _subject(self, item: Item) -> Subject:
         return self._sink.subject_of(item.stored.batch.tables, item.change)
@@ -309,7 +310,8 @@ class Parker:
             raise FatalError(
                 f"more than {self._bounds.max_changes} changes or {self._bounds.max_bytes} bytes would be parked: "
                 "the sink stops, so that none is forgotten",
-                hint="correct what the target refuses (see the log), or raise max_parked; then start again",
+                hint="see `cdc dead-letters list`; correct what the target refuses, then "
+                f"`cdc resume {self._sink.name}`; or raise max_parked, max_parked_bytes",
             )
         self._queue.park(self._sink.name, new)
         for row, _ in new:
@@ -384,11 +386,15 @@ class Parker:
         row = self._failed(row, error)
         self._rows[row.id] = row
         self._queue.retried(self._sink.name, row)
-        facts = {"place": row.place, "ordinal": row.ordinal, "attempts": row.attempts, "error": row.error}
+        facts = {"id": self._letter(row), "attempts": row.attempts, "error": row.error}
         if row.state == "dead":
             self._log.error("a parked change is dead", **facts)
         else:
             self._log.info("a parked change is still refused", **facts)
+
+    def _letter(self, row: ParkedChange) -> str:
+        """As operators call it, in `cdc dead-letters`."""
+        return str(LetterId(self._sink.name, *row.id))
 
     def _failed(self, row: ParkedChange, error: PermanentError) -> ParkedChange:
         attempts = row.attempts + 1

@@ -236,7 +236,8 @@ class Reshaper:
             raise PermanentError(
                 f"schema change of {mirrored.name} ({'; '.join(map(describe, steps))}) is refused by the mirror: "
                 f"{exc.diag.message_primary}",
-                hint=f"drop what depends on it there, then start again: {exc.diag.message_detail or ''}",
+                hint=f"drop what depends on it there, then `cdc resume {self._config.name}`: "
+                f"{exc.diag.message_detail or ''}",
             ) from exc
 
     def _table(self, mirrored: Mirrored) -> MirrorTable:
@@ -255,7 +256,8 @@ class Reshaper:
     def _stopped(self, table: TableName, change: str) -> PermanentError:
         return PermanentError(
             f"table {table} has changed at the source: {change}",
-            hint='alter the mirror likewise, or set schema_changes = "apply"; then start the sink again',
+            hint=f"alter the mirror likewise, then `cdc resume {self._config.name}`; "
+            'or let cdc do it: schema_changes = "apply"',
         )
 
     def _store(self, mirrored: Mirrored, followed: Followed) -> None:

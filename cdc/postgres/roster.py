@@ -102,7 +102,7 @@ class Plans:
         if found is None:
             raise PermanentError(
                 f"table {table.qualified} was never copied to the mirror",
-                hint="restart `cdc run`: it copies tables that are new",
+                hint=f"`cdc resume {self._config.name}`: it then copies tables that are new",
             )
         return found
 
@@ -111,7 +111,7 @@ class Plans:
         if found is None:
             raise PermanentError(
                 f"table {name} was never copied to the mirror",
-                hint="restart `cdc run`: it copies tables that are new",
+                hint=f"`cdc resume {self._config.name}`: it then copies tables that are new",
             )
         return found
 
