@@ -448,7 +448,7 @@ def replay(
     ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many changes that are.")] = False,
 ) -> None:
-    """Deliver to a mirror once more what the queue still keeps ([queue] keep_seconds)."""
+    """Deliver to a mirror once more what the queue still keeps (queue.keep_seconds)."""
     session = context.ensure_object(Session)
     session.sinks(sink)
     try:

@@ -82,6 +82,12 @@ def creation(publication: Publication, server_version: int) -> sql.Composed:
     )
 
 
+def addition(publication: Publication, published: PublishedTable, server_version: int) -> sql.Composed:
+    """The statement that adds a table to a publication that exists."""
+    clause = table_clause(published, server_version)
+    return sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(sql.Identifier(publication.name), clause)
+
+
 def quoted(name: TableName) -> str:
     """A table's name as it stands in a statement."""
     return sql.Identifier(*name).as_string(None)

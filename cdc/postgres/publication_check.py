@@ -23,6 +23,7 @@ from cdc.postgres.publication import (
     ExistingPublication,
     Publication,
     PublishedTable,
+    addition,
     creation,
     expression_of,
     quoted,
@@ -196,15 +197,14 @@ def _odd_partitions(connection: Connection, publication: Publication) -> dict[in
 def _uncovered(
     connection: Connection, publication: Publication, existing: ExistingPublication, tables: Iterable[PublishedTable]
 ) -> Iterator[Finding]:
-    name = sql.Identifier(publication.name)
     for published in tables:
         if published.table.partitioned and not existing.via_partition_root:
             message = f"publication {publication.name} publishes its partitions, not the table itself"
-            statement = sql.SQL("ALTER PUBLICATION {} SET (publish_via_partition_root = true)").format(name)
+            alter = sql.SQL("ALTER PUBLICATION {} SET (publish_via_partition_root = true)")
+            statement = alter.format(sql.Identifier(publication.name))
         else:
             message = f"publication {publication.name} does not publish it"
-            clause = table_clause(published, connection.info.server_version)
-            statement = sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(name, clause)
+            statement = addition(publication, published, connection.info.server_version)
         yield Finding("error", str(published.name), message, statement.as_string(connection))
 
 

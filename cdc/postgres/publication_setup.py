@@ -14,11 +14,11 @@ from cdc.errors import FatalError
 from cdc.postgres.connection import Connection, to_cdc_error, translated_errors
 from cdc.postgres.publication import (
     Publication,
+    addition,
     creation,
     publication_names,
     read_coverage,
     read_publications,
-    table_clause,
 )
 from cdc.postgres.publication_check import publication_problems
 from cdc.preflight import require
@@ -61,7 +61,7 @@ def extend_publications(connection: Connection, publications: Sequence[Publicati
     """Add the tables that none of these publications covers yet, all or none, and return them.
 
     Changes of a table are sent from then on: a copy must read a later snapshot. For publications of our own only.
-    Raises `FatalError` where it would make the user's own UPDATE or DELETE fail.
+    Raises `FatalError` where it would make the user's own UPDATE or DELETE fail, or where others own what it takes.
     """
     with translated_errors(), connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.publication', 0))")
@@ -72,11 +72,20 @@ def extend_publications(connection: Connection, publications: Sequence[Publicati
             if (tables := tuple(published for published in publication.tables if published.name not in coverage))
         ]
         require(publication_problems(connection, new))
-        for publication in new:
-            for published in publication.tables:
-                clause = table_clause(published, connection.info.server_version)
-                name = sql.Identifier(publication.name)
-                connection.execute(sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(name, clause))
+        additions = [
+            addition(publication, published, connection.info.server_version)
+            for publication in new
+            for published in publication.tables
+        ]
+        try:
+            for statement in additions:
+                connection.execute(statement)
+        except psycopg.errors.InsufficientPrivilege as exc:
+            names = ", ".join(str(published.name) for publication in new for published in publication.tables)
+            raise FatalError(
+                f"new tables cannot be added to the publication ({names}): {exc.diag.message_primary}",
+                hint=f"as a superuser: {'; '.join(each.as_string(connection) for each in additions)}",
+            ) from exc
     return [published.name for publication in new for published in publication.tables]
 
 

@@ -13,7 +13,12 @@ from cdc.errors import CdcError, FatalError
 from cdc.postgres.connection import connect
 from cdc.postgres.publication import Publication, captured_tables, desired_publications
 from cdc.postgres.publication_check import check_publications, identity_fault, parse_filter, publication_problems
-from cdc.postgres.publication_setup import create_publications, drop_publications, existing_publications
+from cdc.postgres.publication_setup import (
+    create_publications,
+    drop_publications,
+    existing_publications,
+    extend_publications,
+)
 from cdc.postgres.schema import read_tables
 from cdc.preflight import Finding
 from tests.servers import Database, PostgresServer
@@ -402,6 +407,25 @@ def test_missing_privilege_names_the_statement(postgres: PostgresServer, source_
     finally:
         source_db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
     assert 'CREATE PUBLICATION "cdc_shop" FOR TABLE ONLY "public"."t"' in raised.value.hint
+
+
+def test_f16_a_table_that_only_a_superuser_can_publish_names_the_statement(source_db: Database) -> None:
+    role = f"{source_db.name}_role"
+    source_db.execute(KEY + f"; CREATE ROLE {role} LOGIN")
+    create(source_db, configured(source_db))
+    source_db.execute("CREATE TABLE new (id int PRIMARY KEY)")
+    try:
+        publications = desired(source_db, configured(source_db))
+        with (
+            connect(source_db.server.url(source_db.name, user=role)) as connection,
+            pytest.raises(
+                FatalError, match=r"cannot be added to the publication \(public.new\): must be owner"
+            ) as raised,
+        ):
+            extend_publications(connection, publications)
+    finally:
+        source_db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+    assert raised.value.hint == 'as a superuser: ALTER PUBLICATION "cdc_shop" ADD TABLE ONLY "public"."new"'
 
 
 def test_f17_identity_fault_on_old_servers(source_db: Database) -> None:
