@@ -190,7 +190,7 @@ class PostgresSink(RefreshTarget):
         if isinstance(failure, PermanentError) and not todo.few and self.config.on_error == "park":
             raise failure
         if failure is not None:
-            self._carefully(connection, applier, todo.wanted, late=late)
+            self._slowly(connection, applier, todo, late=late)
         return Applied(
             changes=sum(batch.change_count for batch in todo.batches),
             missing_rows=applier.missing - missing,
@@ -269,8 +269,12 @@ class PostgresSink(RefreshTarget):
         return self._connection, self._applier
 
     def _look_at(self, applier: Applier, batches: Sequence[Batch]) -> _Todo:
+        wanted = [self._without_copied(applier.plans.roster, batch) for batch in batches]
+        return self._todo(applier, batches, wanted)
+
+    @staticmethod
+    def _todo(applier: Applier, batches: Sequence[Batch], wanted: Sequence[Batch]) -> _Todo:
         plans = applier.plans
-        wanted = [self._without_copied(plans.roster, batch) for batch in batches]
         few = sum(batch.change_count for batch in wanted) <= FEW_CHANGES
         if not few:
             return _Todo(plans, batches, wanted, few, applier.fold(wanted))
@@ -279,6 +283,25 @@ class PostgresSink(RefreshTarget):
         except FoldError:
             few = False
         return _Todo(plans, batches, wanted, few, None)
+
+    def _slowly(self, connection: Connection, applier: Applier, todo: _Todo, *, late: bool) -> None:
+        """Apply what the fast way has refused as a whole: transaction by transaction, with care for those that need it.
+
+        Care for all would take so long, where one is large, that the stream may never catch up.
+        """
+        parts = [
+            msgspec.structs.replace(batch, transactions=[transaction])
+            for batch in todo.wanted
+            for transaction in batch.transactions
+            if transaction.changes
+        ]
+        if todo.few or len(parts) == 1:
+            self._carefully(connection, applier, todo.wanted, late=late)
+            return
+        for part in parts:
+            own = self._todo(applier, [part], [part])
+            if self._apply_fast(connection, applier, own) is not None:
+                self._carefully(connection, applier, own.wanted, late=late)
 
     def _carefully(self, connection: Connection, applier: Applier, wanted: Sequence[Batch], *, late: bool) -> None:
         try:

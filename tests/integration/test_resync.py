@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from psycopg.errors import SerializationFailure, UniqueViolation
 
-from cdc.change import TableName
+from cdc.change import Batch, TableName
 from cdc.postgres import refresh, refresh_read
+from cdc.postgres.apply import Applier
 from tests.mirror import Mirror, filled_mirror, running_mirror
 from tests.processes import wait_until
 from tests.servers import Database
@@ -219,6 +220,29 @@ def test_a_row_moves_among_those_that_are_done(mirror: Mirror, source_db: Databa
         source_db.execute(f"UPDATE items SET id = -id WHERE id = {id_}")
     wait_until_done(mirror)
     mirror.assert_equal("items")
+
+
+def test_only_transactions_that_need_care_take_it(
+    mirror: Mirror, source_db: Database, target_db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What moves in part among stale rows is applied by itself, but not the many rows that come beside it."""
+    slow: list[int] = []
+    carefully = Applier.carefully
+
+    def noted(applier: Applier, batches: Sequence[Batch]) -> None:
+        slow.extend(batch.change_count for batch in batches)
+        carefully(applier, batches)
+
+    monkeypatch.setattr(Applier, "carefully", noted)
+    target_db.execute("UPDATE items SET big = 'stale'")
+    mirror.stop()
+    source_db.execute("UPDATE pairs SET n = -n")
+    source_db.execute("UPDATE items SET id = -5 WHERE id = 5")
+    source_db.execute("UPDATE names SET n = -n")
+    resync(mirror)
+    wait_until_done(mirror)
+    assert slow == [1]
+    mirror.assert_equal(*TABLES)
 
 
 def test_tables_without_a_usable_key_are_copied_again(mirror: Mirror, source_db: Database, target_db: Database) -> None:
