@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, cast
@@ -36,7 +36,7 @@ from cdc.change import TableName
 from cdc.config import Config, SinkConfig, SourceConfig, load
 from cdc.copy import Copy, CopyProgress, PlannedTable, reported
 from cdc.daemon import Parts
-from cdc.errors import CdcError, FatalError
+from cdc.errors import CdcError, FatalError, TransientError, UnknownTable
 from cdc.feed.place import served
 from cdc.filling import capturing, fill, filled_fact
 from cdc.http_config import listening_on
@@ -428,14 +428,26 @@ def resync(
     """Compare a mirror (or all of a source) with its source and put it right, also after a gap; the stream goes on."""
     session = context.ensure_object(Session)
     if name not in session.config.sources:
-        session.sinks(name)
+        (sink,) = session.sinks(name)
+        _check_mirrored(session.config, sink, tables or ())
     try:
         ordered = session.client().resync(name, tables or (), yes=yes)
     except DaemonUnreachable:
         with session.lock(), _queue_of(session, name) as queues:
-            ordered = steering.resync(session.config, queues, name, tables or (), failures={}, yes=yes)
+            ordered = steering.resync(session.config, queues, name, tables or (), failures=None, yes=yes)
         print("the daemon is not running: it is done when `cdc run` starts", file=sys.stderr)
     out.print(*ordered.lines(), sep="\n", markup=False, soft_wrap=True)
+
+
+def _check_mirrored(config: Config, sink: SinkConfig, tables: Sequence[str]) -> None:
+    """A typing error should be told here. Where the target is away just now, the daemon's log will tell."""
+    if not tables or not sink.is_mirror:
+        return
+    with suppress(TransientError):
+        mirrored = set(map(str, cast("Mirror", build_sink(config, sink)).copied()))
+        if unknown := [table for table in tables if "." in table and table not in mirrored]:
+            names = ", ".join(sorted(mirrored))
+            raise UnknownTable(f"sink {sink.name} has no table {', '.join(unknown)}", hint=f"one of: {names}")
 
 
 @app.command()

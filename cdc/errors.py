@@ -49,6 +49,10 @@ class HistoryLost(ResyncRequired):
     """The same, where it is beyond doubt that the database is the one it was: only what came between is gone."""
 
 
+class UnknownTable(FatalError):
+    """A sink was asked for a table that it has not."""
+
+
 class QueueCorrupt(FatalError):
     """The queue file is damaged, or was written by a version that this one cannot read."""
 

@@ -15,7 +15,7 @@ from cdc.capture import Capture
 from cdc.change import TableName, table_name
 from cdc.config import CopyOptions
 from cdc.copy import Copy, CopyProgress, CopyResult
-from cdc.errors import HistoryLost, ResyncRequired, TransientError
+from cdc.errors import HistoryLost, ResyncRequired, TransientError, UnknownTable
 from cdc.position import Position
 from cdc.queue import Queue
 from cdc.retry import keep_trying
@@ -109,14 +109,22 @@ class _Filling:
             queue.set(filled_fact(mirror.name), None)  # nothing is there: as at the first time
         else:
             tables = None if anew or wish.tables is None else [table_name(each) for each in wish.tables]
-            resync = mirror.want_resync(tables, end_of(queue) if anew else None)
-            log.info(
-                "resync begins",
-                sink=mirror.name,
-                beside_the_stream=[str(table) for table in resync.refreshed],
-                copied_again=[str(table) for table in resync.copied_again],
-            )
+            self._order(tables, end_of(queue) if anew else None)
         queue.set(resync_fact(mirror.name), None)
+
+    def _order(self, tables: Sequence[TableName] | None, start: Position | None) -> None:
+        """A wish that cannot be granted is dropped: else it would stop the sink, now and after each start."""
+        try:
+            resync = self._mirror.want_resync(tables, start)
+        except UnknownTable as exc:
+            log.error("resync refused", sink=self._mirror.name, error=str(exc), hint=exc.hint)
+            return
+        log.info(
+            "resync begins",
+            sink=self._mirror.name,
+            beside_the_stream=[str(table) for table in resync.refreshed],
+            copied_again=[str(table) for table in resync.copied_again],
+        )
 
     def _reaches(self, stored: Position | None) -> bool:
         try:

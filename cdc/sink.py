@@ -298,8 +298,8 @@ class Mirror(Sink, Protocol):
     def want_resync(self, tables: Collection[TableName] | None, start: Position | None) -> Resync:
         """Order that tables (`None`: all) become right again, whatever the mirror holds. Durable; needs no `open`.
 
-        start: let the mirror stand there from now on, together with the order. Raises `FatalError` for tables that it
-        does not mirror.
+        start: let the mirror stand there from now on, together with the order. Raises `UnknownTable`, and orders
+        nothing, for tables that it does not mirror.
         """
         ...
 

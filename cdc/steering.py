@@ -46,35 +46,44 @@ def resync(
     name: str,
     tables: Sequence[str],
     *,
-    failures: Mapping[str, BaseException],
+    failures: Mapping[str, BaseException] | None,
     yes: bool,
 ) -> Ordered:
     """Write down that a sink, or all sinks of a source, are to be made right.
 
-    failures: what pipelines have failed with, by name. Raises `Refused` where the source or the target may be another
-    database than before, unless `yes`.
+    failures: what pipelines have failed with, by name; `None` where no daemon runs, and nobody knows. Raises `Refused`
+    where the source or the target may be another database than before, unless `yes`; and for a feed that has no gap.
     """
     source = name if name in config.sources else config.sinks[name].source
-    if tables and name == source:
-        raise Refused("tables go with a sink", hint="cdc resync SINK TABLE...")
+    if tables and (name == source or not config.sinks[name].is_mirror):
+        raise Refused("tables go with a mirror", hint="cdc resync SINK TABLE...")
     queue = queues[source]
     chosen = [sink.name for sink in config.sinks_of(source)] if name == source else [name]
     _check_tables(tables)
-    gap = failures.get(source)
-    for failure in (gap, *(failures.get(sink) for sink in chosen)):
+    failed = failures or {}
+    gap = failed.get(source)
+    for failure in (gap, *(failed.get(sink) for sink in chosen)):
         if isinstance(failure, ResyncRequired) and not isinstance(failure, HistoryLost) and not yes:
             raise Refused(str(failure), hint=failure.hint or f"`cdc resync {name} --yes`, if that is right")
-    if isinstance(gap, ResyncRequired) or name == source:
-        queue.set(restart_fact(source), ANYTHING if yes else GAP)
     if isinstance(gap, ResyncRequired):
+        queue.set(restart_fact(source), ANYTHING if yes else GAP)
         # which makes all of its sinks right, each behind its part of what was captured before
         return Ordered(tuple(sink.name for sink in config.sinks_of(source)), source)
-    wish = Wish(tuple(tables) or None)
-    for sink in chosen:
-        if tables and not config.sinks[sink].is_mirror:
-            raise Refused(f"{sink} is no mirror: it has no tables", hint=f"cdc resync {sink}")
-        queue.set(resync_fact(sink), wish.encode())
-    return Ordered(tuple(chosen))
+    concerned = tuple(
+        sink
+        for sink in chosen
+        if config.sinks[sink].is_mirror or failures is None or isinstance(failed.get(sink), ResyncRequired)
+    )
+    if not concerned:
+        raise Refused(
+            f"{', '.join(chosen)}: nothing is known to be missing in that feed",
+            hint="a feed cannot be filled again; a reader that wants changes again goes back with its cursor",
+        )
+    if name == source:
+        queue.set(restart_fact(source), ANYTHING if yes else GAP)
+    for sink in concerned:
+        queue.set(resync_fact(sink), Wish(tuple(tables) or None).encode())
+    return Ordered(concerned)
 
 
 def replay(config: Config, queue: Queue, sink: str, since: str, *, dry_run: bool) -> Replayed:
@@ -88,7 +97,7 @@ def replay(config: Config, queue: Queue, sink: str, since: str, *, dry_run: bool
     oldest = queue.oldest
     if oldest is None or seq + 1 < oldest[0]:
         kept = "nothing is" if oldest is None else f"the oldest is batch {oldest[0]}, of {_time(oldest[1])}"
-        raise Refused(f"what follows batch {seq} is not kept any more: {kept}", hint="see keep_seconds in [queue]")
+        raise Refused(f"what follows batch {seq} is not kept any more: {kept}", hint="queue.keep_seconds says how long")
     changes = queue.replayable(seq)
     if not dry_run:
         seq = queue.rewind(sink, seq).seq
@@ -113,7 +122,7 @@ def parse_since(text: str, queue: Queue) -> int:
     if oldest is not None and seconds < oldest[1]:
         raise Refused(
             f"what was captured before {_time(oldest[1])} is not kept any more: the oldest is batch {oldest[0]}",
-            hint="see keep_seconds in [queue]",
+            hint=f"`--from {oldest[0]}` begins with the oldest; queue.keep_seconds says how long they are kept",
         )
     return queue.stored_at(seconds)
 

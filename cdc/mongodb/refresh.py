@@ -17,7 +17,7 @@ import msgspec
 import structlog
 
 from cdc.change import TableName
-from cdc.errors import FatalError
+from cdc.errors import UnknownTable
 from cdc.mongodb.client import Client, translated_errors
 from cdc.mongodb.collections import CollectionInfo, differences, drop_index, read_indexes
 from cdc.mongodb.delta import deletion, is_insertable, replacement
@@ -42,7 +42,7 @@ def order(
     states = positions.collections()
     if unknown := set(tables or ()) - states.keys():
         names = ", ".join(map(str, sorted(unknown)))
-        raise FatalError(f"sink {sink} has no collection {names}", hint="`cdc verify` lists those that it has")
+        raise UnknownTable(f"sink {sink} has no collection {names}", hint="`cdc verify` lists those that it has")
     chosen = sorted(states if tables is None else tables)
     Ranges(client, database, sink).remove(chosen)
     again = [msgspec.structs.replace(states[table], copied_at=None, copied_from=None, kept=True) for table in chosen]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from cdc.change import TableName
-from cdc.errors import FatalError
+from cdc.errors import UnknownTable
 from cdc.position import Position
 from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Mark
 from cdc.postgres.conflicts import checked_late
@@ -52,7 +52,7 @@ class RefreshTarget(CopyTarget):
         """Tables that can be refreshed, and those that must be copied again. What is not complete is copied anyway."""
         mirrored = {table for table, mark in marks.items() if mark.copied_at != FORGOTTEN}
         if unknown := set(tables or ()) - mirrored:
-            raise FatalError(
+            raise UnknownTable(
                 f"sink {self.name} has no table {', '.join(map(str, sorted(unknown)))}",
                 hint=f"one of: {', '.join(map(str, sorted(mirrored)))}",
             )

@@ -221,9 +221,24 @@ def test_one_table_of_a_running_mirror(run: Run) -> None:
         report = json.loads(run.cdc("verify", "--json").stdout)
         assert not report["equal"], "the other table was not asked for"
         assert_complaint(run.cdc("resync", "mirror", "items"), 1, "not a table", "schema.table")
+        assert_complaint(run.cdc("resync", "mirror", "public.itmes"), 1, "no table public.itmes", "public.items")
+        Client((run.cdc.data_dir / "http").read_text()).resync("mirror", ["public.itmes"], yes=False)
+        wait_until(lambda: "resync refused" in run.cdc.log, what=lambda: run.cdc.log)
+        wait_until(lambda: run.status()["sinks"]["mirror"]["state"] == "running", what=lambda: run.cdc.log)
         assert run.cdc("resync", "mirror").returncode == 0
         run.wait_until_resynced()
         run.assert_right()
+
+
+def test_a_feed_that_misses_nothing_is_not_resynced(run: Run) -> None:
+    run.cdc.file.write_text(run.cdc.file.read_text() + '\n[sinks.feed]\nkind = "data_changes"\nfrom = "shop"\n')
+    with run.running():
+        run.wait_until_resynced()
+        assert_complaint(run.cdc("resync", "feed"), 1, "feed: nothing is known to be missing", "cursor")
+        assert "mirror: resync ordered" in run.cdc("resync", "shop").stdout
+        wait_until(lambda: "resync begins" in run.cdc.log, what=lambda: run.cdc.log)
+        run.assert_right()
+        assert "changes are missing" not in run.cdc.log
 
 
 def test_a_failed_sink_tries_again_when_it_is_told_to(run: Run) -> None:
