@@ -76,7 +76,9 @@ def _problems(status: DaemonStatus) -> list[Text]:
         f"{name}: {', '.join(source.insert_only)}" for name, source in status.sources.items() if source.insert_only
     ]
     lines += [Text(f"inserts only: {line}", style="yellow") for line in insert_only]
-    return lines + [Text(line, style="yellow") for line in _parked_lines(status)]
+    parked = [Text(line, style="yellow") for line in _parked_lines(status)]
+    hint = [Text("  `cdc dead-letters list` shows them", style="cyan")] if parked else []
+    return [*lines, *parked, *hint]
 
 
 def _parked_lines(status: DaemonStatus) -> Iterator[str]:
