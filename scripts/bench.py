@@ -3,7 +3,7 @@
 drain: both drain one backlog, then both follow small transactions; every run ends with proof that target and source are
 equal. limit: a bare reader takes the same backlog out of its socket, which is as fast as any reader can be. mongodb:
 the daemon drains a backlog of a MongoDB server: `CDC_TEST_MONGODB_URL`, a `mongod` from PATH, or a stand-in for tests.
-poison: drains of a parking mirror, with and without a key that it refuses.
+poison: drains of a parking mirror, with and without keys that it refuses.
 feed: polls and histories of a large feed, in SQLite and in PostgreSQL.
 realtime: a thousand WebSocket clients follow a daemon that also keeps a mirror.
 """
@@ -36,6 +36,7 @@ from tests.benchmarks.drain import Drain, drain
 from tests.benchmarks.feed import Asked, measure
 from tests.benchmarks.latency import Latency, latency
 from tests.benchmarks.mongodb import drain_mongodb
+from tests.benchmarks.poison import Poison
 from tests.benchmarks.poison import compare as compare_poison
 from tests.benchmarks.reader import read
 from tests.benchmarks.realtime import Load, stream
@@ -183,12 +184,14 @@ def main() -> int:
 def _poison(options: argparse.Namespace, source: PostgresServer, target: PostgresServer, folder: Path) -> int:
     backlog = Backlog(inserts=2_000, updates=4_000) if options.small else Backlog(inserts=10_000, updates=160_000)
     with console.status("draining"):
-        drained = compare_poison(source, target, folder, backlog, options.runs)
+        drained = compare_poison(source, target, folder, Poison(backlog, options.refused), options.runs)
     found = drained.as_json()
-    each = "; ".join(" ".join(f"{seconds:.2f}" for seconds in runs) for runs in (drained.without, drained.with_poison))
+    for line in drained.lines():
+        console.print(line)
     console.print(
         f"{found['rows']:,} changes of {found['keys']:,} keys: {found['seconds']:.2f} s without and"
-        f" {found['poison_seconds']:.2f} s with one that is refused, ratio {found['ratio']:.2f} ({each})"
+        f" {found['poison_seconds']:.2f} s with {found['refused']} refused, ratio {found['ratio']:.2f};"
+        f" by CPU of the daemon {found['cpu_ratio']:.2f}, of the target {found['target_cpu_ratio']:.2f}"
     )
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
@@ -304,7 +307,8 @@ def _parser() -> argparse.ArgumentParser:
     comparing = commands.add_parser("drain", parents=[small], help="compare with PostgreSQL's own subscription")
     comparing.add_argument("--runs", type=int, default=3, help="drains of each (%(default)s)")
     comparing.add_argument("--json", type=Path, metavar="FILE", help="write the medians there")
-    poison = commands.add_parser("poison", parents=[small], help="what one refused key costs all others")
+    poison = commands.add_parser("poison", parents=[small], help="what refused keys cost all others")
+    poison.add_argument("--refused", type=int, default=1, help="keys that the mirror refuses (%(default)s)")
     poison.add_argument("--runs", type=int, default=3, help="drains of each (%(default)s)")
     poison.add_argument("--json", type=Path, metavar="FILE", help="write the medians there")
     mongodb = commands.add_parser("mongodb", parents=[small], help="drain a backlog of a MongoDB server")

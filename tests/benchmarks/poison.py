@@ -1,8 +1,8 @@
-"""What one key that the mirror refuses costs all others: drains with and without it, in turn."""
+"""What keys that the mirror refuses cost all others: drains with and without them, in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,78 +10,133 @@ from statistics import median
 from typing import Any, Final
 
 from tests.benchmarks.contenders import Cdc
-from tests.benchmarks.drain import drain
+from tests.benchmarks.drain import Drain, drain
 from tests.benchmarks.table import Backlog, BenchFailed, create_source, require_equal
 from tests.processes import wait_until
 from tests.servers import Database, PostgresServer
 
-KEY: Final = 1_000
-"""Inserted with quantity 0, which every update makes larger."""
+_REFUSE: Final = """
+ALTER TABLE item ADD CONSTRAINT poison CHECK (
+    id < 1 OR id % {apart} <> 0 OR quantity <= id % 1000 + (id / {apart} - 1) * {rounds} / {refused}
+)
+"""
+"""A row is inserted with the last three digits of its key as its quantity, which every update makes larger."""
 
-_REFUSE: Final = f"ALTER TABLE item ADD CONSTRAINT poison CHECK (id <> {KEY} OR quantity < 1)"
-_HEAL_SECONDS: Final = 60
-
-
-class Poisoned(Cdc):
-    """A mirror that refuses every update of one key."""
-
-    def prepare(self) -> None:
-        super().prepare()
-        self.target.execute(_REFUSE)
+_HEAL_SECONDS: Final = 120
 
 
 @dataclass(frozen=True)
 class Poison:
-    """Seconds of each drain, in turn."""
+    """A backlog, and how many of its keys are refused: an only one from its first update on, others one by one."""
 
     backlog: Backlog
-    without: Sequence[float]
-    with_poison: Sequence[float]
+    refused: int
+
+    @property
+    def apart(self) -> int:
+        """The refused keys are the multiples of this."""
+        return self.backlog.inserts // self.refused
+
+    def refuse(self, target: Database) -> None:
+        """Let a mirror refuse them."""
+        rounds = self.backlog.updates // self.backlog.inserts
+        target.execute(_REFUSE.format(apart=self.apart, rounds=rounds, refused=self.refused))
+
+    def require_healed(self, source: Database, target: Database) -> None:
+        """Raise `BenchFailed` unless all other keys are right, and the mirror heals when it is put right."""
+        others = f"SELECT count(*), sum(hashtextextended(item::text, 0)) FROM item WHERE id % {self.apart} <> 0"
+        if source.execute(others) != target.execute(others):
+            raise BenchFailed(f"{target.name}: others than the refused keys differ from the source")
+        refused = f"SELECT id, quantity FROM item WHERE id % {self.apart} = 0 AND id > 0"
+        if len(set(source.execute(refused)) - set(target.execute(refused))) != self.refused:
+            raise BenchFailed(f"{target.name}: not {self.refused} keys were refused")
+        target.execute("ALTER TABLE item DROP CONSTRAINT poison")
+        expected = set(source.execute(refused))
+        wait_until(
+            lambda: set(target.execute(refused)) == expected,
+            timeout_seconds=_HEAL_SECONDS,
+            what="the mirror to heal",
+        )
+        require_equal(source, target)
+
+
+class Contender(Cdc):
+    """A mirror that parks. prepared: what is done to it before the backlog comes."""
+
+    def __init__(
+        self, name: str, source: Database, target: PostgresServer, folder: Path, prepared: Callable[[Database], None]
+    ) -> None:
+        super().__init__(name, source, target, folder, on_error="park")
+        self._prepared = prepared
+
+    def prepare(self) -> None:
+        super().prepare()
+        self._prepared(self.target)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Drains without and with refused keys, in pairs."""
+
+    poison: Poison
+    pairs: Sequence[tuple[Drain, Drain]]
 
     def as_json(self) -> dict[str, Any]:
-        """Medians; `ratio` is the rate of all other keys with the poison, as a share of the rate without."""
-        plain, poisoned = median(self.without), median(self.with_poison)
+        """Medians; what each pair had without refused keys, as a share of what it had with them.
+
+        `ratio` is about time, so about the rate of all other keys; the others are about the CPU that the daemon and the
+        target's server took, which other work on the machine does not change so much.
+        """
+
+        def share(of: Callable[[Drain], float]) -> float:
+            return round(median(of(plain) / of(poisoned) for plain, poisoned in self.pairs), 3)
+
         return {
-            "keys": self.backlog.inserts,
-            "rows": self.backlog.rows,
-            "seconds": round(plain, 3),
-            "poison_seconds": round(poisoned, 3),
-            "ratio": round(plain / poisoned, 3),
+            "keys": self.poison.backlog.inserts,
+            "refused": self.poison.refused,
+            "rows": self.poison.backlog.rows,
+            "seconds": round(median(plain.seconds for plain, _ in self.pairs), 3),
+            "poison_seconds": round(median(poisoned.seconds for _, poisoned in self.pairs), 3),
+            "ratio": share(lambda drain: drain.seconds),
+            "cpu_ratio": share(_daemon_cpu_seconds),
+            "target_cpu_ratio": share(lambda drain: drain.target_cpu_seconds),
         }
 
+    def lines(self) -> list[str]:
+        """Each pair, for people."""
+        return [
+            f"{drain.seconds:.2f} s, CPU of the daemon {_daemon_cpu_seconds(drain):.2f} s,"
+            f" of the target {drain.target_cpu_seconds:.2f} s"
+            for pair in self.pairs
+            for drain in pair
+        ]
 
-def compare(source: PostgresServer, target: PostgresServer, folder: Path, backlog: Backlog, runs: int) -> Poison:
-    """Drain the same backlog `runs` times with and without poison; every mirror is equal to its source at last."""
+
+def _daemon_cpu_seconds(drain: Drain) -> float:
+    assert drain.usage is not None
+    return drain.usage.cpu_seconds
+
+
+def compare(source: PostgresServer, target: PostgresServer, folder: Path, poison: Poison, runs: int) -> Results:
+    """Drain the same backlog `runs` times with and without refused keys; each mirror ends equal to its source."""
     database = source.create_database("poison")
     create_source(database)
     pairs = [
         (
-            Cdc(f"plain_{run}", database, target, folder, on_error="park"),
-            Poisoned(f"poison_{run}", database, target, folder, on_error="park"),
+            Contender(f"plain_{run}", database, target, folder, lambda _target: None),
+            Contender(f"poison_{run}", database, target, folder, poison.refuse),
         )
         for run in range(1, runs + 1)
     ]
     for contender in (each for pair in pairs for each in pair):
         contender.prepare()
-    backlog.write(database)
-    seconds: dict[type[Cdc], list[float]] = {Cdc: [], Poisoned: []}
-    for number, pair in enumerate(pairs):
-        for contender in pair if number % 2 else pair[::-1]:  # nobody is always the first
+    poison.backlog.write(database)
+    drains: list[tuple[Drain, Drain]] = []
+    for number, (plain, poisoned) in enumerate(pairs):
+        found = {}
+        for contender in (plain, poisoned) if number % 2 else (poisoned, plain):  # nobody is always the first
             with closing(contender):
-                check = require_healed if isinstance(contender, Poisoned) else require_equal
-                seconds[type(contender)].append(drain(contender, check).seconds)
-    return Poison(backlog, seconds[Cdc], seconds[Poisoned])
-
-
-def require_healed(source: Database, target: Database) -> None:
-    """Raise `BenchFailed` unless the refused key alone stood still, and the mirror heals when it is put right."""
-    others = f"SELECT count(*), sum(hashtextextended(item::text, 0)) FROM item WHERE id <> {KEY}"
-    if source.execute(others) != target.execute(others):
-        raise BenchFailed(f"{target.name}: others than the refused key differ from the source")
-    if target.value(f"SELECT quantity FROM item WHERE id = {KEY}"):
-        raise BenchFailed(f"{target.name}: nothing was refused")
-    target.execute("ALTER TABLE item DROP CONSTRAINT poison")
-    row = f"SELECT item::text FROM item WHERE id = {KEY}"
-    expected = source.execute(row)
-    wait_until(lambda: target.execute(row) == expected, timeout_seconds=_HEAL_SECONDS, what="the mirror to heal")
-    require_equal(source, target)
+                check = poison.require_healed if contender is poisoned else require_equal
+                found[contender] = drain(contender, check)
+        drains.append((found[plain], found[poisoned]))
+    return Results(poison, drains)

@@ -84,10 +84,11 @@ def test_feed_is_polled_in_both_stores(tmp_path: Path) -> None:
 
 def test_poison_is_refused_and_everything_else_flows(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
-    output = bench("poison", "--small", "--runs", "1", "--json", file)
+    output = bench("poison", "--small", "--runs", "1", "--refused", "4", "--json", file)
     assert "6,000 changes of 2,000 keys" in output
     found = json.loads(file.read_text())
-    assert sorted(found) == ["keys", "poison_seconds", "ratio", "rows", "seconds"]
+    ratios = ["cpu_ratio", "ratio", "target_cpu_ratio"]
+    assert sorted(found) == sorted([*ratios, "keys", "poison_seconds", "refused", "rows", "seconds"])
     assert all(value > 0 for value in found.values())
 
 
