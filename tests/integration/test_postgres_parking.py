@@ -242,8 +242,8 @@ def test_f89_f98_the_daemon_tells_and_a_killed_one_forgets_nothing(
     source_db: Database, target_db: Database, cdc: Cdc, pg_dump: Path
 ) -> None:
     source_db.execute("CREATE TABLE items (id int PRIMARY KEY, n int); INSERT INTO items VALUES (1, 1), (2, 1)")
-    options = {"source": f'pg_dump = "{pg_dump}"', "sink": 'on_error = "park"'}
-    cdc.configure(source_db.url, target_db.url, **options)
+    parking = 'on_error = "park"\nretry = {max = 2, attempts = 1000}'  # however slow the machine is
+    cdc.configure(source_db.url, target_db.url, source=f'pg_dump = "{pg_dump}"', sink=parking)
     with cdc.running() as process:
         cdc.wait_for_sink("running")
         target_db.execute("ALTER TABLE items ADD CONSTRAINT poison CHECK (id <> 1 OR n < 2)")
