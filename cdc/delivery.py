@@ -23,7 +23,7 @@ from cdc.parking import Parker
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Queue, Stored
 from cdc.retry import keep_trying
-from cdc.sink import Applied, NeedsFilling, Refreshing, Sink
+from cdc.sink import Applied, NeedsFilling, Refreshing, Refused, Sink
 from cdc.status import DeliveryStats, State, note_waiting
 from cdc.wishes import explained
 
@@ -144,7 +144,7 @@ class Delivery:
             if self._stored.seq == first_seq:
                 raise
             self._waiting(exc, 0.0)
-        except _Refused as exc:
+        except _Reopen as exc:
             self._log.info("looking for the change that is refused", error=str(exc))
         except PermanentError as exc:
             raise FatalError(str(exc), hint=exc.hint) from exc
@@ -277,17 +277,25 @@ class Delivery:
     def _apply_or_park(
         self, parker: Parker, pieces: Sequence[Stored], position: Position, reader: ThreadPoolExecutor
     ) -> tuple[Sequence[Batch], Applied]:
-        """Apply what does not have to wait; returns that. Where something is refused the sink is opened once more."""
+        """Apply what does not have to wait; returns that. Where it has to be, the sink is opened once more."""
         try:
-            if pieces[0].seq <= self._refused_seq:
-                kept, applied = parker.carefully(pieces, position)
-                return [each.batch for each in kept], applied
-            batches = [each.batch for each in parker.admit(pieces)]
-            self._read_ahead(pieces, reader)  # behind what waits of these
-            return batches, self._sink.apply(batches, position)
+            refused = None
+            if pieces[0].seq > self._refused_seq:
+                batches = [each.batch for each in parker.admit(pieces)]
+                self._read_ahead(pieces, reader)  # behind what waits of these
+                try:
+                    return batches, self._sink.apply(batches, position)
+                except Refused as exc:
+                    if not exc.undone:
+                        raise
+                    refused = exc
+                self._log.info("looking for the change that is refused", error=str(refused))
+                self._wait_prepared()
+            kept, applied = parker.carefully(pieces, position, refused)
+            return [each.batch for each in kept], applied
         except PermanentError as exc:
             self._refused_seq = max(self._refused_seq, pieces[-1].seq)
-            raise _Refused(str(exc)) from exc
+            raise _Reopen(str(exc)) from exc
 
     def _retry_parked(self, hold: Request | None) -> None:
         """Between two transactions, and not while somebody waits for the target to stand still."""
@@ -339,8 +347,8 @@ class Delivery:
         self._log.warning("target unavailable", error=str(error), retry_in_seconds=round(seconds, 1))
 
 
-class _Refused(Exception):
-    """The target refuses something of a batch, and it is not known yet what."""
+class _Reopen(Exception):
+    """The target refuses something of a batch, it is not known yet what, and the sink is to be opened before it is."""
 
 
 class _Ahead(NamedTuple):

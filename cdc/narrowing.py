@@ -1,14 +1,16 @@
 """Finding the changes that a target refuses among those that it takes. What becomes of them is up to `cdc.parking`.
 
-What was refused as a whole is applied in halves, and halves of those that are refused, down to single changes. It is
-cut between transactions first, where a target checks what it has put off (deferred constraints). A transaction whose
+What was refused as a whole is applied in pieces, and those that are refused in smaller ones, down to single changes. It
+is cut between transactions first, where a target checks what it has put off (deferred constraints). A transaction whose
 rest does not pass that check, because of what was taken out of it, is not split at all: then all of it is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Final, Protocol
 
 import msgspec
 import structlog
@@ -18,7 +20,14 @@ from cdc.errors import CdcError, FatalError, PermanentError
 from cdc.parts import Item, Part, batches_of, emptied, parts_of
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Stored
-from cdc.sink import Applied, Parking, Sink
+from cdc.sink import Applied, Parking, Refused, Sink
+
+PIECES: Final = 6
+"""So many are made of what is refused. Each level of cutting takes about as long as applying all of it once: few levels
+are better than few pieces, above all where many changes are refused."""
+
+FEW_CHANGES: Final = 100
+"""Among so many it is believed that the one which a sink names is the only one to be refused."""
 
 log = structlog.get_logger()
 
@@ -55,14 +64,17 @@ class Narrowing:
         """A position is stored: what was found out about transactions before it is of no more use."""
         self._inseparable.clear()
 
-    def apply(self, work: Iterable[tuple[Transaction, list[Item]]], position: Position) -> None:
-        """Apply what was refused as a whole, without moving the position.
+    def apply(
+        self, work: Iterable[tuple[Transaction, list[Item]]], position: Position, refused: PermanentError | None
+    ) -> None:
+        """Apply what was refused as a whole, without moving the position. refused: how, if it was just now.
 
         Raises `PermanentError` where a transaction turned out to be inseparable: the sink is to be opened again, and
         this called with all that it then has not.
         """
-        for part in parts_of(work):
-            self._narrow(part, position)
+        parts = [part for part in parts_of(work) if part.items]
+        for part in parts:
+            self._narrow(part, position, refused if len(parts) == 1 else None)
 
     def finish(self, pieces: Sequence[Stored], position: Position) -> Applied:
         """Let the target make visible what was applied. Raises what `apply` does."""
@@ -73,12 +85,14 @@ class Narrowing:
             last = next((batch.transactions[-1] for batch in reversed(batches) if batch.transactions), None)
             raise self._found_inseparable(last, exc) from exc
 
-    def _narrow(self, part: Part, position: Position) -> None:
+    def _narrow(self, part: Part, position: Position, refused: PermanentError | None = None) -> None:
         items = self._lot.wait_behind(part.items)
-        if items and (error := self._refusal(items, part.before, position)) is not None:
+        if len(items) < 2:
+            refused = None
+        if items and (error := refused or self._refusal(items, part.before, position)) is not None:
             if len(items) > 1:
-                for half in _halves(items):
-                    self._narrow(Part(half, part.before), position)
+                for piece in _pieces(items, error):
+                    self._narrow(Part(piece, part.before), position)
                 return
             self._lot.refused(items[0], error)
         if part.items:
@@ -115,13 +129,19 @@ class Narrowing:
         return error
 
 
-def _halves(items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
-    """Cut two or more in the middle: between two transactions, if there are."""
-    numbers = [
-        number for number, item in enumerate(items) if number and item.transaction is not items[number - 1].transaction
-    ]
-    middle = numbers[len(numbers) // 2] if numbers else len(items) // 2
-    return items[:middle], items[middle:]
+def _pieces(items: Sequence[Item], error: PermanentError) -> Iterator[Sequence[Item]]:
+    """Two or more, cut: between transactions, if there are several."""
+    numbers = range(1, len(items))
+    cuts = [number for number in numbers if items[number].transaction is not items[number - 1].transaction] or numbers
+    named = error.change if isinstance(error, Refused) and len(items) <= FEW_CHANGES else None
+    at = next((number for number, item in enumerate(items) if item.change is named), None)
+    if at is None:
+        step = -(-len(cuts) // (PIECES - 1))
+        cuts = cuts[step - 1 :: step]
+    else:  # right before what is refused, and right behind it
+        behind = bisect_right(cuts, at)
+        cuts = cuts[max(behind - 1, 0) : behind + 1]
+    return (items[start:end] for start, end in pairwise([0, *cuts, len(items)]))
 
 
 def _positions(batch: Batch, transactions: Sequence[Transaction]) -> Batch:

@@ -233,12 +233,15 @@ class Parker:
 
         return _Admission(version, pieces, list(map(admitted, pieces)), waiting)
 
-    def carefully(self, pieces: Sequence[Stored], position: Position) -> tuple[Sequence[Stored], Applied]:
+    def carefully(
+        self, pieces: Sequence[Stored], position: Position, refused: PermanentError | None = None
+    ) -> tuple[Sequence[Stored], Applied]:
         """Apply what was refused as a whole, and park what is refused by itself; returns what is not parked.
 
-        Raises `PermanentError` where the sink is to be opened again, to call this with all that it then has not.
+        refused: how it was refused, if it was just now. Raises `PermanentError` where the sink is to be opened again,
+        to call this with all that it then has not.
         """
-        self._narrowing.apply(self._new_to_target(pieces), position)
+        self._narrowing.apply(self._new_to_target(pieces), position, refused)
         applied = self._narrowing.finish(pieces, position)
         return [
             sifted(piece, lambda _transaction, _change, place: place not in self._rows) for piece in pieces

@@ -16,6 +16,7 @@ import msgspec
 
 from cdc.change import Batch, Change, Image, Table, TableName
 from cdc.config import SourceConfig
+from cdc.errors import PermanentError
 from cdc.position import Position, SourcePosition
 from cdc.preflight import Finding
 from cdc.source import Chunk
@@ -71,6 +72,19 @@ class NeedsFilling(Exception):
     """
 
 
+class Refused(PermanentError):
+    """What the target was given is refused, and the sink can say more of it.
+
+    change: the one at fault, once those before it are applied; `None` if that is not known.
+    undone: nothing of what was given is applied, and the sink is as it was before: it need not be opened again.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", change: Change | None = None, undone: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.change = change
+        self.undone = undone
+
+
 class Sink(Protocol):
     """A target that changes are delivered to."""
 
@@ -94,7 +108,7 @@ class Sink(Protocol):
 
         Otherwise the target transaction stays open for the next call. Transactions that commit below the
         position stored in the target have been filtered out by the caller. After an error nothing of the open
-        target transaction is visible, and the sink must be opened again.
+        target transaction is visible, and the sink must be opened again (but see `Refused`).
         """
         ...
 

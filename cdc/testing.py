@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from threading import Condition
 
 from cdc.change import Batch, Change, Image, Operation, Table, TableName, Transaction
-from cdc.errors import FatalError, PermanentError, ResyncRequired, TransientError
+from cdc.errors import FatalError, ResyncRequired, TransientError
 from cdc.position import Position, SourcePosition, as_lsn
-from cdc.sink import Ahead, Applied, Subject
+from cdc.sink import Ahead, Applied, Refused, Subject
 from cdc.source import Beginning, Estimate, Snapshot
 from cdc.status import CaptureStats
 
@@ -248,7 +248,7 @@ class MemorySink:
     def _check(self, batches: Sequence[Batch]) -> None:
         changes = (change for batch in batches for each in batch.transactions for change in each.changes)
         if any(image in self._refused for change in changes for image in (change.after, change.key)):
-            raise PermanentError(f"{self.name}: a row is refused")
+            raise Refused(f"{self.name}: a row is refused", undone=True)
 
     def _commit(self, position: Position) -> None:
         for tables, transaction in self._pending or []:

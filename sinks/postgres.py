@@ -6,8 +6,8 @@ by the last. How changes become statements is in `cdc.postgres.apply`; the initi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import msgspec
 import psycopg
@@ -30,7 +30,7 @@ from cdc.postgres.refresh_target import RefreshTarget
 from cdc.postgres.reshape import CopyAgain, Reshaper
 from cdc.postgres.roster import Mirrored, Plans, Roster
 from cdc.postgres.steps import Step
-from cdc.sink import Ahead, Applied, NeedsFilling, ResyncStatus, SinkContext, Subject, are_same
+from cdc.sink import Ahead, Applied, NeedsFilling, Refused, ResyncStatus, SinkContext, Subject, are_same
 
 FEW_CHANGES = 64
 """Up to so many changes, prepared statements in one pipeline are faster than staging tables."""
@@ -121,8 +121,9 @@ class PostgresSink(RefreshTarget):
         todo, self._ahead = self._ahead, None
         if todo is None or todo.plans is not applier.plans or not are_same(todo.batches, batches):
             todo = self._look_at(applier, batches)
-        with translated_errors():
+        with self._all_or_nothing(connection, applier):
             applied = self._do(connection, applier, todo)
+        with translated_errors():
             if batches[-1].complete:
                 self._commit(connection, position)
                 applier.committed()
@@ -148,35 +149,39 @@ class PostgresSink(RefreshTarget):
         """Apply within the target transaction that `apply` commits."""
         connection, applier = self._opened()
         todo = self._look_at(applier, with_ends(batches, last_ends=False))
-        missing, healed = applier.missing, applier.healed
-        try:
-            with translated_errors():
-                return self._do(connection, applier, todo)
-        except PermanentError:
-            with translated_errors():
-                self._undo(connection, applier)
-            applier.missing, applier.healed = missing, healed
-            raise
+        with self._all_or_nothing(connection, applier):
+            return self._do(connection, applier, todo)
 
     def apply_parked(self, batches: Sequence[Batch]) -> Applied:
         """Apply in a transaction that also remembers which they were; without what a later copy holds."""
         connection, applier = self._opened()
         todo = self._look_at(applier, with_ends(batches, last_ends=True))
-        missing, healed = applier.missing, applier.healed
         changes = [(as_lsn(each.position), each.first_ordinal) for batch in batches for each in batch.transactions]
         try:
-            with translated_errors():
+            with self._all_or_nothing(connection, applier):
                 applied = self._do(connection, applier, todo, late=True)
                 Settled(connection, self.name).replace(changes)
                 self._end(connection)
                 applier.committed()
         except PermanentError:
             with translated_errors():
-                self._undo(connection, applier)
                 self._end(connection)
-            applier.missing, applier.healed = missing, healed
             raise
         return applied
+
+    @contextmanager
+    def _all_or_nothing(self, connection: Connection, applier: Applier) -> Iterator[None]:
+        """What is refused is undone, and the sink is as it was."""
+        missing, healed = applier.missing, applier.healed
+        try:
+            with translated_errors():
+                yield
+        except PermanentError as exc:
+            with translated_errors():
+                self._undo(connection, applier)
+            applier.missing, applier.healed = missing, healed
+            change = exc.change if isinstance(exc, Refused) else None
+            raise Refused(str(exc), hint=exc.hint, change=change, undone=True) from exc
 
     def _do(self, connection: Connection, applier: Applier, todo: _Todo, *, late: bool = False) -> Applied:
         """Apply, and leave the target transaction open.

@@ -42,7 +42,7 @@ from cdc.postgres.reshape import Reshaper
 from cdc.postgres.roster import Plans, Unfit
 from cdc.postgres.row import UNCHANGED, decode_row, encode_row
 from cdc.postgres.steps import Effect, SetWise, Step, Tables, steps
-from cdc.sink import Reread
+from cdc.sink import Refused, Reread
 
 Sent = Sequence[tuple[Change, psycopg.Cursor[Any]]]
 
@@ -413,9 +413,10 @@ def _refused(error: psycopg.Error, tables: Tables, transaction: Transaction, ind
     if not isinstance(translated, PermanentError):
         return translated
     change = transaction.changes[index]
-    return PermanentError(
+    return Refused(
         f"{Operation(change.operation).name} of {tables[change.table].qualified} "
         f"(change {transaction.first_ordinal + index} of the transaction at {format_position(transaction.position)}) "
         f"is refused by the mirror: {translated}",
         hint="put the mirror's table right (schema, or rows that something else wrote); then `cdc resume`",
+        change=change,
     )
