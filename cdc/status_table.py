@@ -77,8 +77,8 @@ def _problems(status: DaemonStatus) -> list[Text]:
     ]
     lines += [Text(f"inserts only: {line}", style="yellow") for line in insert_only]
     parked = [Text(line, style="yellow") for line in _parked_lines(status)]
-    hint = [Text("  `cdc dead-letters list` shows them", style="cyan")] if parked else []
-    return [*lines, *parked, *hint]
+    seen = [Text("  `cdc dead-letters list` shows them", style="cyan")] if parked else []
+    return [*lines, *parked, *seen]
 
 
 def _parked_lines(status: DaemonStatus) -> Iterator[str]:
