@@ -225,11 +225,15 @@ class Parker:
                 subject = subject_of(tables, change)
                 if not (subjects.block(subject) or (behind and behind.block(subject))):
                     return True
-                behind.add(subject)  # what comes next may have to wait behind it
+                if not subjects.covers(subject):
+                    behind.add(subject)  # what comes next may have to wait behind it
                 waiting.append((Item(piece, transaction, change, place), subject))
                 return False
 
-            return sifted(piece, passes, subjects.concerned(piece.batch)) if subjects.concern(piece.batch) else piece
+            if not subjects.concern(piece.batch):
+                return piece
+            is_free = None if again else subjects.quick_look(piece.batch, self._sink.keys_of, behind)
+            return sifted(piece, passes, is_free)
 
         return _Admission(version, pieces, list(map(admitted, pieces)), waiting)
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import attrgetter, is_
 from typing import Final, NamedTuple
 
 import msgspec
 
-from cdc.change import DDL, TRUNCATE, Batch, Change, TableName, Transaction, Truncate
+from cdc.change import DDL, TRUNCATE, Batch, Change, Table, TableName, Transaction, Truncate
 from cdc.queue import Stored
 from cdc.queue.parked import ParkedId
-from cdc.sink import Subject
+from cdc.sink import KeysOf, Subject
 
 _OPERATION: Final = attrgetter("operation")
 
@@ -43,7 +43,7 @@ class Subjects:
             self._schemas[table.schema] += count
 
     def block(self, subject: Subject) -> bool:
-        """Whether a later change must wait. Written out, since it runs for every change."""
+        """Whether a later change must wait."""
         for table in subject.tables:
             if self._schemas and (table.schema, "") in self._keys:
                 return True
@@ -58,23 +58,47 @@ class Subjects:
                 return True
         return False
 
+    def covers(self, subject: Subject) -> bool:
+        """Whether it would add nothing: all that waits for it waits anyway."""
+        return all(
+            keys is not None and (None in keys or (subject.keys is not None and keys.keys() >= set(subject.keys)))
+            for keys in map(self._keys.get, subject.tables)
+        )
+
     def concern(self, batch: Batch) -> bool:
         """Whether any change of a batch might have to wait."""
-        return bool(self.concerned(batch)) or has_ddl(batch)
+        names = [table.qualified for table in batch.tables]
+        return any(name in self._keys or (name.schema, "") in self._keys for name in names) or has_ddl(batch)
 
-    def concerned(self, batch: Batch) -> set[int]:
-        """The tables, as their indexes in a batch, whose changes might have to wait."""
-        names = (table.qualified for table in batch.tables)
-        return {index for index, name in enumerate(names) if name in self._keys or (name.schema, "") in self._keys}
+    def quick_look(self, batch: Batch, keys_of: Callable[[Table], KeysOf], more: Subjects) -> Callable[[Change], bool]:
+        """What tells of most changes of rows that they need not wait: it runs for every change.
+
+        Where it says no, `block` has to be asked. more: what there is to wait for besides; it may grow.
+        """
+        if any((table.schema, "") in self._keys for table in batch.tables):
+            return lambda _change: False
+        concerned = {
+            index: (keys_of(table), keys)
+            for index, table in enumerate(batch.tables)
+            if (keys := self._keys.get(table.qualified)) is not None
+        }
+        more_keys = more._keys
+
+        def is_free(change: Change) -> bool:
+            if more_keys or change.operation >= TRUNCATE:
+                return False
+            if change.table not in concerned:
+                return True
+            find, taken = concerned[change.table]
+            own = find(change)
+            return own is not None and None not in taken and taken.keys().isdisjoint(own)
+
+        return is_free
 
 
 def has_ddl(batch: Batch) -> bool:
     """Whether there are changes of tables as such."""
     return any(DDL in map(_OPERATION, transaction.changes) for transaction in batch.transactions)
-
-
-def _schema(table: TableName) -> TableName:
-    return TableName(table.schema, "")
 
 
 class Item(NamedTuple):
@@ -110,19 +134,23 @@ def places_of(piece: Stored) -> Iterator[tuple[Transaction, ParkedId]]:
 
 
 def sifted(
-    piece: Stored, passes: Callable[[Transaction, Change, ParkedId], bool], tables: Container[int] | None = None
+    piece: Stored,
+    passes: Callable[[Transaction, Change, ParkedId], bool],
+    is_free: Callable[[Change], bool] | None = None,
 ) -> Stored:
     """Without the changes that do not pass. Transactions stay, if need be empty: they are positions.
 
-    tables: indexes of those whose rows are to be looked at; all, if left out.
+    is_free: a quick look, by which changes pass that need not be asked about.
     """
     kept: list[Transaction] = []
     for transaction, (place, ordinal) in places_of(piece):
+        if is_free is not None and all(map(is_free, transaction.changes)):
+            kept.append(transaction)
+            continue
         changes = [
             change
             for number, change in enumerate(transaction.changes, ordinal)
-            if (tables is not None and change.operation < TRUNCATE and change.table not in tables)
-            or passes(transaction, change, (place, number))
+            if passes(transaction, change, (place, number))
         ]
         whole = len(changes) == len(transaction.changes)
         kept.append(transaction if whole else msgspec.structs.replace(transaction, changes=changes))

@@ -136,6 +136,10 @@ class Subject(NamedTuple):
     keys: tuple[bytes, ...] | None
 
 
+KeysOf = Callable[[Change], Sequence[bytes] | None]
+"""The keys of a row's change, as in its `Subject`."""
+
+
 class Ahead(NamedTuple):
     """Says of a target that is further than its position: all up to a transaction is applied.
 
@@ -168,7 +172,11 @@ class Parking(Protocol):
         ...
 
     def subject_of(self, tables: Sequence[Table], change: Change) -> Subject:
-        """What a change is about. tables: those of its batch. Runs for each change of a table with parked changes."""
+        """What a change is about. tables: those of its batch."""
+        ...
+
+    def keys_of(self, table: Table) -> KeysOf:
+        """What finds the `keys` of the subjects of a table's rows. Runs for each change beside parked ones."""
         ...
 
     def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:

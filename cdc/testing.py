@@ -13,7 +13,7 @@ from threading import Condition
 from cdc.change import Batch, Change, Image, Operation, Table, TableName, Transaction
 from cdc.errors import FatalError, ResyncRequired, TransientError
 from cdc.position import Position, SourcePosition, as_lsn
-from cdc.sink import Ahead, Applied, Refused, Subject
+from cdc.sink import Ahead, Applied, KeysOf, Refused, Subject
 from cdc.source import Beginning, Estimate, Snapshot
 from cdc.status import CaptureStats
 
@@ -214,6 +214,10 @@ class MemorySink:
         if change.table < 0:
             return Subject((), None)
         return Subject((tables[change.table].qualified,), None if change.key is None else (change.key,))
+
+    def keys_of(self, table: Table) -> KeysOf:  # noqa: ARG002 - protocol
+        """Its key."""
+        return lambda change: None if change.key is None else (change.key,)
 
     def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:  # noqa: ARG002 - protocol
         """Keep the changes, visible at once."""

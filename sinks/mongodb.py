@@ -8,7 +8,7 @@ one transaction, if the target has such. How changes become writes is in `cdc.mo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -131,11 +131,12 @@ class MongodbSink(MongoCopyTarget):
             return ddl_subject(change.detail, tables[change.table].qualified if change.table >= 0 else None)
         if change.table < 0:
             return Subject((), None)
-        table = tables[change.table].qualified
-        assert change.key is not None
-        # a collation may take more `_id`s for the same, and capped collections keep the order of all documents
-        in_order = table in self._opened().ddl.in_order
-        return Subject((table,), None if in_order else (key_bytes(change.key),))
+        table = tables[change.table]
+        return Subject((table.qualified,), self.keys_of(table)(change))
+
+    def keys_of(self, table: Table) -> Callable[[Change], tuple[bytes, ...] | None]:
+        """The `_id`. A collation may take more of them for the same; capped collections keep the order of them all."""
+        return _no_key if table.qualified in self._opened().ddl.in_order else _key
 
     def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:
         """Apply, and leave the position where it is."""
@@ -285,6 +286,15 @@ class MongodbSink(MongoCopyTarget):
                 return misfit, True
         applier.in_order(changes, again=again)
         return misfit, False
+
+
+def _key(change: Change) -> tuple[bytes]:
+    assert change.key is not None
+    return (key_bytes(change.key),)
+
+
+def _no_key(_change: Change) -> None:
+    return None
 
 
 @contextmanager

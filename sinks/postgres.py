@@ -30,7 +30,7 @@ from cdc.postgres.refresh_target import RefreshTarget
 from cdc.postgres.reshape import CopyAgain, Reshaper
 from cdc.postgres.roster import Mirrored, Plans, Roster
 from cdc.postgres.steps import Step
-from cdc.sink import Ahead, Applied, NeedsFilling, Refused, ResyncStatus, SinkContext, Subject, are_same
+from cdc.sink import Ahead, Applied, KeysOf, NeedsFilling, Refused, ResyncStatus, SinkContext, Subject, are_same
 
 FEW_CHANGES = 64
 """Up to so many changes, prepared statements in one pipeline are faster than staging tables."""
@@ -141,9 +141,16 @@ class PostgresSink(RefreshTarget):
 
     def subject_of(self, tables: Sequence[Table], change: Change) -> Subject:
         """A row by its key, and by what it takes of other unique columns; or its table as a whole."""
+        return self._finder().find(tables, change)
+
+    def keys_of(self, table: Table) -> KeysOf:
+        """The same."""
+        return self._finder().keys_of(table)
+
+    def _finder(self) -> SubjectFinder:
         if self._subjects is None:
             raise TransientError(f"sink {self.name} is not connected")
-        return self._subjects.find(tables, change)
+        return self._subjects
 
     def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:  # noqa: ARG002 - protocol
         """Apply within the target transaction that `apply` commits."""

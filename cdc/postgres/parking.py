@@ -24,7 +24,7 @@ from cdc.postgres.fold import FoldError
 from cdc.postgres.plan import TablePlan
 from cdc.postgres.row import UNCHANGED, decode_row, encode_row
 from cdc.postgres.schema import FIRST_USER_OID
-from cdc.sink import Subject
+from cdc.sink import KeysOf, Subject
 
 _EXACT: Final = (
     16, 17, 18, 19, 20, 21, 23, 25, 26, 1043, 1082, 1083, 1114, 1184, 2950, 3220,
@@ -84,21 +84,26 @@ class SubjectFinder:
         table = tables[change.table]
         if change.operation == DDL:
             return Subject((table.qualified,), None) if table.qualified in self._mirrored else NOTHING
-        known = self._known.get(id(table))
-        if known is None:
-            known = self._learn(table)
+        known = self._known_as(table)
         return known.whole if known.keys is None else Subject(known.whole.tables, known.keys.of(change))
 
-    def _learn(self, table: Table) -> _Known:
-        name = table.qualified
-        whole = Subject((name,), None) if name in self._mirrored else NOTHING
-        if len(self._known) > _MOST_KNOWN:
-            self._known.clear()
-        # by what it is in memory: comparing tables takes longer than all the rest
-        known = self._known[id(table)] = _Known(table, whole, self._keys_of(table) if whole is not NOTHING else None)
+    def keys_of(self, table: Table) -> KeysOf:
+        """See `cdc.sink.Parking.keys_of`."""
+        keys = self._known_as(table).keys
+        return _no_key if keys is None else keys.of
+
+    def _known_as(self, table: Table) -> _Known:
+        known = self._known.get(id(table))
+        if known is None:
+            name = table.qualified
+            whole = Subject((name,), None) if name in self._mirrored else NOTHING
+            if len(self._known) > _MOST_KNOWN:
+                self._known.clear()
+            # by what it is in memory: comparing tables takes longer than all the rest
+            known = self._known[id(table)] = _Known(table, whole, None if whole is NOTHING else self._find_keys(table))
         return known
 
-    def _keys_of(self, table: Table) -> _Keys | None:
+    def _find_keys(self, table: Table) -> _Keys | None:
         try:
             plan = self._plan_of(table)
         except (PermanentError, FoldError):
@@ -113,6 +118,10 @@ class _Known(NamedTuple):
     table: Table
     whole: Subject
     keys: _Keys | None
+
+
+def _no_key(_change: Change) -> None:
+    return None
 
 
 class _Keys:
