@@ -24,7 +24,7 @@ from cdc.position import Position
 from cdc.queue import Queue, read_status
 from cdc.queue.parked import ParkedChange, payload_of
 from cdc.retry import Backoff
-from cdc.sink import Ahead, Subject
+from cdc.sink import Ahead, KeysOf, Subject
 from cdc.status import DeliveryStats, State
 from cdc.testing import MemorySink
 from tests.processes import wait_until
@@ -388,6 +388,34 @@ def test_subjects() -> None:
     subjects.add(Subject((database,), None), -1)
     subjects.add(Subject((a,), (b"1",)), -1)
     assert not subjects.block(Subject((a, b, database), None))
+
+
+def test_f89_a_quick_look_lets_nothing_pass_that_has_to_wait() -> None:
+    def keys_of(_table: Table) -> KeysOf:
+        return lambda change: None if change.key is None else change.key.split()
+
+    batch = Batch(TABLES, [], b"", 0)
+    name = ORDERS.qualified
+    subjects, more = Subjects(), Subjects()
+    subjects.add(Subject((name,), (b"1", b"2")))
+    is_free = subjects.quick_look(batch, keys_of, more)
+    row = Change(UPDATE, 0, b"3", None, b"")
+    assert is_free(row)
+    assert is_free(Change(UPDATE, 1, b"1", None, b""))
+    assert not is_free(Change(UPDATE, 0, b"3 2", None, b""))
+    assert not is_free(Change(UPDATE, 0, None, None, b""))
+    assert not is_free(drop(1))
+    assert subjects.covers(Subject((name,), (b"2",)))
+    assert not subjects.covers(Subject((name,), (b"2", b"3")))
+    assert not subjects.covers(Subject((name,), None))
+    more.add(Subject((OTHER.qualified,), (b"1",)))
+    assert not is_free(row)
+    subjects.add(Subject((name,), None))
+    assert not subjects.quick_look(batch, keys_of, Subjects())(row)
+    assert subjects.covers(Subject((name,), (b"3",)))
+    schema = Subjects()
+    schema.add(Subject((TableName("shop", ""),), None))
+    assert not schema.quick_look(batch, keys_of, Subjects())(row)
 
 
 def test_waits_grow_and_end() -> None:
