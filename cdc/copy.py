@@ -252,7 +252,8 @@ class Copy:
         for table in tables:
             split = partial(snapshot.chunks, table, self._chunk_bytes)
             run.add(table, self._mirror.pending(table, snapshot.position, split))
-        log.info("copy started", tables=len(run.left), snapshot=format_position(snapshot.position))
+        begun_at = format_position(snapshot.position)
+        log.info("copy started", sink=self._mirror.name, tables=len(run.left), snapshot=begun_at)
         run.copy(self._workers)
 
 
@@ -335,7 +336,7 @@ class _Run:
         self._snapshot.check()  # its locks held until now, or ranges may have been read twice or never
         self._mirror.table_copied(table, self._snapshot.end(table), self._rows[table])
         self._progress.table_done(table)
-        log.info("table copied", table=str(table), rows=self._rows[table])
+        log.info("table copied", sink=self._mirror.name, table=str(table), rows=self._rows[table])
 
     def _work(self) -> None:
         try:

@@ -60,12 +60,16 @@ class ForeignKey(NamedTuple):
 class MirrorTable:
     """One table of a mirror, to be altered.
 
+    sink: its name, for the log.
     made: whether the sink has made it. The user's own may be wider, and keeps what he has made different.
     written: the columns that the sink writes; `None`: all. The others must not refuse rows that leave them out.
     """
 
-    def __init__(self, connection: Connection, name: TableName, *, made: bool, written: Sequence[str] | None) -> None:
+    def __init__(
+        self, connection: Connection, sink: str, name: TableName, *, made: bool, written: Sequence[str] | None
+    ) -> None:
         self.name = name
+        self._log = log.bind(sink=sink, table=str(name))
         self._connection = connection
         self._made = made
         self._written = written
@@ -140,7 +144,7 @@ class MirrorTable:
             yield SetType(column)
         if self._made and found.not_null != self._refuses_null(column):
             yield SetNotNull(column.name, self._refuses_null(column))
-        if not column.identity and (retyped or column.default != found.default):
+        if not column.identity and column.default != (None if retyped else found.default):
             yield SetDefault(column.name, column.default)
 
     def _refuses_null(self, column: ColumnShape) -> bool:
@@ -183,9 +187,7 @@ class MirrorTable:
         except psycopg.Error as exc:
             if self._connection.closed:
                 raise
-            log.warning(
-                "not followed on the mirror", table=str(self.name), step=describe(step), error=exc.diag.message_primary
-            )
+            self._log.warning("not followed on the mirror", step=describe(step), error=exc.diag.message_primary)
 
     def _do(self, step: Step, *, empty: bool = False) -> None:
         match step:
@@ -206,7 +208,7 @@ class MirrorTable:
                 self._alter(_set_default(name, default))
             case SetKey(_, columns):
                 self._set_key(columns)
-        log.info("schema change", table=str(self.name), step=describe(step))
+        self._log.info("schema change", step=describe(step))
         if isinstance(step, AddColumn):
             self._set_later_default(step.column)
 

@@ -115,7 +115,8 @@ class Preparation:
         self._add(schema, used, ())
         for table, target in tables:
             written = self._config.table(table.name).columns
-            mirrored = MirrorTable(self._connection, target.name, made=self._marks[table.name].made, written=written)
+            made, sink = self._marks[table.name].made, self._config.name
+            mirrored = MirrorTable(self._connection, sink, target.name, made=made, written=written)
             with while_doing(f"altering {target.name} on the target"):
                 taken = mirrored.conform(shapes[table.name])
             yield from (self._foreign_key(table.name, key) for key in taken)

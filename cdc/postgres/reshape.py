@@ -243,6 +243,7 @@ class Reshaper:
     def _table(self, mirrored: Mirrored) -> MirrorTable:
         return MirrorTable(
             self._connection,
+            self._config.name,
             self._config.target_name(mirrored.name),
             made=mirrored.name in self._made,
             written=self._config.table(mirrored.name).columns,

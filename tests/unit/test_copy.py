@@ -77,6 +77,8 @@ class FakeSource:
 class FakeMirror:
     """Remembers what it was told. Also its own loader."""
 
+    name = "mirror"
+
     def __init__(self) -> None:
         self.done: dict[TableName, int] = {}
         self.loaded: dict[TableName, list[bytes]] = {}
