@@ -229,9 +229,9 @@ def test_only_transactions_that_need_care_take_it(
     slow: list[int] = []
     carefully = Applier.carefully
 
-    def noted(applier: Applier, batches: Sequence[Batch]) -> None:
+    def noted(applier: Applier, batches: Sequence[Batch], *, late: bool) -> None:
         slow.extend(batch.change_count for batch in batches)
-        carefully(applier, batches)
+        carefully(applier, batches, late=late)
 
     monkeypatch.setattr(Applier, "carefully", noted)
     target_db.execute("UPDATE items SET big = 'stale'")
