@@ -308,6 +308,25 @@ def test_f16_a_new_table_is_copied_and_streamed_without_a_restart(
         assert mirror.fillings == 1
 
 
+def test_f16_what_a_new_table_has_is_built_without_a_restart(
+    life: Life, source_db: Database, target_db: Database
+) -> None:
+    source_db.execute(ITEMS)
+    with life() as mirror:
+        mirror.sync()
+        source_db.execute("CREATE TABLE fresh (id int PRIMARY KEY, n int UNIQUE, item int REFERENCES items)")
+        source_db.execute("CREATE INDEX ON fresh (item); INSERT INTO fresh VALUES (1, 1, 1)")
+        assert_same(mirror, "fresh")
+        built = "SELECT count(*) FROM pg_index WHERE indrelid = to_regclass('fresh')"
+        keys = "SELECT count(*) FROM pg_constraint WHERE conrelid = to_regclass('fresh') AND contype = 'f'"
+        wait_for(
+            lambda: mirror.error or (target_db.value(built), target_db.value(keys)) == (3, 1),
+            "indexes and foreign key",
+            seconds=10,
+        )
+        assert mirror.error is None
+
+
 def test_f32_dropped_and_created_again(life: Life, source_db: Database, target_db: Database, capture: str) -> None:
     source_db.execute(ITEMS + "CREATE TABLE other (id int PRIMARY KEY); INSERT INTO other VALUES (1)")
     with life() as mirror:
