@@ -83,6 +83,7 @@ class PostgresSink(RefreshTarget):
         self._unrefreshed_tables: dict[TableName, RefreshMark] = {}
         self._replaying_until: Lsn | None = None
         self._refresh: Refresh | None = None
+        self._refreshed_with: Plans | None = None  # the state of the mirror that a round was begun in
 
     def open(self) -> Position | None:
         """Connect and return the position stored in the target."""
@@ -219,7 +220,9 @@ class PostgresSink(RefreshTarget):
 
     def refresh(self, position: SourcePosition) -> ResyncStatus | None:
         """Write the next part of the tables that are read again; once what a copy has left to be built is built."""
-        connection, _ = self._opened()
+        connection, applier = self._opened()
+        if applier.plans is not self._refreshed_with:
+            self._begin_round(connection, applier)
         if self._replaying_until is not None and self._replaying_until <= (self._position or 0):
             RefreshMarks(connection, self.name).replayed()
             self._replaying_until = None
@@ -245,8 +248,18 @@ class PostgresSink(RefreshTarget):
         if self._connection is not None:
             with suppress(psycopg.Error):
                 self._connection.close()
-        self._connection = self._applier = self._ahead = self._subjects = None
+        self._connection = self._applier = self._ahead = self._subjects = self._refreshed_with = None
         self._begun = self._finished = False  # tables may be copied before it is opened again
+
+    def _begin_round(self, connection: Connection, applier: Applier) -> None:
+        """Tables may have been altered: what was read of them before does not fit, and they may have other names."""
+        if self._refresh is not None:
+            self._refresh.close()
+            self._refresh = None
+        with translated_errors():
+            self._unrefreshed_tables = self._unrefreshed(connection)
+        self._refreshed_with = applier.plans
+        self._note_refreshed()
 
     def _write(self, connection: Connection, refresh: Refresh, part: Part) -> None:
         """Write a part, and how far its table is, in one transaction that leaves the position as it is."""

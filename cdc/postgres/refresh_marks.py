@@ -66,6 +66,17 @@ class RefreshMarks:
             with self._connection.cursor() as cursor:
                 cursor.executemany(_DONE, [(self._sink, *table) for table in tables])
 
+    def restart(self, table: TableName) -> None:
+        """Let a table that is being refreshed begin once more: what was kept is no key of it any longer."""
+        if self._exists():
+            self._connection.execute(_RESTART_TABLE, [self._sink, *table])
+
+    def rename(self, old: TableName, new: TableName) -> None:
+        """A table has another name at the source. What was kept under that name is about none that is there."""
+        if self._exists():
+            self.done([new])
+            self._connection.execute(_RENAME, [*new, self._sink, *old])
+
     def begin_anew(self, start: Position) -> None:
         """Let the mirror stand at `start`, whatever it holds: every table is as of before, and must be refreshed."""
         self.replayed()
@@ -126,6 +137,14 @@ _REPLAYS: Final = "CREATE TABLE IF NOT EXISTS cdc.replays (sink text PRIMARY KEY
 _REPLAY: Final = "INSERT INTO cdc.replays SELECT sink, position FROM cdc.positions WHERE sink = %s"
 _REWIND: Final = "UPDATE cdc.positions SET queue_id = %s, seq = %s, position = %s WHERE sink = %s"
 _DONE: Final = "DELETE FROM cdc.resyncs WHERE sink = %s AND source_schema = %s AND source_table = %s"
+
+_RESTART_TABLE: Final = """
+UPDATE cdc.resyncs SET done_key = NULL WHERE sink = %s AND source_schema = %s AND source_table = %s
+"""
+_RENAME: Final = """
+UPDATE cdc.resyncs SET source_schema = %s, source_table = %s
+ WHERE sink = %s AND source_schema = %s AND source_table = %s
+"""
 
 _RESTART: Final = """
 INSERT INTO cdc.positions (sink, queue_id, seq, position) VALUES (%s, %s, %s, %s)

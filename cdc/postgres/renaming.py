@@ -9,6 +9,7 @@ from cdc.config import SinkConfig
 from cdc.postgres.bookkeeping import Bookkeeping
 from cdc.postgres.connection import Connection
 from cdc.postgres.preparation import rename_relations
+from cdc.postgres.refresh_marks import RefreshMarks
 from cdc.postgres.schema import read_tables
 
 log = structlog.get_logger()
@@ -43,4 +44,5 @@ class Renaming:
         if not self.done:
             rename_relations(self._connection, [self._targets])
         self._bookkeeping.rename(self._old, self._new)
+        RefreshMarks(self._connection, self._config.name).rename(self._old, self._new)
         log.info("table renamed", sink=self._config.name, table=str(self._old), to=str(self._new))

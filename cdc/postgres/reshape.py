@@ -21,7 +21,8 @@ from cdc.position import Lsn
 from cdc.postgres.alter import LACKING, MirrorTable, describe
 from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping
 from cdc.postgres.connection import Connection
-from cdc.postgres.evolution import Step, between, evolve, is_part
+from cdc.postgres.evolution import SetKey, Step, between, evolve, is_part
+from cdc.postgres.refresh_marks import RefreshMarks
 from cdc.postgres.renaming import Renaming
 from cdc.postgres.roster import Mirrored, Plans, Roster
 from cdc.postgres.schema import read_tables
@@ -63,6 +64,7 @@ class Reshaper:
         self._source = source
         self._read_shapes = read_shapes
         self._bookkeeping = Bookkeeping(connection, config.name)
+        self._refreshes = RefreshMarks(connection, config.name)
         self._asked = asked
         self._following: set[int] = set()  # OIDs, in the open target transaction
         self._changed = False
@@ -214,6 +216,7 @@ class Reshaper:
             reason=reason,
         )
         self._bookkeeping.forget([mirrored.name])
+        self._refreshes.done([mirrored.name])
         self._replan(mirrored, msgspec.structs.replace(mirrored, applied_from=FORGOTTEN))
 
     def _evolve(self, mirrored: Mirrored, old: TableShape, new: TableShape) -> None:
@@ -221,6 +224,8 @@ class Reshaper:
         if evolution.copy_because:
             self._copy_again(mirrored.name, evolution.copy_because)
         steps = evolution.steps
+        if any(isinstance(step, SetKey) for step in steps):
+            self._refreshes.restart(mirrored.name)
         if self._config.schema_changes == "stop":
             if left := self._table(mirrored).left_to_do(steps, bearable=True):
                 raise self._stopped(mirrored.name, "; ".join(map(describe, left)))

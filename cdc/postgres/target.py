@@ -23,6 +23,7 @@ from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, PendingEntry, chang
 from cdc.postgres.connection import Connection, connect, translated_errors, while_doing
 from cdc.postgres.dump import KEY_KINDS, SchemaDump
 from cdc.postgres.preparation import ANALYZE, FOREIGN_KEY, Preparation, mirrored_columns, rename_relations, renames
+from cdc.postgres.refresh_marks import RefreshMarks
 from cdc.postgres.renaming import Renaming
 from cdc.postgres.schema import SchemaTable, database_identity, read_tables
 from cdc.postgres.sequences import SequenceValue, set_sequences
@@ -84,6 +85,7 @@ class CopyTarget:
             )
         with self._session() as connection, translated_errors(), connection.transaction():
             Bookkeeping(connection, self.name).forget(left)
+            RefreshMarks(connection, self.name).done(left)
             Bookkeeping(connection, self.name).copy_again(back)
         for table in left:
             log.info("table no longer mirrored", sink=self.name, table=str(table))

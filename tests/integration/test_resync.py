@@ -12,8 +12,9 @@ import pytest
 from psycopg.errors import SerializationFailure, UniqueViolation
 
 from cdc.change import Batch, TableName
-from cdc.postgres import refresh, refresh_read
+from cdc.postgres import ddl_capture, refresh, refresh_read
 from cdc.postgres.apply import Applier
+from cdc.postgres.connection import connect
 from tests.mirror import Mirror, filled_mirror, running_mirror
 from tests.processes import wait_until
 from tests.servers import Database
@@ -209,6 +210,42 @@ def test_values_that_did_not_travel_are_taken_from_the_snapshot(
     wait_until_done(mirror)
     assert reading.is_set()
     mirror.assert_equal("items")
+
+
+@pytest.mark.parametrize(
+    ("alter", "name"),
+    [
+        ("ALTER TABLE few DROP COLUMN note, ADD COLUMN more int DEFAULT 3", "few"),
+        ("ALTER TABLE few RENAME n TO note2", "few"),
+        ("ALTER TABLE few RENAME TO renamed", "renamed"),
+        ("DROP TABLE few", None),
+    ],
+)
+def test_f29_f32_a_table_is_altered_meanwhile(
+    mirror: Mirror, source_db: Database, target_db: Database, alter: str, name: str | None
+) -> None:
+    """The mirror alters its table between two parts that were read of it before."""
+    with connect(source_db.url) as connection:
+        ddl_capture.execute(connection, ddl_capture.installation("postgres"))
+    source_db.execute("CREATE TABLE few (id int PRIMARY KEY, n int, note text)")
+    wait_until(lambda: mirror.error or mirror.fillings, what="the new table to be copied")
+    source_db.execute("INSERT INTO few SELECT g, g, 'x' FROM generate_series(1, 100) g")
+    mirror.sync()
+    wait_until(lambda: not target_db.execute("SELECT 1 FROM cdc.post_data WHERE NOT done"), what="all to be built")
+    target_db.execute("UPDATE few SET n = -1")
+    mirror.stop()
+    mirror.sink.want_resync([TableName("public", "few")], None)
+    with target_db.connect() as blocker, blocker.transaction():
+        blocker.execute("SELECT FROM cdc.positions FOR UPDATE")
+        mirror.refill()
+        blocked = "SELECT pid FROM pg_stat_activity WHERE application_name ~ '^cdc sink' AND wait_event_type = 'Lock'"
+        wait_until(lambda: target_db.execute(blocked), what="the first part to be written")
+        source_db.execute(alter)  # the round is over, but not all is written
+        end = source_db.value("SELECT pg_current_wal_lsn() - '0/0'")
+        mirror.source.nudge()
+        wait_until(lambda: (mirror.queue.position or 0) >= end, what="the schema change to be captured")
+    wait_until_done(mirror)
+    mirror.assert_equal(*([name] if name else []))
 
 
 def test_a_row_moves_among_those_that_are_done(mirror: Mirror, source_db: Database, target_db: Database) -> None:
