@@ -210,14 +210,19 @@ class Settled:
         """Create the table where it is not there."""
         with while_doing("creating cdc.settled on the target"), self._connection.transaction():
             self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.bookkeeping', 0))")
-            ((exists,),) = self._connection.execute("SELECT to_regclass('cdc.settled') IS NOT NULL").fetchall()
-            if not exists:
+            if not self._exists():
                 self._connection.execute(_SETTLED)
 
     def read(self) -> list[tuple[Lsn, int]]:
         """Position and ordinal of each."""
         query = "SELECT position::text, ordinal FROM cdc.settled WHERE sink = %s"
         return [(parse_lsn(position), ordinal) for position, ordinal in self._connection.execute(query, [self._sink])]
+
+    def forget_from(self, position: Lsn) -> None:
+        """Changes from a position on come again: they may be parked once more."""
+        if self._exists():
+            query = "DELETE FROM cdc.settled WHERE sink = %s AND position >= %s"
+            self._connection.execute(query, [self._sink, format_lsn(position)])
 
     def replace(self, changes: Iterable[tuple[Lsn, int]]) -> None:
         """Remember these, and no others any more."""
@@ -227,6 +232,10 @@ class Settled:
                 "INSERT INTO cdc.settled (sink, position, ordinal) VALUES (%s, %s, %s)",
                 [(self._sink, format_lsn(position), ordinal) for position, ordinal in changes],
             )
+
+    def _exists(self) -> bool:
+        ((exists,),) = self._connection.execute("SELECT to_regclass('cdc.settled') IS NOT NULL").fetchall()
+        return bool(exists)
 
 
 def changed_tables(

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 
 from cdc.change import TableName
 from cdc.errors import UnknownTable
-from cdc.position import Position
-from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Mark
+from cdc.position import Position, as_lsn
+from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Mark, Settled
 from cdc.postgres.conflicts import checked_late
 from cdc.postgres.connection import Connection, translated_errors
 from cdc.postgres.refresh_marks import RefreshMark, RefreshMarks
@@ -45,6 +45,7 @@ class RefreshTarget(CopyTarget):
         with self._session() as connection, translated_errors(), connection.transaction():
             connection.execute("SELECT FROM cdc.positions WHERE sink = %s FOR UPDATE", [self.name])
             RefreshMarks(connection, self.name).rewind(position)
+            Settled(connection, self.name).forget_from(as_lsn(position.source))
 
     def _divided(
         self, connection: Connection, marks: Mapping[TableName, Mark], tables: Collection[TableName] | None

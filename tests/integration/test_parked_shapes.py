@@ -100,3 +100,25 @@ def test_f33_rows_are_written_once_more_in_a_shape_that_the_mirror_has_left(
         mirror.start()
         assert_same(mirror)
         assert mirror.fillings - fillings == (alter != "ADD COLUMN c int"), "a copy that was not necessary"
+
+
+def test_f89_what_was_parked_is_kept_when_it_is_parked_again_after_a_replay(life: Life) -> None:
+    with life(triggers=False, keep_seconds=3600) as mirror:
+        stored = mirror.sink.stored_position()
+        assert stored is not None
+        mirror.target_db.execute(POISON)
+        mirror.source_db.execute("INSERT INTO items VALUES (107, 'a', 'b')")
+        mirror.sync()
+        mirror.target_db.execute(CURE)
+        assert_same(mirror)
+        mirror.stop()
+        mirror.sink.rewind(mirror.queue.rewind("mirror", stored.seq))
+        mirror.target_db.execute("DELETE FROM items WHERE id = 107")
+        mirror.target_db.execute(POISON)
+        mirror.delivery_stats.position = None
+        mirror.start()
+        wait_for(lambda: mirror.error or mirror.delivery_stats.parked, "it to be parked again")
+        mirror.stop()
+        mirror.target_db.execute(CURE)
+        mirror.start()
+        assert_same(mirror)
