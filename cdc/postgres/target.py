@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import Final, TypeVar, cast
 
 import psycopg
 import structlog
@@ -271,8 +271,24 @@ class CopyTarget:
             return
         pairs = [] if entry.kind == ANALYZE else renames(self.config, entry.relations)
         rename_relations(connection, [(target, source) for source, target in pairs])
-        connection.execute(entry.sql.encode())
+        try:
+            with connection.transaction():
+                connection.execute(entry.sql.encode())
+        except psycopg.errors.DuplicateTable:
+            self._make_way(connection, entry)
+            connection.execute(entry.sql.encode())
         rename_relations(connection, pairs)
+
+    def _make_way(self, connection: Connection, entry: PendingEntry) -> None:
+        """Rename an index of a table of ours that has the entry's name: at the source it has it no longer."""
+        marks = Bookkeeping(connection, self.name).marks()
+        ours = {self.config.target_name(name) for name, mark in marks.items() if mark.made}
+        for schema, table, index, oid in connection.execute(_INDEXES).fetchall():
+            if TableName(schema, table) in ours and f" {entry.name}".endswith(f" {index}"):
+                rename = sql.SQL("ALTER INDEX {} RENAME TO {}")
+                new_name = f"{index[:40]}_{oid}"
+                connection.execute(rename.format(sql.Identifier(schema, index), sql.Identifier(new_name)))
+                log.info("index renamed, another has its name", sink=self.name, index=index, new_name=new_name)
 
     def _restore(self, connection: Connection, entry: PendingEntry) -> None:
         """A foreign key that was taken away. The stream can do without, and the source may have dropped it since."""
@@ -321,3 +337,12 @@ class PostgresLoader:
 def _database_name(url: str) -> str:
     given = conninfo_to_dict(url)
     return str(given.get("dbname") or given.get("user") or "")
+
+
+_INDEXES: Final = """
+SELECT n.nspname, c.relname, i.relname, i.oid::bigint
+  FROM pg_index x
+  JOIN pg_class i ON i.oid = x.indexrelid
+  JOIN pg_class c ON c.oid = x.indrelid
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+"""

@@ -546,3 +546,19 @@ def test_f29_a_column_is_dropped_and_added_again(life: Life, source_db: Database
         mirror.delivery.resume()
         assert_same(mirror)
         assert mirror.fillings == (capture == "catalog")
+
+
+def test_f32_an_index_has_the_name_of_one_of_a_table_that_is_gone(
+    life: Life, source_db: Database, target_db: Database
+) -> None:
+    """The mirror keeps the table, and its indexes with their names."""
+    source_db.execute(ITEMS + "CREATE TABLE rest (id int PRIMARY KEY)")
+    with life() as mirror:
+        mirror.sync()
+        source_db.execute("DROP TABLE items")
+        source_db.execute("CREATE TABLE others (id int CONSTRAINT items_pkey PRIMARY KEY)")
+        source_db.execute("INSERT INTO others VALUES (1)")
+        wait_for(
+            lambda: mirror.error or target_db.value("SELECT to_regclass('others')") is not None, "a copy", seconds=20
+        )
+        assert_same(mirror, "others")
