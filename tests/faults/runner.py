@@ -38,6 +38,8 @@ SETTLE_SECONDS: Final = 60.0
 
 COPY_KILLS: Final = 3
 
+RATE: Final = 60.0
+
 
 class Tally(msgspec.Struct):
     """Of one kind of fault. recovered: how often all arrived afterwards; seconds that took, in all and at worst."""
@@ -160,12 +162,13 @@ def run(
     seconds: float = 0.0,
     faults: int = 0,
     only: str = "",
+    rate: float = RATE,
     progress: Callable[[str], None] = print,
 ) -> Result:
-    """Run with servers of its own. only: faults whose names contain this."""
+    """Run with servers of its own. only: faults whose names contain this. rate: transactions a second, at most."""
     world_type, all_faults = WORLDS[kind]
     chosen = [fault for fault in all_faults if only in fault.name]
-    with world_type(folder, seed=seed) as world:
+    with world_type(folder, seed=seed, rate=rate) as world:
         return Run(world, draw(chosen, seed), progress).run(seconds=seconds, faults=faults)
 
 
@@ -200,7 +203,9 @@ def _run(kind: str, options: argparse.Namespace, seconds: float) -> Result:
     if options.scenario == "target-away":
         result = away(kind, folder, seed=options.seed, seconds=seconds, progress=_say)
     else:
-        result = run(kind, folder, seed=options.seed, seconds=seconds, only=options.only, progress=_say)
+        result = run(
+            kind, folder, seed=options.seed, seconds=seconds, only=options.only, rate=options.rate, progress=_say
+        )
     _print(result)
     if result.problems:
         _say(f"Its logs and data are in {folder}")
@@ -233,6 +238,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=5, help="how long, of all kinds together (5)")
     parser.add_argument("--seed", type=int, default=1, help="decides what is broken, and the load (1)")
     parser.add_argument("--kind", choices=(*WORLDS, "both"), default="both", help="of databases (both)")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=RATE,
+        metavar="N",
+        help=f"of PostgreSQL: transactions a second, at most ({RATE:g})",
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="only faults whose names contain this")
     parser.add_argument(
         "--scenario", choices=("random", "target-away"), default="random", help="target-away: for all of the time, once"
