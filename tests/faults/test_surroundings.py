@@ -13,11 +13,13 @@ from tests.faults import faults, faults_postgres
 from tests.faults.interposer import AVAILABLE
 from tests.faults.proxy import Proxy
 from tests.faults.world import World
+from tests.faults.world_mongodb import MongodbWorld
 from tests.faults.world_postgres import PostgresWorld
 from tests.processes import wait_until
 
 pytestmark = pytest.mark.slow
 
+MONGODB = pytest.mark.parametrize("world", ["mongodb"], indirect=True)
 BOTH = pytest.mark.parametrize("world", ["postgres", "mongodb"], indirect=True)
 POSTGRES = pytest.mark.parametrize("world", ["postgres"], indirect=True)
 needs_compiler = pytest.mark.skipif(not AVAILABLE, reason="there is no C compiler: the disk cannot be made to fail")
@@ -36,7 +38,7 @@ class Briefly(random.Random):
         return a
 
 
-@BOTH
+@POSTGRES
 @needs_compiler
 def test_f86_a_disk_without_room_stops_reading_until_there_is_some(world: World) -> None:
     """The source's connection lives on, and nobody has to do anything."""
@@ -70,8 +72,16 @@ def test_f88_a_clock_that_jumps_delays_nothing(world: World) -> None:
     world.arrive()
 
 
-@BOTH
-@pytest.mark.parametrize("strike", [faults.corrupt, faults.half_close, faults.black_hole])
+@pytest.mark.parametrize(
+    ("world", "strike"),
+    [
+        ("postgres", faults.corrupt),
+        ("mongodb", faults.corrupt),
+        ("postgres", faults.half_close),
+        ("mongodb", faults.black_hole),
+    ],
+    indirect=["world"],
+)
 def test_f62_f93_f94_a_network_that_breaks_is_got_over(
     world: World, strike: Callable[[Proxy, World, random.Random], None]
 ) -> None:
@@ -88,10 +98,37 @@ def test_f109_sigterm_under_load_ends_in_time(world: World) -> None:
     world.arrive()
 
 
-@BOTH
+@MONGODB
 def test_f87_a_second_daemon_does_not_disturb_the_first(world: World) -> None:
     faults.second_daemon(world, Briefly())
     world.arrive()
+
+
+@BOTH
+def test_f83_f94_a_resync_that_is_killed_goes_on(world: World) -> None:
+    """Beside the stream, or as a copy over what is there; all while the source is written."""
+    lose_some(world)
+    begun = world.logged("resync begins")
+    assert world.daemon.ask("resync", "mirror").returncode == 0
+    world.wait(lambda: world.logged("resync begins") > begun, "the resync to begin")
+    world.daemon.kill()
+    if isinstance(world, PostgresWorld):
+        assert world.target.value("SELECT count(*) FROM cdc.resyncs") > 0
+    world.daemon.start()
+    world.await_resync()
+    with world.load.resting():
+        world.arrive()
+        assert world.differences() == []
+
+
+def lose_some(world: World) -> None:
+    """What a mirror may lack that has missed changes."""
+    if isinstance(world, PostgresWorld):
+        world.target.execute("DELETE FROM documents WHERE id % 3 = 0")
+        world.target.execute("UPDATE documents SET body = 'stale' WHERE id % 3 = 1")
+    elif isinstance(world, MongodbWorld):
+        world.target.journal.delete_many({"_id": {"$lt": 20}})
+        world.target.journal.update_many({}, {"$set": {"seq": -1}})
 
 
 @POSTGRES
