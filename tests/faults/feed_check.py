@@ -62,6 +62,7 @@ class FeedCheck:
         before: how often each was changed at a time when the feed had begun, or gone on behind its last gap.
         """
         told = {key: max(self.newest.get((kind, key), 0), before.get(key, 0)) for key in at_source}
+        self.newest |= {(kind, key): count for key, count in at_source.items()}  # from here on, gap or not
         return [
             f"feed: {kind} {key} was changed {count} times, but the feed tells of {told[key]}"
             for key, count in at_source.items()

@@ -118,11 +118,25 @@ def test_a_feed_may_jump_once_over_a_gap_and_never_back(tmp_path: Path) -> None:
     assert check.missing("journal", {"a": 20}, {"a": 20}) == []
 
 
+def test_what_is_first_changed_long_after_a_gap_goes_on_behind_it(tmp_path: Path) -> None:
+    file = tmp_path / "feed.sqlite"
+    check = feed_check(file, [(1, 5)])
+    check.gaps = 1
+    assert check.problems() == check.missing("journal", {"a": 7}, {"a": 7}) == []
+    add_rows(file, [(2, 8), (3, 10)])
+    assert check.problems() == ["feed: ('journal', 'a') counts 10 after 8"]
+
+
+def add_rows(file: Path, rows: list[tuple[int, int]]) -> None:
+    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        values = [("journal", "a", version, f'{{"seq": {seq}}}', None, "UPDATE") for version, seq in rows]
+        connection.executemany("INSERT INTO data_changes VALUES (NULL, ?, ?, ?, ?, ?, ?)", values)
+
+
 def feed_check(file: Path, rows: list[tuple[int, int]]) -> FeedCheck:
     """Of a feed that tells of one row: version, and how often it was changed."""
     with closing(sqlite3.connect(file, isolation_level=None)) as connection:
         columns = "entity_type, entity_id, version, after, delta, change_type"
         connection.execute(f"CREATE TABLE data_changes (id INTEGER PRIMARY KEY, {columns})")
-        values = [("journal", "a", version, f'{{"seq": {seq}}}', None, "UPDATE") for version, seq in rows]
-        connection.executemany("INSERT INTO data_changes VALUES (NULL, ?, ?, ?, ?, ?, ?)", values)
+    add_rows(file, rows)
     return FeedCheck(file, {"journal": lambda change: change["after"]["seq"]}, lambda _: True)
