@@ -35,6 +35,8 @@ UPKEEP_SECONDS: Final = 5.0
 CATCHING_UP_SECONDS: Final = 0.5
 """The same for one that is not consistent yet: more may wait for that."""
 
+INCONSISTENT: Final = "the mirror is catching up or being resynced: what it has not come to yet is of an earlier time"
+
 READ_SECONDS: Final = 0.2
 """Longest wait for batches. A pause, a hold and a stop wake the queue and need not wait so long."""
 
@@ -83,13 +85,14 @@ class Delivery:
         """
         self._cut_short |= at_once
         self._fill_wanted.set()
+        self._show_filling()
         self._queue.wake()
 
     def hold(self, until: SourcePosition | None, seconds: float) -> SourcePosition:
         """Let the target reach exactly `until` (`None`: where it is) and stand still there; returns its position.
 
         All transactions that commit below `until` are applied, none of the others. Goes on by itself after `seconds`.
-        Raises `TransientError` if it cannot get there in that time.
+        Raises `TransientError` if it cannot get there in that time, or the target would not be of one moment there.
         """
         self._hold.ask(until, seconds)
         self._queue.wake()
@@ -130,7 +133,7 @@ class Delivery:
 
         try:
             while wanted() and (self._must_end or not self._fill_wanted.is_set()):
-                request = self._hold.request
+                request = self._hold_request()
                 self._retry_parked(request)
                 self._refresh(request)
                 if self._step(request, reader) and request is not None:
@@ -153,6 +156,14 @@ class Delivery:
                 self._parker.close()
             self._wait_prepared()
             self._sink.close()
+
+    def _hold_request(self) -> Request | None:
+        """Whether somebody waits for the target to stand still, so that it can be compared there."""
+        request = self._hold.request
+        if request is not None and not self._sink.consistent:
+            self._hold.refuse(request, INCONSISTENT)
+            return None
+        return request
 
     def _open(self) -> None:
         stored = self._sink.open()
@@ -341,6 +352,13 @@ class Delivery:
     def _running_state(self) -> None:
         inconsistent = State.CATCHING_UP if self._stats.resync is None else State.RESYNCING
         self._stats.state = State.RUNNING if self._sink.consistent else inconsistent
+        if self._fill_wanted.is_set():
+            self._show_filling()
+
+    def _show_filling(self) -> None:
+        """From when something is ordered on, nobody is to take the mirror for right."""
+        if self._stats.state is State.RUNNING:
+            self._stats.state = State.STARTING
 
     def _waiting(self, error: BaseException, seconds: float) -> None:
         note_waiting(self._stats, error)

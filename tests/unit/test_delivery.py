@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from cdc.change import INSERT, Batch, Change, Transaction
 from cdc.config import BatchBounds
-from cdc.delivery import Delivery, _bounded, _select
+from cdc.delivery import INCONSISTENT, Delivery, _bounded, _select
+from cdc.errors import TransientError
 from cdc.pipeline import FillThenDeliver
 from cdc.position import Position, SourcePosition
 from cdc.queue import Queue, Stored
 from cdc.sink import Applied, NeedsFilling
-from cdc.status import DeliveryStats
+from cdc.status import DeliveryStats, State
 from cdc.testing import MemorySink
 from tests.batches import batch
 from tests.processes import wait_until
@@ -96,6 +98,19 @@ def test_a_target_transaction_is_bounded_but_never_empty() -> None:
     assert _bounded([], 1) == []
 
 
+@contextmanager
+def running(worker: Delivery | FillThenDeliver) -> Iterator[None]:
+    """Run it beside the block, and no longer."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(worker.run, stop)
+        try:
+            yield
+        finally:
+            stop.set()
+        done.result(timeout=10)
+
+
 class Watched(MemorySink):
     """Notes what happens to it while it prepares."""
 
@@ -131,12 +146,8 @@ def test_a_sink_is_left_alone_while_it_prepares(tmp_path: Path, monkeypatch: pyt
     sink = Watched()
     sink.position = Position(queue.queue_id, 0, 0)
     delivery = Delivery(sink, queue, DeliveryStats("mirror", "shop"), BatchBounds(max_bytes=1500))
-    stop = threading.Event()
-    with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(delivery.run, stop)
+    with running(delivery):
         wait_until(lambda: len(sink.transactions) == 20, what="all to arrive")
-        stop.set()
-        running.result(timeout=10)
     queue.close()
     assert sink.prepared > 5
     assert not sink.disturbed
@@ -163,20 +174,41 @@ def test_a_sink_that_needs_it_is_filled_in_mid_stream(tmp_path: Path) -> None:
     stats = DeliveryStats("mirror", "shop")
     delivery = Delivery(sink, queue, stats, BatchBounds(max_bytes=10))
 
+    filling, may_fill = threading.Event(), threading.Event()
+    may_fill.set()
+
     def fill(_stop: threading.Event) -> None:
+        filling.set()
+        assert may_fill.wait(20)
         sink.position = sink.position or Position(queue.queue_id, 0, 0)
         sink.filled += 1
 
-    stop = threading.Event()
-    with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(FillThenDeliver(fill, delivery, queue, stats).run, stop)
+    with running(FillThenDeliver(fill, delivery, queue, stats)):
         wait_until(lambda: len(sink.transactions) == 5, what="all to arrive")
         assert sink.filled == 2
+        wait_until(lambda: stats.state is State.RUNNING, what="the stream")
+        may_fill.clear()
+        filling.clear()
         delivery.want_filling()
+        assert stats.state is State.STARTING  # at once: nobody is to see a mirror that is as it should be
+        assert filling.wait(20)
+        assert stats.state is State.STARTING
+        may_fill.set()
         wait_until(lambda: sink.filled == 3, what="the sink to be filled once more")
         queue.append(batch(6))
         wait_until(lambda: len(sink.transactions) == 6, what="the stream to go on")
-        stop.set()
-        running.result(timeout=10)
     queue.close()
     assert [each.xid for each in sink.transactions] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("until", [None, 1000])
+def test_a_mirror_that_is_not_consistent_cannot_be_held(tmp_path: Path, until: int | None) -> None:
+    """While it is resynced, say: compared there, it would differ."""
+    queue = Queue(tmp_path / "shop.queue", max_bytes=10**9, min_free_bytes=0)
+    queue.begin(0)
+    sink = MemorySink("mirror")
+    sink.position, sink.consistent = Position(queue.queue_id, 0, 0), False
+    delivery = Delivery(sink, queue, DeliveryStats("mirror", "shop"), BatchBounds())
+    with running(delivery), pytest.raises(TransientError, match=INCONSISTENT):
+        delivery.hold(until, 20)
+    queue.close()
