@@ -40,3 +40,27 @@ def start(world: World, failpoints: str = "") -> None:
     if world.daemon.running:
         world.daemon.kill()
     world.daemon.start(**{VARIABLE: failpoints})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["queue.park.before", "queue.park.after"])
+def test_f83_f89_killed_while_a_change_is_parked(mongodb_world: MongodbWorld, name: str) -> None:
+    world = mongodb_world
+    if not world.daemon.running:
+        start(world)
+    with world.load.resting():  # other changes that are refused beside it would be dead before the index is gone
+        world.arrive()
+        copied = "the copy, which cannot park, to be complete"
+        world.wait(lambda: world.daemon.status()["sinks"]["mirror"]["state"] == "running", copied)
+        world.target.poisoned.create_index("p", unique=True, sparse=True, name="of the mirror alone")
+        start(world, f"{name}=kill")
+        world.source.poisoned.insert_many([{"_id": f"{name} {number}", "p": name} for number in range(2)])
+        await_end(world, -signal.SIGKILL)
+        start(world)
+        world.arrive()
+        world.wait(lambda: world.parked == 1, "the change to be parked once")
+        world.target.poisoned.drop_index("of the mirror alone")
+        start(world)  # it is tried again at once
+        world.wait(lambda: not world.parked, "the parked change to be applied")
+        world.source.poisoned.delete_many({"p": name})
+    world.arrive()
