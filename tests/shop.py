@@ -10,12 +10,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import psycopg
 from psycopg import errors
 from psycopg.types.json import Jsonb
+
+from tests.beside import Threads
 
 Connection = psycopg.Connection[Any]
 
@@ -67,7 +70,7 @@ def balance_total(connection: Connection) -> Decimal:
     return Decimal(row[0])
 
 
-class Workload:
+class Workload(Threads):
     """Customers at work: threads that run mixed transactions until they are stopped.
 
     rate: transactions a second of all threads together; as many as the server takes without it.
@@ -76,19 +79,12 @@ class Workload:
     """
 
     def __init__(self, url: str, *, threads: int = 2, rate: float | None = None, seed: int = 1) -> None:
+        super().__init__(
+            "shopper", *(partial(self._work, random.Random(f"{seed}:{number}")) for number in range(threads))
+        )
         self.counts: Counter[str] = Counter()
         self._url = url
         self._pause_seconds = threads / rate if rate else 0.0
-        self._stopping = threading.Event()
-        self._errors: list[Exception] = []
-        self._threads = [
-            threading.Thread(target=self._work, args=(random.Random(f"{seed}:{number}"),), name=f"shopper-{number}")
-            for number in range(threads)
-        ]
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -98,40 +94,23 @@ class Workload:
         """How many have committed."""
         return sum(self.counts[action.__name__] for action, _ in _ACTIONS)
 
-    def start(self) -> None:
-        """Let the customers in."""
-        for thread in self._threads:
-            thread.start()
+    def _work(self, rng: random.Random, stopping: threading.Event) -> None:
+        while not stopping.is_set():
+            self._work_while_connected(rng, stopping)
 
-    def stop(self) -> Counter[str]:
-        """Wait until the last transaction is over; raises what went wrong in a thread."""
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join()
-        if self._errors:
-            raise self._errors[0]
-        return self.counts
-
-    def _work(self, rng: random.Random) -> None:
-        try:
-            while not self._stopping.is_set():
-                self._work_while_connected(rng)
-        except Exception as exc:  # noqa: BLE001 - a thread has no caller: `stop` raises it
-            self._errors.append(exc)
-
-    def _work_while_connected(self, rng: random.Random) -> None:
+    def _work_while_connected(self, rng: random.Random, stopping: threading.Event) -> None:
         try:
             with psycopg.connect(self._url, autocommit=True) as connection:
                 connection.execute("SET search_path = public")
                 shopper = Shopper(connection, rng)
                 due = time.monotonic()
-                while not self._stopping.is_set():
+                while not stopping.is_set():
                     self._act(shopper, rng)
                     due += self._pause_seconds
-                    self._stopping.wait(max(due - time.monotonic(), 0))
+                    stopping.wait(max(due - time.monotonic(), 0))
         except errors.OperationalError:
             self.counts["lost connection"] += 1
-            self._stopping.wait(0.05)
+            stopping.wait(0.05)
 
     def _act(self, shopper: Shopper, rng: random.Random) -> None:
         action = rng.choices(*_CHOICES)[0]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import threading
-from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import httpx
 
 from cdc.feed.place import Place, writer
+from tests.beside import EventLoop
 from tests.command import CHECKOUT
 from tests.gateway import Source, record
 from tests.processes import free_port, kill_tree, wait_until
@@ -74,10 +73,8 @@ class Line:
         self._to_port = to_port
         self._open: set[asyncio.StreamWriter] = set()
         self._stalled: set[asyncio.StreamWriter] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
-        self._server = self._run(asyncio.start_server(self._connected, "127.0.0.1", 0))
+        self._loop = EventLoop("line")
+        self._server = self._loop.run(asyncio.start_server(self._connected, "127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     def cut(self) -> None:
@@ -87,27 +84,15 @@ class Line:
             for writer_ in list(self._open):
                 writer_.transport.abort()
 
-        self._run(abort())
+        self._loop.run(abort())
 
     def stall(self) -> None:
         """From now on nothing comes out of the connections that there are, and none is closed."""
         self._stalled |= self._open
 
     def close(self) -> None:
-        self._run(self._end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._loop.call(self._server.close)
         self._loop.close()
-
-    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
-
-    async def _end(self) -> None:
-        self._server.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -169,9 +169,7 @@ def disk_full(world: World, rng: random.Random) -> None:
     """Writes fail: what was not written is not confirmed."""
     with interposed(world) as disk:
         disk.disk_full = True
-        disk.apply()
-        await_failure(world)
-        world.rest(rng.uniform(0.0, 2.0))
+        _await_failure_of(disk, world, rng)
     restart(world)
 
 
@@ -179,10 +177,14 @@ def fsync_fails(world: World, rng: random.Random) -> None:
     """It is never tried a second time."""
     with interposed(world) as disk:
         disk.fsync_fails = True
-        disk.apply()
-        await_failure(world)
-        world.rest(rng.uniform(0.0, 2.0))
+        _await_failure_of(disk, world, rng)
     restart(world)
+
+
+def _await_failure_of(disk: Interposer, world: World, rng: random.Random) -> None:
+    disk.apply()
+    await_failure(world)
+    world.rest(rng.uniform(0.0, 2.0))
 
 
 def disk_nearly_full(world: World, rng: random.Random) -> None:

@@ -6,11 +6,12 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import pymongo
 from pymongo.errors import PyMongoError
 
+from tests.beside import Threads
 from tests.mongo_random import Workload
 
 KEYS: Final = 40
@@ -21,36 +22,20 @@ _BIG: Final = "x" * 300_000
 _PAUSE_SECONDS: Final = 0.01
 
 
-class Load:
+class Load(Threads):
     """Works until it is stopped, also while the server fails now and then. transactions: rounds that it has done.
 
     It moves no fields: a delta does not tell of that (docs/limits.md).
     """
 
     def __init__(self, client: pymongo.MongoClient[dict[str, Any]], database: str, *, seed: int) -> None:
+        super().__init__("load", self._work)
         self.transactions = 0
         self._database = client[database]
         self._rng = random.Random(seed)
         self._documents = Workload(client, database, seed, moves=False, ddl=False)
         self._collections = Workload(client, database, seed, moves=False, drops_database=False)
-        self._stopping = threading.Event()
         self._turn = threading.Lock()
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._work, name="load")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._thread.join()
-
-    def stop(self) -> None:
-        """Wait until the last round is over; raises what went wrong."""
-        self.__exit__()
-        if self._error is not None:
-            raise self._error
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -58,14 +43,11 @@ class Load:
         with self._turn:
             yield
 
-    def _work(self) -> None:
-        try:
-            while not self._stopping.wait(_PAUSE_SECONDS):
-                with self._turn:
-                    self._round()
-                self.transactions += 1
-        except Exception as exc:  # noqa: BLE001 - a thread has no caller: `stop` raises it
-            self._error = exc
+    def _work(self, stopping: threading.Event) -> None:
+        while not stopping.wait(_PAUSE_SECONDS):
+            with self._turn:
+                self._round()
+            self.transactions += 1
 
     def _round(self) -> None:
         self._documents.run(3)

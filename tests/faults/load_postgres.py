@@ -7,10 +7,13 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, Self
+from functools import partial
+from typing import Any, Final
 
 import psycopg
 from psycopg import errors
+
+from tests.beside import Threads
 
 Connection = psycopg.Connection[Any]
 
@@ -70,7 +73,7 @@ INSERT INTO bulk SELECT id, 0, md5(id::text) || md5((-id)::text) FROM generate_s
 """
 
 
-class Load:
+class Load(Threads):
     """Clients that run transactions until they are stopped, also while the server is away now and then.
 
     rate: transactions a second of all clients together. The same seed chooses the same transactions.
@@ -78,34 +81,15 @@ class Load:
     """
 
     def __init__(self, url: str, *, seed: int, clients: int = 3, rate: float = 200) -> None:
+        super().__init__(
+            "client", *(partial(self._work, random.Random(f"{seed}:{number}")) for number in range(clients))
+        )
         self.transactions = 0
         self._url = url
         self._pause_seconds = clients / rate
-        self._stopping = threading.Event()
         self._counting = threading.Lock()
         self._clients = clients
         self._turns = threading.BoundedSemaphore(clients)
-        self._errors: list[Exception] = []
-        self._threads = [
-            threading.Thread(target=self._work, args=(random.Random(f"{seed}:{number}"),), name=f"client-{number}")
-            for number in range(clients)
-        ]
-
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join()
-
-    def stop(self) -> None:
-        """Wait until the last transaction is over; raises what went wrong in a thread."""
-        self.__exit__()
-        if self._errors:
-            raise self._errors[0]
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -117,24 +101,21 @@ class Load:
         finally:
             self._turns.release(self._clients)
 
-    def _work(self, rng: random.Random) -> None:
-        try:
-            while not self._stopping.is_set():
-                self._work_while_connected(rng)
-        except Exception as exc:  # noqa: BLE001 - a thread has no caller: `stop` raises it
-            self._errors.append(exc)
+    def _work(self, rng: random.Random, stopping: threading.Event) -> None:
+        while not stopping.is_set():
+            self._work_while_connected(rng, stopping)
 
-    def _work_while_connected(self, rng: random.Random) -> None:
+    def _work_while_connected(self, rng: random.Random, stopping: threading.Event) -> None:
         try:
             with psycopg.connect(self._url, autocommit=True) as connection:
-                while not self._stopping.wait(self._pause_seconds):
+                while not stopping.wait(self._pause_seconds):
                     (action,) = rng.choices(_ACTIONS, _WEIGHTS)
                     with self._turns, connection.transaction():
                         action(connection, rng)
                     with self._counting:
                         self.transactions += 1
         except errors.OperationalError:  # the server was killed, or two clients were in each other's way
-            self._stopping.wait(0.05)
+            stopping.wait(0.05)
 
 
 def transfer(connection: Connection, rng: random.Random) -> None:

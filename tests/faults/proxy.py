@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final, Self
+from typing import Final, Self
+
+from tests.beside import EventLoop
 
 GARBAGE: Final = b"\xff" * 64
 """Neither protocol has messages of such a type and length."""
@@ -40,21 +41,17 @@ class Proxy:
         self._protocol = protocol
         self._lines: set[_Line] = set()
         self._refusing = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
+        self._passing = asyncio.Event()
+        self._passing.set()
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        self._passing = self._run(_make(asyncio.Event))
-        self._loop.call_soon_threadsafe(self._passing.set)
-        self._server = self._run(asyncio.start_server(self._connected, "127.0.0.1", 0))
+        self._loop = EventLoop("proxy")
+        self._server = self._loop.run(asyncio.start_server(self._connected, "127.0.0.1", 0))
         self.port: int = self._server.sockets[0].getsockname()[1]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._run(self._end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._loop.call(self._server.close)
         self._loop.close()
 
     @property
@@ -64,11 +61,11 @@ class Proxy:
 
     def hold(self) -> None:
         """Be a black hole: nothing passes, nothing is closed, and who connects hears nothing."""
-        self._loop.call_soon_threadsafe(self._passing.clear)
+        self._loop.call(self._passing.clear)
 
     def release(self) -> None:
         """Let everything pass again, what was held first."""
-        self._loop.call_soon_threadsafe(self._passing.set)
+        self._loop.call(self._passing.set)
 
     def close(self) -> None:
         """Refuse connections, and break those that there are, until `open`."""
@@ -96,20 +93,10 @@ class Proxy:
             for line in list(self._lines):
                 do(line)
 
-        self._run(all_of_them())
-
-    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
-
-    async def _end(self) -> None:
-        self._server.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        self._loop.run(all_of_them())
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, asyncio.CancelledError):  # cancelled by `_end` alone
+        with suppress(OSError, asyncio.CancelledError):  # cancelled at the end
             await self._passing.wait()
             if self._refusing:
                 writer.transport.abort()
@@ -194,7 +181,3 @@ class _Line:
                     self._header = b""
             at += step
         return found
-
-
-async def _make(kind: Callable[[], Any]) -> Any:
-    return kind()

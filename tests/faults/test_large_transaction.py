@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
+from tests.beside import Threads
 from tests.faults.daemon import Daemon
 from tests.processes import wait_until
 from tests.servers import Database
@@ -18,30 +19,24 @@ _TABLE: Final = "CREATE TABLE lines (id int PRIMARY KEY, quantity int NOT NULL, 
 _FILL: Final = "INSERT INTO lines SELECT n, mod(n, 100), 'line ' || n FROM generate_series(1, %s) AS n"
 
 
-class Watcher:
+class Watcher(Threads):
     """Looks for some rows from all over the transaction, all the time.
 
     seen: the different numbers of them that were there at the same time.
     """
 
     def __init__(self, database: Database) -> None:
+        super().__init__("watcher", self._watch)
         self.seen: set[int] = set()
         self.looks = 0
         self._connection = database.connect()
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._thread.join()
+        super().__exit__()
         self._connection.close()
 
-    def _watch(self) -> None:
-        while not self._stopping.wait(0.005):
+    def _watch(self, stopping: threading.Event) -> None:
+        while not stopping.wait(0.005):
             query = "SELECT count(*) FROM lines WHERE id = ANY (%s)"
             ((count,),) = self._connection.execute(query, [SAMPLE]).fetchall()
             self.seen.add(count)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple
 
 import psycopg
 from psycopg import errors
 
+from tests.beside import Threads
 from tests.faults.load_postgres import BULK_ROWS, KEYS, OPENING_BALANCE
 
 Connection = psycopg.Connection[Any]
@@ -69,45 +70,36 @@ def _is_one(connection: Connection) -> bool:
     return bool(filled) and not (resyncs and connection.execute("SELECT FROM cdc.resyncs LIMIT 1").fetchall())
 
 
-class Watcher:
+class Watcher(Threads):
     """Looks at a mirror all the time, also while its server comes and goes.
 
     looks: how many snapshots it took. problems: what it saw that cannot be; then it looks no more.
     """
 
     def __init__(self, url: str) -> None:
+        super().__init__("watcher", self._watch)
         self.looks = 0
         self.problems: list[str] = []
         self._url = url
         self._latest: Snapshot | None = None
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watcher")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._thread.join()
 
     @property
     def position(self) -> int:
         """Where the mirror stood at the last look; 0 before its initial copy is consistent."""
         return self._latest.position if self._latest else 0
 
-    def _watch(self) -> None:
-        while not self._stopping.is_set() and not self.problems:
+    def _watch(self, stopping: threading.Event) -> None:
+        while not stopping.is_set() and not self.problems:
             try:
                 with psycopg.connect(self._url, autocommit=True) as connection:
                     self._watch_while_connected(connection)
             except errors.OperationalError:
-                self._stopping.wait(0.05)
+                stopping.wait(0.05)
             except Exception as exc:  # noqa: BLE001 - a thread has no caller
                 self.problems = [f"cannot look at the mirror: {exc}"]
 
     def _watch_while_connected(self, connection: Connection) -> None:
-        while not self._stopping.wait(LOOK_SECONDS) and not self.problems:
+        while not self.stopping.wait(LOOK_SECONDS) and not self.problems:
             now = look(connection)
             if now is not None:
                 self.problems = now.problems() + (now.problems_after(self._latest) if self._latest else [])

@@ -13,6 +13,7 @@ from typing import ClassVar, Final, Protocol, Self
 
 import psutil
 
+from tests.beside import Threads
 from tests.faults.daemon import Daemon
 from tests.faults.feed_check import Counter, FeedCheck
 from tests.faults.interposer import AVAILABLE, Interposer
@@ -238,25 +239,16 @@ class World(ABC):
         return bool(sinks["changes"]["position"] == sinks["mirror"]["position"] and sinks["changes"]["position"])
 
 
-class MemoryWatch:
+class MemoryWatch(Threads):
     """peak_bytes: the most physical memory that the daemon ever had, whichever of its lives it was in."""
 
     def __init__(self, daemon: Daemon) -> None:
+        super().__init__("memory", self._watch)
         self.peak_bytes = 0
         self._daemon = daemon
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory")
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stopping.wait(0.2):
+    def _watch(self, stopping: threading.Event) -> None:
+        while not stopping.wait(0.2):
             try:
                 if self._daemon.running:
                     self.peak_bytes = max(self.peak_bytes, self._daemon.peak_memory_bytes)

@@ -22,6 +22,7 @@ from cdc.letter import LetterId
 from cdc.queue import Queue
 from cdc.queue.parked import ParkedChange, payload_of
 from cdc.status import State
+from tests.beside import running
 from tests.processes import wait_until
 from tests.unit.test_parking import World, change, drop
 
@@ -87,13 +88,9 @@ def delivering(world: World) -> Iterator[None]:
 def paused(world: World) -> Iterator[None]:
     delivery = Delivery(world.sink, world.queue, world.stats, BatchBounds(), parker=world.parker)
     delivery.pause()
-    stop = threading.Event()
-    with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(delivery.run, stop)
+    with running(delivery):
         wait_until(lambda: world.stats.state is State.PAUSED, what="the pause")
         yield
-        stop.set()
-        running.result(timeout=20)
 
 
 @contextmanager
@@ -211,19 +208,12 @@ def test_f89_a_change_is_not_discarded_while_the_target_may_get_it_again(world: 
 def test_while_the_target_is_held_nothing_is_applied_and_operators_are_heard(world: World) -> None:
     dead_one(world)
     delivery = Delivery(world.sink, world.queue, world.stats, BatchBounds(), parker=world.parker)
-    stop = threading.Event()
-    with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(delivery.run, stop)
-        try:
-            delivery.hold(None, 60)
-            assert discard(world, (1, 0)) == ["discarded"]
-            assert world.sink.values(7) == []
-            delivery.release()
-            wait_until(lambda: not world.stats.parked, what="the rest to be applied")
-        finally:
-            delivery.release()
-            stop.set()
-        running.result(timeout=20)
+    with running(delivery, wake=delivery.release):
+        delivery.hold(None, 60)
+        assert discard(world, (1, 0)) == ["discarded"]
+        assert world.sink.values(7) == []
+        delivery.release()
+        wait_until(lambda: not world.stats.parked, what="the rest to be applied")
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from cdc.sink import Applied, NeedsFilling
 from cdc.status import DeliveryStats, State
 from cdc.testing import MemorySink
 from tests.batches import batch
+from tests.beside import running
 from tests.processes import wait_until
 
 
@@ -96,19 +95,6 @@ def test_a_target_transaction_is_bounded_but_never_empty() -> None:
     assert _bounded(QUEUE, 3) == QUEUE[:2]
     assert _bounded(QUEUE, 100) == QUEUE
     assert _bounded([], 1) == []
-
-
-@contextmanager
-def running(worker: Delivery | FillThenDeliver) -> Iterator[None]:
-    """Run it beside the block, and no longer."""
-    stop = threading.Event()
-    with ThreadPoolExecutor(1) as thread:
-        done = thread.submit(worker.run, stop)
-        try:
-            yield
-        finally:
-            stop.set()
-        done.result(timeout=10)
 
 
 class Watched(MemorySink):

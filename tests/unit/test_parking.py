@@ -7,7 +7,6 @@ import sqlite3
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from cdc.retry import Backoff
 from cdc.sink import Ahead, KeysOf, Subject
 from cdc.status import DeliveryStats, State
 from cdc.testing import MemorySink
+from tests.beside import running
 from tests.processes import wait_until
 
 ORDERS = Table("shop", "orders", (), "")
@@ -111,15 +111,8 @@ class World:
     @contextmanager
     def delivering(self) -> Iterator[None]:
         delivery = Delivery(self.sink, self.queue, self.stats, BatchBounds(), parker=self.parker)
-        stop = threading.Event()
-        with ThreadPoolExecutor(1) as thread:
-            running = thread.submit(delivery.run, stop)
-            try:
-                yield
-            finally:
-                stop.set()
-                self.queue.wake()
-            running.result(timeout=20)
+        with running(delivery, wake=self.queue.wake):
+            yield
 
     def deliver(self, done: Callable[[], bool] | None = None) -> None:
         """Until all batches are passed, and nothing is due."""
