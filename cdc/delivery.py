@@ -23,7 +23,7 @@ from cdc.parking import Parker
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Queue, Stored
 from cdc.retry import keep_trying
-from cdc.sink import Applied, NeedsFilling, Refreshing, Refused, Sink
+from cdc.sink import Applied, Halted, NeedsFilling, Refreshing, Refused, Sink
 from cdc.status import DeliveryStats, State, note_waiting
 from cdc.wishes import explained
 
@@ -290,12 +290,14 @@ class Delivery:
     ) -> tuple[Sequence[Batch], Applied]:
         """Apply what does not have to wait; returns that. Where it has to be, the sink is opened once more."""
         try:
-            refused = None
+            refused: PermanentError | None = None
             if pieces[0].seq > self._refused_seq:
                 batches = [each.batch for each in parker.admit(pieces)]
                 self._read_ahead(pieces, reader)  # behind what waits of these
                 try:
                     return batches, self._sink.apply(batches, position)
+                except Halted as exc:
+                    refused = exc
                 except Refused as exc:
                     if not exc.undone:
                         raise

@@ -1,26 +1,29 @@
 """Finding the changes that a target refuses among those that it takes. What becomes of them is up to `cdc.parking`.
 
-What was refused as a whole is applied in pieces, and those that are refused in smaller ones, down to single changes. It
-is cut between transactions first, where a target checks what it has put off (deferred constraints). A transaction whose
-rest does not pass that check, because of what was taken out of it, is not split at all: then all of it is refused.
+A target that cannot undo halts at the change that it refuses, and it goes on behind that: nothing is applied twice. To
+one that can, what was refused as a whole is applied in pieces, and those that are refused in smaller ones, down to
+single changes. It is cut between transactions first, where a target checks what it has put off (deferred constraints).
+A transaction whose rest does not pass that check, because of what was taken out of it, is not split at all: then all of
+it is refused.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Final, Protocol
 
 import msgspec
 import structlog
 
-from cdc.change import Batch, Transaction
+from cdc.change import Batch, TableName, Transaction
 from cdc.errors import CdcError, FatalError, PermanentError
 from cdc.parts import Item, Part, batches_of, emptied, parts_of
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Stored
-from cdc.sink import Applied, Parking, Refused, Sink
+from cdc.sink import Applied, Halted, Parking, Refused, Sink
 
 PIECES: Final = 6
 """So many are made of what is refused. Each level of cutting takes about as long as applying all of it once: few levels
@@ -72,9 +75,16 @@ class Narrowing:
         Raises `PermanentError` where a transaction turned out to be inseparable: the sink is to be opened again, and
         this called with all that it then has not.
         """
-        parts = [part for part in parts_of(work) if part.items]
-        for part in parts:
-            self._narrow(part, position, refused if len(parts) == 1 else None)
+        todo = deque(part for part in parts_of(work) if part.items)
+        if isinstance(refused, Halted):
+            todo = deque(self._behind(todo, refused))
+            refused = None
+        elif len(todo) > 1:
+            refused = None
+        while todo:
+            left = self._narrow(todo.popleft(), position, refused)
+            todo.extendleft(reversed(left))
+            refused = None
 
     def finish(self, pieces: Sequence[Stored], position: Position) -> Applied:
         """Let the target make visible what was applied. Raises what `apply` does."""
@@ -85,18 +95,33 @@ class Narrowing:
             last = next((batch.transactions[-1] for batch in reversed(batches) if batch.transactions), None)
             raise self._found_inseparable(last, exc) from exc
 
-    def _narrow(self, part: Part, position: Position, refused: PermanentError | None = None) -> None:
+    def _narrow(self, part: Part, position: Position, refused: PermanentError | None) -> Sequence[Part]:
+        """Apply a part; return what is left of it, in pieces."""
         items = self._lot.wait_behind(part.items)
         if len(items) < 2:
             refused = None
         if items and (error := refused or self._refusal(items, part.before, position)) is not None:
+            if isinstance(error, Halted):
+                return self._behind([Part(items, part.before)], error)
             if len(items) > 1:
-                for piece in _pieces(items, error):
-                    self._narrow(Part(piece, part.before), position)
-                return
+                return [Part(piece, part.before) for piece in _pieces(items, error)]
             self._lot.refused(items[0], error)
         if part.items:
             self._end(part.items[-1], items, position)
+        return ()
+
+    def _behind(self, parts: Iterable[Part], halted: Halted) -> Sequence[Part]:
+        """Park the change that the target has halted at; return what is not applied."""
+        left = list(parts)
+        for number, (items, before) in enumerate(left):
+            for at, item in enumerate(items):
+                if item.change is halted.change:
+                    self._lot.refused(item, halted)
+                    rest = [each for each in items[at + 1 :] if not _is_about(each, halted.ahead)]
+                    return [Part(rest, before), *left[number + 1 :]]
+        raise FatalError(
+            f"the target refuses a change that it was not given: {halted}", hint="this is a bug"
+        ) from halted
 
     def _refusal(self, items: Sequence[Item], before: Transaction | None, position: Position) -> PermanentError | None:
         """Why the target does not take these; `None` if it has."""
@@ -127,6 +152,11 @@ class Narrowing:
         log.info("inseparable", position=format_position(transaction.position), error=str(error))
         self._inseparable[transaction.position] = error
         return error
+
+
+def _is_about(item: Item, tables: Collection[TableName]) -> bool:
+    change = item.change
+    return change.table >= 0 and item.stored.batch.tables[change.table].qualified in tables
 
 
 def _pieces(items: Sequence[Item], error: PermanentError) -> Iterator[Sequence[Item]]:

@@ -44,7 +44,14 @@ def are_same(batches: Sequence[Batch], others: Sequence[Batch]) -> bool:
 
 
 Reread = Callable[[Table, Image], Image | None]
-"""Read one row from the source again, by its key: the row as it is now, or `None` if it is gone."""
+"""Read one row from the source again, by its key: the row as it is now, or `None` if it is gone.
+
+Raises `TableGone` where that can be told.
+"""
+
+
+class TableGone(PermanentError):
+    """The table of a row that was to be read again is not there any more: nobody can tell what became of the row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,19 @@ class Refused(PermanentError):
         super().__init__(message, hint=hint)
         self.change = change
         self.undone = undone
+
+
+class Halted(PermanentError):
+    """The target refuses a change, and cannot undo those before it: they stay. The sink need not be opened again.
+
+    change: the one that is refused. Those behind it are not applied, unless they are about tables that are `ahead`: of
+        these all was applied, up to the next change of tables as such (DDL).
+    """
+
+    def __init__(self, message: str, *, hint: str, change: Change, ahead: Collection[TableName] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.change = change
+        self.ahead = ahead
 
 
 class Sink(Protocol):
@@ -154,8 +174,8 @@ class Ahead(NamedTuple):
 class Parking(Protocol):
     """What a sink offers besides, so that a change which its target refuses can be parked and tried again.
 
-    all_or_nothing: whether what is refused leaves nothing behind. Else it may be done in part, and changes nothing when
-        it is done again, in order; a change of tables as such then comes by itself.
+    all_or_nothing: whether what is refused leaves nothing behind. Else `Halted` tells how far it was applied, and what
+        was done changes nothing when it is done again, in order; a change of tables as such then comes by itself.
     """
 
     all_or_nothing: bool

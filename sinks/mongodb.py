@@ -17,9 +17,9 @@ import structlog
 from pymongo.client_session import ClientSession
 from pymongo.errors import OperationFailure, PyMongoError
 
-from cdc.change import DDL, INSERT, Batch, Change, Ddl, Table, TableName, Transaction
+from cdc.change import DDL, INSERT, Batch, Change, Ddl, Table, TableName
 from cdc.config import SinkConfig
-from cdc.errors import ResyncRequired, TransientError
+from cdc.errors import PermanentError, ResyncRequired, TransientError
 from cdc.mongodb.apply import Applier, Misfit
 from cdc.mongodb.client import Client, connect, to_cdc_error, translated_errors
 from cdc.mongodb.ddl import DdlApplier, ddl_subject
@@ -29,7 +29,7 @@ from cdc.mongodb.moment import moment
 from cdc.mongodb.positions import DURABLE, CollectionState, Positions, Standing
 from cdc.mongodb.target import MongoCopyTarget
 from cdc.position import Position, SourcePosition
-from cdc.sink import Ahead, Applied, SinkContext, Subject, are_same
+from cdc.sink import Ahead, Applied, Halted, SinkContext, Subject, are_same
 
 Work = Mapping[TableName, Folded | list[Change]]
 
@@ -144,14 +144,14 @@ class MongodbSink(MongoCopyTarget):
         with translated_errors():
             connection.positions.check()
             todo = _look_at(batches, _uncopied(connection, batches), None, frozenset(connection.ddl.in_order))
-            return self._do(connection, batches, todo.work(connection.ddl.in_order), None, position.seq)
+            return self._do(connection, batches, todo.work(connection.ddl.in_order), None, position.seq, folds=False)
 
     def apply_parked(self, batches: Sequence[Batch]) -> Applied:
         """Apply what the position has passed; what a later copy holds is left out."""
         connection = self._opened()
         with translated_errors():
             connection.positions.check()
-            todo = _look_at(batches, _never_copied(connection, batches), None, frozenset(connection.ddl.in_order))
+            todo = _look_at(batches, connection.ddl.never_copied(batches), None, frozenset(connection.ddl.in_order))
             return self._do(connection, batches, todo.work(connection.ddl.in_order), None, None)
 
     def _do(
@@ -161,24 +161,27 @@ class MongodbSink(MongoCopyTarget):
         steps: Iterable[tuple[Segment, Work]],
         final: Position | None,
         seq: int | None,
+        *,
+        folds: bool = True,
     ) -> Applied:
-        """Apply segments; then store `final`. seq: what to mark DDL with, if it is to be."""
+        """Apply segments, then store `final`, or raise `Halted`. seq: what to mark DDL with, if it is to be."""
         applier = connection.applier
-        missing, healed = applier.missing, applier.healed
         fallback = stored = False
         for segment, work in steps:
-            fell_back, stored = self._apply(connection, segment, work, None if segment.ddl else final)
-            fallback |= fell_back
+            if folds:
+                fell_back, stored = self._apply(connection, segment, work, None if segment.ddl else final)
+                fallback |= fell_back
+            else:
+                _adopt(connection, segment, work)
+                applier.in_order(segment.changes(), halts=True)
             if segment.ddl is not None:
                 _apply_ddl(connection, segment, seq)
         if final is not None and not stored:
             connection.positions.move(final, passes=self._through is None)
-        return Applied(
-            changes=sum(batch.change_count for batch in batches),
-            missing_rows=applier.missing - missing,
-            healed_rows=applier.healed - healed,
-            fallback=fallback,
-        )
+        missing, healed = applier.missing, applier.healed
+        applier.missing = applier.healed = 0  # also of what was applied before a change that was refused
+        changes = sum(batch.change_count for batch in batches)
+        return Applied(changes=changes, missing_rows=missing, healed_rows=healed, fallback=fallback)
 
     def upkeep(self, position: SourcePosition) -> None:
         """Build what has waited for all collections to be of one moment: indexes."""
@@ -257,35 +260,41 @@ class MongodbSink(MongoCopyTarget):
     def _apply(
         self, connection: _Connection, segment: Segment, work: Work, final: Position | None
     ) -> tuple[bool, bool]:
-        """Apply a segment; True where the folded way failed, and where `final` is stored with it."""
+        """Apply a segment; True where the folded way failed, and where `final` is stored with it.
+
+        Some final states without the others would be in the way of changes in order: they are undone where that can be.
+        """
         _adopt(connection, segment, work)
         applier = connection.applier
-        ordered = {table: effect for table, effect in work.items() if isinstance(effect, list)}
         folded = {table: effect for table, effect in work.items() if isinstance(effect, Folded)}
-        applier.folded(ordered)
-        together = final if connection.transactions else None
+        if len(folded) < len(work):
+            final = None  # transactions cannot write to capped collections
         deltas = any(effect.deltas for effect in folded.values())
-        misfit = again = False
-        if not deltas:
-            try:
-                with _counting(applier):
-                    applier.folded(folded)
-            except Misfit:
-                misfit = again = True
-            else:
-                return False, False
-        elif together is not None:
-            with suppress(Misfit), _transaction(connection, together):
+        undoable = connection.transactions and (
+            deltas or (segment.size <= MAX_IN_TRANSACTION and _may_pass_values(segment, folded))
+        )
+        try:
+            if deltas and not undoable:
+                raise Misfit
+            with _transaction(connection, final) if undoable else _counting(applier):
                 applier.folded(folded)
-                return False, True
-            misfit = True
-        changes = [(table, change) for table, change in segment.changes() if table not in ordered]
-        if together is not None and len(changes) <= MAX_IN_TRANSACTION:
-            with suppress(Misfit), _transaction(connection, together):
-                applier.in_order(changes, again=again)
-                return misfit, True
-        applier.in_order(changes, again=again)
-        return misfit, False
+        except Misfit:
+            stored = self._in_order(connection, segment, final, again=not (undoable or deltas))
+            return undoable or not deltas, stored
+        try:
+            applier.in_order((table, change) for table, change in segment.changes() if table not in folded)
+        except Halted as exc:
+            raise Halted(str(exc), hint=exc.hint, change=exc.change, ahead=folded.keys()) from exc
+        return False, undoable and final is not None
+
+    def _in_order(self, connection: _Connection, segment: Segment, final: Position | None, *, again: bool) -> bool:
+        """Apply one change after the other; whether `final` is stored with them."""
+        if final is not None and connection.transactions and segment.size <= MAX_IN_TRANSACTION:
+            with suppress(Misfit), _transaction(connection, final):
+                connection.applier.in_order(segment.changes(), again=again)
+                return True
+        connection.applier.in_order(segment.changes(), again=again)
+        return False
 
 
 def _key(change: Change) -> tuple[bytes]:
@@ -309,13 +318,14 @@ def _counting(applier: Applier) -> Iterator[None]:
 
 
 @contextmanager
-def _transaction(connection: _Connection, position: Position) -> Iterator[None]:
+def _transaction(connection: _Connection, position: Position | None) -> Iterator[None]:
     """One transaction, that also stores a position. Raises `Misfit` where what failed may do without it."""
     session = connection.session
     session.start_transaction(write_concern=DURABLE)
     try:
         with _counting(connection.applier):
-            connection.positions.move(position, session)  # first: an older writer ends here
+            if position is not None:
+                connection.positions.move(position, session)  # first: an older writer ends here
             yield
             session.commit_transaction()
     except OperationFailure as exc:
@@ -329,6 +339,11 @@ def _transaction(connection: _Connection, position: Position) -> Iterator[None]:
                 session.abort_transaction()
 
 
+def _may_pass_values(segment: Segment, folded: Mapping[TableName, Folded]) -> bool:
+    """Whether a document may want a value of a unique index that another gives up: not where all of them are new."""
+    return segment.size > sum(len(effect.inserts) for effect in folded.values())
+
+
 def _apply_ddl(connection: _Connection, segment: Segment, seq: int | None) -> None:
     """Store before it and after it where we are: done again after what follows, it could destroy that.
 
@@ -339,7 +354,12 @@ def _apply_ddl(connection: _Connection, segment: Segment, seq: int | None) -> No
     whole = segment.whole and seq is not None
     if whole and segment.through is not None:
         connection.positions.move_through(segment.through, seq)  # type: ignore[arg-type]
-    connection.ddl.apply(detail.kind, detail.description, segment.position, segment.table)
+    try:
+        connection.ddl.apply(detail.kind, detail.description, segment.position, segment.table)
+    except PermanentError as exc:
+        if segment.ddl is None or not segment.whole:
+            raise
+        raise Halted(str(exc), hint=exc.hint, change=segment.ddl) from exc
     if whole:
         connection.positions.move_through(segment.position, seq)  # type: ignore[arg-type]
 
@@ -373,27 +393,8 @@ def _uncopied(connection: _Connection, batches: Sequence[Batch]) -> Sequence[Bat
     """Without what the copies hold for certain; DDL is looked at when its turn comes."""
     if not connection.latest:
         return batches
-    kept = _never_copied(connection, batches)
+    kept = connection.ddl.never_copied(batches)
     last = next((batch.transactions[-1] for batch in reversed(batches) if batch.transactions), None)
     if last is not None and isinstance(last.position, bytes) and moment(last.position) > connection.latest:
         connection.latest = 0
     return kept
-
-
-def _never_copied(connection: _Connection, batches: Sequence[Batch]) -> Sequence[Batch]:
-    return [
-        msgspec.structs.replace(
-            batch, transactions=[_without_copied(connection, batch, each) for each in batch.transactions]
-        )
-        for batch in batches
-    ]
-
-
-def _without_copied(connection: _Connection, batch: Batch, transaction: Transaction) -> Transaction:
-    position = transaction.position
-    assert isinstance(position, bytes)
-    held = [connection.ddl.is_copied_later(table.qualified, position) for table in batch.tables]
-    if not any(held):
-        return transaction
-    kept = [change for change in transaction.changes if change.operation == DDL or not held[change.table]]
-    return msgspec.structs.replace(transaction, changes=kept)

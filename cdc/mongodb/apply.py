@@ -8,7 +8,7 @@ one in a unique index, they are read from the source again: what follows catches
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -24,10 +24,10 @@ from cdc.mongodb import walk
 from cdc.mongodb.client import RAW, Client
 from cdc.mongodb.delta import DeltaError, deletion, is_insertable, replacement, statements
 from cdc.mongodb.equality import id_only, key_of
-from cdc.mongodb.fold import Folded
+from cdc.mongodb.fold import Folded, runs
 from cdc.mongodb.positions import DURABLE
 from cdc.mongodb.writes import DUPLICATE_KEY, IMMUTABLE_FIELD, Failure, Outcome, Writer
-from cdc.sink import Reread
+from cdc.sink import Halted, Reread, TableGone
 
 CHUNK: Final = 1_000
 """Statements in source order that go as one command: where one did nothing, so many are looked through."""
@@ -46,7 +46,7 @@ class Applier:
     """Writes changes to the collections of one target.
 
     target_name: where a collection of the source is mirrored to. uuid: what the source knows it by, or nothing.
-    missing, healed: documents that were not there, and that were put right, since the beginning.
+    missing, healed: documents that were not there, and that were put right, since somebody set these to zero.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Applier:
         """transactions: whether the target has such. parks: whether what raises `PermanentError` is tried again."""
         self.missing = 0
         self.healed = 0
-        self._again = False
+        self._again = self._halts = False
         self._client = client
         self._session = session
         self._writer = Writer(client, session)
@@ -73,32 +73,34 @@ class Applier:
         self._transactions = transactions
         self._parks = parks
 
-    def folded(self, work: Mapping[TableName, Folded | list[Change]]) -> None:
-        """Write final states. Raises `Misfit` where that does not work; what was written by then stays."""
+    def folded(self, work: Mapping[TableName, Folded]) -> None:
+        """Write final states. Raises `Misfit` where that does not work; without a transaction some are written."""
         for table, effect in work.items():
-            if isinstance(effect, list):
-                self.in_order((table, change) for change in effect)
-            else:
-                self._final_states(self._target_name(table), effect)
+            self._final_states(self._target_name(table), effect)
 
-    def in_order(self, changes: Iterable[tuple[TableName, Change]], *, again: bool = False) -> None:
+    def in_order(
+        self, changes: Iterable[tuple[TableName, Change]], *, again: bool = False, halts: bool = False
+    ) -> None:
         """Write changes one after the other, and resolve what fails.
 
         again: some of it may have been written by a try before this one: only what is healed counts as missing.
-        In a transaction nothing can be resolved: raises `Misfit`, and nothing of the transaction is left.
+        halts: at all that meets a unique index: what it resolves is ahead of the others, and in the way of those that
+            wait for nothing else, while documents that are refused stay behind.
+        In a transaction nothing can be resolved: raises `Misfit`, and nothing of the transaction is left. Outside one
+        raises `Halted` at what is refused.
         """
-        self._again = again
-        for table, run in _runs(changes):
+        self._again, self._halts = again, halts
+        for table, run in runs(changes):
             for begin in range(0, len(run), CHUNK):
                 self._run(table, run[begin : begin + CHUNK])
 
     def _final_states(self, target: TableName, effect: Folded) -> None:
         deletes = [deletion(id_only(key)) for key in effect.deletes]
         replaces = [statement for key, image in effect.replaces for statement in replacement(id_only(key), image)]
-        inserts = []
+        inserts, upserts = [], []
         for key, image in effect.inserts:
             if self._session.in_transaction or not is_insertable(image):  # a failure would end the transaction
-                replaces += replacement(id_only(key), image)
+                upserts += replacement(id_only(key), image)
             else:
                 inserts.append((key, image))
         if deletes:
@@ -110,6 +112,8 @@ class Applier:
             self._fits(done.failures)
             if len(replaces) == len(effect.replaces):
                 self._upserted(done.upserted)
+        if upserts:
+            self._fits(self._writer.update(target, upserts, ordered=False).failures)
         if inserts:
             self._insert(target, inserts)
         if effect.deltas:
@@ -191,9 +195,15 @@ class Applier:
             self._upserted(max(done.upserted - sum(change.operation == INSERT for change in changes), 0))
 
     def _one(self, table: TableName, change: Change) -> None:
-        """Apply a change by all means. Raises `PermanentError` where the target refuses the document itself."""
+        """Apply a change by all means. Raises `Halted` where the target refuses the document itself."""
         if self._session.in_transaction:
             raise Misfit
+        try:
+            self._by_all_means(table, change)
+        except PermanentError as exc:
+            raise Halted(str(exc), hint=exc.hint, change=change) from exc
+
+    def _by_all_means(self, table: TableName, change: Change) -> None:
         if change.operation == DELETE:
             self._settle_failure(table, change, self._delete(table, _id(change)))
             return
@@ -213,13 +223,12 @@ class Applier:
         if failure is None and not missing:
             return
         self.missing += missing
+        meets_index = failure is not None and failure.code in DUPLICATE_KEY
         if failure is not None and isinstance(failure.error, TransientError):
             raise failure.error
         if failure is not None and failure.code == IMMUTABLE_FIELD and change.after is not None:
             self._replace_id(table, change)
-        elif failure is not None and failure.code in DUPLICATE_KEY:
-            self._settle(table, {key_of(_id(change)): _id(change), **self._holders(table, failure)}, failure)
-        elif change.detail is not None:
+        elif not self._halts if meets_index else change.detail is not None:
             self._settle(table, {key_of(_id(change)): _id(change)}, failure)
         else:
             assert failure is not None
@@ -236,16 +245,20 @@ class Applier:
             raise failures[0].error
 
     def _settle(self, table: TableName, keys: dict[object, Image], failure: Failure | None) -> None:
-        """Make documents what they are at the source now, and those that are in their way too."""
+        """Make documents what they are at the source now, and those that are in their way then."""
         if self._reread is None:
             raise failure.error if failure else PermanentError(f"{table}: a document is missing")
         source = Table(table.schema, table.name, (), self._uuid(table).hex())
         before: dict[Image, Image | None] = {}
         for _ in range(ROUNDS):
-            images = {key: self._reread(source, key) for key in keys.values()}
-            if self._parks and all(image is None for image in images.values()):
-                self._all_gone(table, failure)
-                return
+            try:
+                images = {key: self._reread(source, key) for key in keys.values()}
+            except TableGone:
+                if self._parks:  # they may have to be here for what became of it, which is yet to come
+                    if failure is not None and failure.code in DUPLICATE_KEY:
+                        raise
+                    return
+                images = dict.fromkeys(keys.values())
             # what is in the way goes first
             gone = [key for key, image in images.items() if image is None or before or len(keys) > 1]
             found = self._exchange(table, gone, images)
@@ -258,12 +271,6 @@ class Applier:
             before = images
             keys |= self._holders(table, *found)
         raise TransientError(f"{table}: documents change at the source as fast as they are put right here")
-
-    def _all_gone(self, table: TableName, failure: Failure | None) -> None:
-        """Perhaps the collection was renamed, and they must be here for that: what happened to them is yet to come."""
-        if failure is not None and failure.code in DUPLICATE_KEY:
-            reason = f"{table}: {failure.error}"
-            raise PermanentError(reason, hint="nothing: what is in its way is gone at the source, and will be here")
 
     def _exchange(
         self, table: TableName, gone: Sequence[Image], images: Mapping[Image, Image | None]
@@ -385,18 +392,3 @@ def _understood(change: Change) -> list[bytes] | None:
         return _statements(change)
     except DeltaError:
         return None
-
-
-def _runs(changes: Iterable[tuple[TableName, Change]]) -> Iterator[tuple[TableName, list[Change]]]:
-    """Neighbours of one collection that one command can carry: deletes, or others."""
-    current: tuple[TableName, bool] | None = None
-    run: list[Change] = []
-    for table, change in changes:
-        kind = (table, change.operation == DELETE)
-        if kind != current:
-            if current is not None:
-                yield current[0], run
-            current, run = kind, []
-        run.append(change)
-    if current is not None:
-        yield current[0], run

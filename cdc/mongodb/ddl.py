@@ -7,7 +7,7 @@ come by the stream; what they should be is remembered, and cut-over gives it to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import bson
@@ -17,7 +17,7 @@ from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import OperationFailure
 
-from cdc.change import Ddl, TableName
+from cdc.change import DDL, Batch, Ddl, Table, TableName, Transaction
 from cdc.mongodb import walk
 from cdc.mongodb.client import Client, translated_errors
 from cdc.mongodb.collections import (
@@ -97,6 +97,24 @@ class DdlApplier:
     def is_copied_later(self, table: TableName, position: bytes) -> bool:
         """Whether a collection's copy holds what happened at a position, for certain."""
         return self._holds(table, moment(position))
+
+    def never_copied(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Without the changes that the copies hold for certain; DDL is looked at when its turn comes."""
+        return [
+            msgspec.structs.replace(
+                batch, transactions=[self._never_copied(batch.tables, each) for each in batch.transactions]
+            )
+            for batch in batches
+        ]
+
+    def _never_copied(self, tables: Sequence[Table], transaction: Transaction) -> Transaction:
+        position = transaction.position
+        assert isinstance(position, bytes)
+        held = [self.is_copied_later(table.qualified, position) for table in tables]
+        if not any(held):
+            return transaction
+        kept = [change for change in transaction.changes if change.operation == DDL or not held[change.table]]
+        return msgspec.structs.replace(transaction, changes=kept)
 
     def uuid(self, table: TableName) -> bytes:
         """What the source knows a collection by; empty if that is not known."""

@@ -16,7 +16,7 @@ What may be used, and what not:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Final
 
@@ -43,6 +43,11 @@ class Segment(msgspec.Struct, frozen=True):
     position: bytes = b""
     through: bytes | None = None
     whole: bool = True
+
+    @property
+    def size(self) -> int:
+        """The number of its changes, without that of collections as such at its end."""
+        return sum(len(transaction.changes) for _, transaction in self.work)
 
     def changes(self) -> Iterator[tuple[TableName, Change]]:
         """All changes in source order."""
@@ -189,3 +194,18 @@ def _taker(
     if table in in_order:
         return ordered.setdefault(table, []).append
     return folds.setdefault(table, Fold()).add
+
+
+def runs(changes: Iterable[tuple[TableName, Change]]) -> Iterator[tuple[TableName, list[Change]]]:
+    """Neighbours of one collection that one command can carry: deletes, or others."""
+    current: tuple[TableName, bool] | None = None
+    run: list[Change] = []
+    for table, change in changes:
+        kind = (table, change.operation == DELETE)
+        if kind != current:
+            if current is not None:
+                yield current[0], run
+            current, run = kind, []
+        run.append(change)
+    if current is not None:
+        yield current[0], run

@@ -12,6 +12,7 @@ from cdc.errors import FatalError, TransientError
 from cdc.mongodb import walk
 from cdc.mongodb.client import RAW, Client, translated_errors
 from cdc.mongodb.collections import read_collections, read_indexes
+from cdc.sink import TableGone
 
 _ATTEMPTS: Final = 10
 
@@ -28,7 +29,7 @@ def read_again(client: Client, table: Table, image: Image) -> Image | None:
     """Read one document as it is now, by the `_id` in `image`; `None` if it is gone.
 
     Where `table.identity` tells the collection's UUID, it is looked for under whatever name it has now; what has its
-    old name may be another one.
+    old name may be another one. Raises `TableGone` if there is none: dropped, or in another database.
     """
     found = walk.find(image, b"_id")
     if found is None:
@@ -39,7 +40,7 @@ def read_again(client: Client, table: Table, image: Image) -> Image | None:
     for _ in range(_ATTEMPTS):
         name = located(client, table.qualified, uuid)
         if name is None:
-            return None
+            raise TableGone(f"{table.qualified} is gone at the source", hint="nothing: that it is will be here")
         with translated_errors():
             document = client[name.schema].get_collection(name.name, codec_options=RAW).find_one(by_id)
         if not uuid or located(client, table.qualified, uuid) == name:

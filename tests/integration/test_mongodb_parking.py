@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import random
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import bson
@@ -16,21 +12,14 @@ import pytest
 from bson import ObjectId
 
 from cdc.change import Table
-from cdc.config import BatchBounds
-from cdc.delivery import Delivery
-from cdc.errors import PermanentError, TransientError
+from cdc.errors import PermanentError
 from cdc.mongodb.equality import key_bytes
-from cdc.mongodb.positions import POSITIONS, Positions
-from cdc.parking import Clock, Parker, ParkingBounds
 from cdc.position import Position
-from cdc.queue import Queue
-from cdc.status import DeliveryStats
-from sinks.mongodb import MongodbSink
 from tests.command import Cdc
 from tests.integration.test_mongo_mirror import Shop
 from tests.mongo import raw_documents
 from tests.mongo_mirror import MongoPair
-from tests.processes import kill_tree, wait_until
+from tests.processes import kill_tree
 
 Client = pymongo.MongoClient[dict[str, Any]]
 
@@ -151,110 +140,3 @@ def test_f90_what_a_change_is_about(pair: MongoPair) -> None:
 )
 def test_f74_keys_that_are_stored(one: Any, other: Any, equal: bool) -> None:
     assert (key_bytes(bson.encode({"_id": one})) == key_bytes(bson.encode({"_id": other}))) == equal
-
-
-class Interrupted:
-    """Raises once, before or after the n-th command of a sink that changes something."""
-
-    def __init__(self, sink: MongodbSink) -> None:
-        self.left = -1
-        sink_open = sink.open
-
-        def opened() -> Position | None:
-            position = sink_open()
-            connection = sink._opened()
-            for holder, names in (
-                (connection.positions, ("move", "move_through")),
-                (connection.applier, ("folded", "in_order")),
-                (connection.ddl, ("apply",)),
-            ):
-                for name in names:
-                    setattr(holder, name, self.wrapped(getattr(holder, name)))
-            return position
-
-        sink.open = opened  # type: ignore[method-assign]
-
-    def wrapped(self, function: Callable[..., None]) -> Callable[..., None]:
-        def call(*arguments: Any, **options: Any) -> None:
-            self.count()
-            function(*arguments, **options)
-            self.count()
-
-        return call
-
-    def count(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise TransientError("interrupted")
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_f89_f90_f101_at_random(pair: MongoPair, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused documents among renames, drops and good ones, interrupted anywhere: in the end all is equal."""
-    monkeypatch.setattr("cdc.delivery.READ_SECONDS", 0.01)
-    choose = random.Random(seed)
-    queue = Queue(tmp_path / "shop.queue", max_bytes=10**9, min_free_bytes=0)
-    queue.begin(pair.token)
-    queue.register("backup")
-    pair.target.drop_collection(POSITIONS)
-    Positions(pair.target.client, pair.target.name, "backup").begin(Position(queue.queue_id, 0, pair.token))
-    interrupted = Interrupted(pair.sink)
-    now = [0.0]
-    stats = DeliveryStats("backup", "shop")
-    parker = Parker(pair.sink, queue, stats, ParkingBounds(1000, 10**7), Clock(lambda: now[0], lambda: now[0]))
-
-    def deliver(*, until_healed: bool = False) -> None:
-        queue.append(pair.batch())
-        assert queue.flush(10)
-        stop = threading.Event()
-        delivery = Delivery(pair.sink, queue, stats, BatchBounds(), parker=parker)
-        with ThreadPoolExecutor(1) as thread:
-            running = thread.submit(delivery.run, stop)
-            try:
-                wait_until(
-                    lambda: (
-                        running.done() or (stats.seq == queue.stats().last_seq and not (until_healed and stats.parked))
-                    ),
-                    what=lambda: f"delivery: {stats}",
-                )
-            finally:
-                stop.set()
-                queue.wake()
-            running.result(timeout=20)
-
-    source = pair.source
-    source.orders.insert_one({"_id": "first", "n": 1})
-    source.other.insert_one({"_id": 1})
-    deliver()
-    pair.target.orders.create_index("n", unique=True)
-    parked, name = 0, "orders"
-    for step in range(5):
-        for _ in range(choose.randrange(2, 25)):
-            kind, number = choose.random(), choose.randrange(10)
-            if kind < 0.1:
-                source[name].update_one({"_id": number}, {"$set": {"n": 1}}, upsert=True)  # the mirror refuses this
-            elif kind < 0.15 and name in source.list_collection_names():
-                source[name].rename(f"archive{choose.randrange(2)}", dropTarget=True)
-                name = f"orders{step}"  # what is read again by its name must not be of another collection
-            elif kind < 0.2:
-                source[choose.choice([name, "archive0", "other"])].drop()
-            elif kind < 0.3:
-                source[name].delete_one({"_id": number})
-            else:
-                table = source[choose.choice([name, name, "other", "archive0"])]
-                table.update_one(
-                    {"_id": number}, {"$set": {"n": f"{step} {choose.random()}", f"f{step}": step}}, upsert=True
-                )
-        interrupted.left = choose.randrange(1, 40)
-        deliver()
-        parked += stats.parked
-        now[0] += choose.choice([0, 1, 400])
-    interrupted.left = -1
-    for each in pair.target.list_collection_names():
-        if each != POSITIONS:
-            pair.target[each].drop_indexes()
-    now[0] += 400
-    source.last.insert_one({"_id": 1})
-    deliver(until_healed=True)
-    pair.check_equal()
-    queue.close()
