@@ -22,7 +22,7 @@ import msgspec
 import structlog
 
 from cdc.capture import count_changes
-from cdc.change import Change, Transaction
+from cdc.change import Batch, Change, Transaction
 from cdc.config import RetryOptions
 from cdc.desk import Desk
 from cdc.errors import FatalError, PermanentError
@@ -34,7 +34,7 @@ from cdc.position import Position
 from cdc.queue import Queue, Stored
 from cdc.queue.parked import ParkedChange, ParkedId, payload_of
 from cdc.retry import Backoff
-from cdc.sink import Ahead, Applied, Parking, Sink, Subject
+from cdc.sink import Ahead, Applied, Halted, Parking, Sink, Subject
 from cdc.status import DeliveryStats
 
 RETRY_SECONDS: Final = 0.1
@@ -359,30 +359,41 @@ class Parker:
     def _try(self, rows: Sequence[ParkedChange]) -> None:
         """Apply rows that nothing holds back, in order; those that are refused wait, and those behind them."""
         failed = Subjects()
-        self._try_part(rows, failed)
+        todo = [rows]
+        while todo:
+            part = [row for row in todo.pop() if not _waits(row, failed)]
+            if part:
+                todo += reversed(self._try_part(part, failed))
         self._plan = None
         self._publish()
 
-    def _try_part(self, rows: Sequence[ParkedChange], failed: Subjects) -> None:
-        rows = [row for row in rows if not _waits(row, failed)]
-        if not rows:
-            return
-        ids = [row.id for row in rows]
-        batches = self._queue.parked_batches(self._sink.name, ids)
+    def _try_part(self, rows: Sequence[ParkedChange], failed: Subjects) -> Sequence[Sequence[ParkedChange]]:
+        """Return what is left of them to be tried, in order."""
+        batches = self._queue.parked_batches(self._sink.name, [row.id for row in rows])
         try:
             self.applied(self._sink.apply_parked(batches))
         except PermanentError as exc:
-            if len(rows) == 1:
-                self._stats.parked_attempts += 1
-                self._failed_again(rows[0], exc)
-                failed.add(subject_of(rows[0]))
-                return
-            middle = len(rows) // 2
-            self._try_part(rows[:middle], failed)
-            self._try_part(rows[middle:], failed)
+            if isinstance(exc, Halted):
+                at = _place_of(exc.change, batches)
+            elif len(rows) > 1:
+                middle = len(rows) // 2
+                return rows[:middle], rows[middle:]
+            else:
+                at = 0
+            self._released(rows[:at], batches[:at])
+            self._stats.parked_attempts += 1
+            self._failed_again(rows[at], exc)
+            failed.add(subject_of(rows[at]))
+            return (rows[at + 1 :],)
+        self._released(rows, batches)
+        return ()
+
+    def _released(self, rows: Sequence[ParkedChange], batches: Sequence[Batch]) -> None:
+        """They are applied."""
+        if not rows:
             return
         self._stats.parked_attempts += len(rows)
-        self._queue.unpark(self._sink.name, ids)
+        self._queue.unpark(self._sink.name, [row.id for row in rows])
         for row in rows:
             self._remove(row)
         for batch in batches:
@@ -453,6 +464,11 @@ class Parker:
         self._stats.parked = len(rows)
         self._stats.dead = sum(row.state == "dead" for row in rows)
         self._stats.parked_oldest_at = min((row.created_at for row in rows), default=None)
+
+
+def _place_of(change: Change, batches: Sequence[Batch]) -> int:
+    """Which of the batches, of one change each, holds it."""
+    return next(number for number, batch in enumerate(batches) if batch.transactions[0].changes[0] is change)
 
 
 def _waits(row: ParkedChange, failed: Subjects) -> bool:
