@@ -182,20 +182,28 @@ def main() -> int:
 
 
 def _poison(options: argparse.Namespace, source: PostgresServer, target: PostgresServer, folder: Path) -> int:
-    backlog = Backlog(inserts=2_000, updates=4_000) if options.small else Backlog(inserts=10_000, updates=160_000)
+    full = Backlog(inserts=10_000, updates=600_000, mark=100_000)
+    backlog = Backlog(inserts=2_000, updates=4_000, mark=2_000) if options.small else full
     with console.status("draining"):
         drained = compare_poison(source, target, folder, Poison(backlog, options.refused), options.runs)
     found = drained.as_json()
     for line in drained.lines():
         console.print(line)
     console.print(
-        f"{found['rows']:,} changes of {found['keys']:,} keys: {found['seconds']:.2f} s without and"
-        f" {found['poison_seconds']:.2f} s with {found['refused']} refused, ratio {found['ratio']:.2f};"
-        f" by CPU of the daemon {found['cpu_ratio']:.2f}, of the target {found['target_cpu_ratio']:.2f}"
+        f"{found['rows']:,} changes of {found['keys']:,} keys, without and with {found['refused']} refused:"
+        f" {_shares(found)}; steady {_shares(found['steady'])}"
     )
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0
+
+
+def _shares(found: Mapping[str, Any]) -> str:
+    return (
+        f"{found['seconds']:.2f} and {found['poison_seconds']:.2f} s, ratio {found['ratio']:.2f};"
+        f" {found['cpu_us_per_change']:.1f} and {found['poison_cpu_us_per_change']:.1f} us of the"
+        f" daemon's CPU a change, ratio {found['cpu_ratio']:.2f}; of the target's CPU {found['target_cpu_ratio']:.2f}"
+    )
 
 
 def _mongodb(options: argparse.Namespace, folder: Path) -> int:

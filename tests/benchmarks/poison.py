@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, Final
 
 from tests.benchmarks.contenders import Cdc
-from tests.benchmarks.drain import Drain, drain
+from tests.benchmarks.drain import Drain, Leg, drain
 from tests.benchmarks.table import Backlog, BenchFailed, create_source, require_equal
 from tests.processes import wait_until
 from tests.servers import Database, PostgresServer
@@ -23,6 +23,9 @@ ALTER TABLE item ADD CONSTRAINT poison CHECK (
 """A row is inserted with the last three digits of its key as its quantity, which every update makes larger."""
 
 _HEAL_SECONDS: Final = 120
+
+_TICK: Final = 0.01
+"""Seconds: how exactly CPU time is known. A small backlog may take less."""
 
 
 @dataclass(frozen=True)
@@ -85,36 +88,59 @@ class Results:
         """Medians; what each pair had without refused keys, as a share of what it had with them.
 
         `ratio` is about time, so about the rate of all other keys; the others are about the CPU that the daemon and the
-        target's server took, which other work on the machine does not change so much.
+        target's server took, which other work on the machine does not change so much. `steady` is the same from the
+        backlog's mark on: an only refused key is parked by then, and looking for it is over.
         """
-
-        def share(of: Callable[[Drain], float]) -> float:
-            return round(median(of(plain) / of(poisoned) for plain, poisoned in self.pairs), 3)
-
+        backlog = self.poison.backlog
+        steady = [(_steady(plain), _steady(poisoned)) for plain, poisoned in self.pairs]
         return {
-            "keys": self.poison.backlog.inserts,
+            "keys": backlog.inserts,
             "refused": self.poison.refused,
-            "rows": self.poison.backlog.rows,
-            "seconds": round(median(plain.seconds for plain, _ in self.pairs), 3),
-            "poison_seconds": round(median(poisoned.seconds for _, poisoned in self.pairs), 3),
-            "ratio": share(lambda drain: drain.seconds),
-            "cpu_ratio": share(_daemon_cpu_seconds),
-            "target_cpu_ratio": share(lambda drain: drain.target_cpu_seconds),
+            "rows": backlog.rows,
+            **_compared(self.pairs, backlog.rows),
+            "steady": _compared(steady, backlog.updates - backlog.mark),
         }
 
     def lines(self) -> list[str]:
         """Each pair, for people."""
         return [
-            f"{drain.seconds:.2f} s, CPU of the daemon {_daemon_cpu_seconds(drain):.2f} s,"
-            f" of the target {drain.target_cpu_seconds:.2f} s"
+            f"{what}: {_line(drain)}; steady {_line(_steady(drain))}"
             for pair in self.pairs
-            for drain in pair
+            for what, drain in zip(("without", "with"), pair, strict=True)
         ]
 
 
-def _daemon_cpu_seconds(drain: Drain) -> float:
-    assert drain.usage is not None
-    return drain.usage.cpu_seconds
+def _compared(pairs: Sequence[tuple[Leg, Leg]], rows: int) -> dict[str, float]:
+    def share(of: Callable[[Leg], float]) -> float:
+        return round(median(max(of(plain), _TICK) / max(of(poisoned), _TICK) for plain, poisoned in pairs), 3)
+
+    plain, poisoned = zip(*pairs, strict=True)
+    return {
+        "seconds": round(median(leg.seconds for leg in plain), 3),
+        "poison_seconds": round(median(leg.seconds for leg in poisoned), 3),
+        "cpu_us_per_change": round(median(map(_daemon_cpu_seconds, plain)) / rows * 1e6, 2),
+        "poison_cpu_us_per_change": round(median(map(_daemon_cpu_seconds, poisoned)) / rows * 1e6, 2),
+        "ratio": share(lambda leg: leg.seconds),
+        "cpu_ratio": share(_daemon_cpu_seconds),
+        "target_cpu_ratio": share(lambda leg: leg.target_cpu_seconds),
+    }
+
+
+def _line(leg: Leg) -> str:
+    return (
+        f"{leg.seconds:.2f} s, CPU of the daemon {_daemon_cpu_seconds(leg):.2f} s,"
+        f" of the target {leg.target_cpu_seconds:.2f} s"
+    )
+
+
+def _steady(drain: Drain) -> Leg:
+    assert drain.steady is not None
+    return drain.steady
+
+
+def _daemon_cpu_seconds(leg: Leg) -> float:
+    assert leg.usage is not None
+    return leg.usage.cpu_seconds
 
 
 def compare(source: PostgresServer, target: PostgresServer, folder: Path, poison: Poison, runs: int) -> Results:
@@ -137,6 +163,6 @@ def compare(source: PostgresServer, target: PostgresServer, folder: Path, poison
         for contender in (plain, poisoned) if number % 2 else (poisoned, plain):  # nobody is always the first
             with closing(contender):
                 check = poison.require_healed if contender is poisoned else require_equal
-                found[contender] = drain(contender, check)
+                found[contender] = drain(contender, check, marked=True)
         drains.append((found[plain], found[poisoned]))
     return Results(poison, drains)

@@ -13,6 +13,8 @@ PUBLICATION: Final = "bench"
 TRANSACTION_ROWS: Final = 1_000
 LAST_ID: Final = 0
 """The row that the last transaction of a backlog inserts: where it is visible, everything is."""
+MARK_ID: Final = -1
+"""The row that is inserted in the midst of a backlog, if it is to be marked."""
 
 SCHEMA: Final = """
 CREATE TABLE item (
@@ -23,7 +25,7 @@ CREATE TABLE item (
 INSERT: Final = "INSERT INTO item VALUES (%s, 1, 'a new item', 1.25, now(), 'written while it is watched', true)"
 
 _BACKLOG: Final = """
-CREATE PROCEDURE write_backlog(inserts int, updates int, per_transaction int) LANGUAGE plpgsql AS $$
+CREATE PROCEDURE write_backlog(inserts int, updates int, per_transaction int, mark int) LANGUAGE plpgsql AS $$
 BEGIN
     FOR start IN 1 .. inserts BY per_transaction LOOP
         INSERT INTO item
@@ -35,6 +37,10 @@ BEGIN
         UPDATE item SET quantity = quantity + 1, price = price + 1, changed_at = now()
          WHERE id = 1 + number * 7919::bigint % inserts;
         COMMIT;
+        IF number = mark THEN
+            INSERT INTO item (id) VALUES (-1);
+            COMMIT;
+        END IF;
     END LOOP;
 END $$
 """
@@ -48,10 +54,14 @@ class BenchFailed(Exception):
 
 @dataclass(frozen=True)
 class Backlog:
-    """Inserts in transactions of `TRANSACTION_ROWS`, then updates of single rows scattered over all of them."""
+    """Inserts in transactions of `TRANSACTION_ROWS`, then updates of single rows scattered over all of them.
+
+    mark: after so many updates comes the row `MARK_ID`; 0: never.
+    """
 
     inserts: int
     updates: int
+    mark: int = 0
 
     @property
     def rows(self) -> int:
@@ -63,7 +73,8 @@ class Backlog:
         with database.connect() as connection:
             connection.execute("SET synchronous_commit = off")
             connection.execute(_BACKLOG)
-            connection.execute("CALL write_backlog(%s, %s, %s)", [self.inserts, self.updates, TRANSACTION_ROWS])
+            arguments = [self.inserts, self.updates, TRANSACTION_ROWS, self.mark]
+            connection.execute("CALL write_backlog(%s, %s, %s, %s)", arguments)
             connection.execute("SET synchronous_commit = on")
             connection.execute(INSERT, [LAST_ID])
 
@@ -74,10 +85,10 @@ def create_source(database: Database) -> None:
     database.execute(f"CREATE PUBLICATION {PUBLICATION} FOR TABLE item")
 
 
-def has_all(connection: psycopg.Connection[tuple[bool]]) -> bool:
-    """Whether the last transaction of the backlog is visible there."""
+def has_row(connection: psycopg.Connection[tuple[bool]], row_id: int) -> bool:
+    """Whether a row of the backlog is visible there, and so everything before it."""
     # not prepared: the plan for a table that is still empty reads all of it
-    row = connection.execute("SELECT EXISTS (SELECT FROM item WHERE id = %s)", [LAST_ID], prepare=False).fetchone()
+    row = connection.execute("SELECT EXISTS (SELECT FROM item WHERE id = %s)", [row_id], prepare=False).fetchone()
     return row is not None and row[0]
 
 
