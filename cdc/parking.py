@@ -15,12 +15,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import is_
 from typing import Final, NamedTuple, TypeGuard, TypeVar
 
 import msgspec
 import structlog
 
+from cdc.admission import Admission, ParkedRows, admission, apart
 from cdc.capture import count_changes
 from cdc.change import Batch, Change, Transaction
 from cdc.config import RetryOptions
@@ -29,7 +29,7 @@ from cdc.errors import FatalError, PermanentError
 from cdc.letter import LetterId
 from cdc.narrowing import Narrowing, ParkingSink
 from cdc.parking_plan import Plan, make_plan, subject_of
-from cdc.parts import Item, Subjects, alone, has_ddl, items_of, sifted
+from cdc.parts import Item, Subjects, alone, items_of, sifted
 from cdc.position import Position
 from cdc.queue import Queue, Stored
 from cdc.queue.parked import ParkedChange, ParkedId, payload_of
@@ -69,19 +69,6 @@ class Clock(NamedTuple):
     unix: Callable[[], float] = time.time
 
 
-class _Admission(NamedTuple):
-    """What may pass of `given`, and what has to wait, while nothing else is parked or released (see `version`)."""
-
-    version: int
-    given: Sequence[Stored]
-    admitted: Sequence[Stored]
-    waiting: Sequence[tuple[Item, Subject]]
-
-    def holds_for(self, pieces: Sequence[Stored], version: int) -> bool:
-        """Whether it is about these very pieces."""
-        return version == self.version and len(pieces) == len(self.given) and all(map(is_, pieces, self.given))
-
-
 class Parker:
     """The parked changes of one sink: always what the queue's file says, which nobody else may change.
 
@@ -105,15 +92,12 @@ class Parker:
         self._backoff = Backoff(retry)
         self._clock = clock or Clock()
         self._log = log.bind(sink=sink.name)
-        self._rows: dict[ParkedId, ParkedChange] = {}
+        self._rows = ParkedRows()
         self._due: dict[ParkedId, float] = {}  # by the monotonic clock
-        self._subjects = Subjects()
-        self._bytes = 0
-        self._version = 0  # of `_subjects`
         self._reached = 0
         self._ahead: Ahead | None = None
         self._plan: Plan | None = None
-        self._foreseen: _Admission | None = None
+        self._foreseen: Admission | None = None
         self._steady = True  # a target's own equality may change with its tables
         self._narrowing = Narrowing(sink, self)
         self._restarted = True
@@ -140,7 +124,7 @@ class Parker:
             self._queue.unpark(self._sink.name, gone)
         self._see(row for row in rows if row.id not in set(gone))
         monotonic, unix = self._clock.monotonic(), self._clock.unix()
-        for row in self._rows.values():
+        for row in self._rows:
             if row.attempts:  # at a start at once: somebody may have put the target right
                 wait = 0.0 if self._restarted else row.next_attempt_at - unix
                 self._due[row.id] = monotonic + min(max(wait, 0.0), self._backoff.seconds(row.attempts))
@@ -204,38 +188,14 @@ class Parker:
         foreseen, self._foreseen = self._foreseen, None
         if not self._rows:
             return pieces
-        if foreseen is None or not foreseen.holds_for(pieces, self._version):
+        if foreseen is None or not foreseen.holds_for(pieces, self._rows.version):
             foreseen = self._look_at(pieces)
-        self._steady = self._ahead is None and not any(has_ddl(piece.batch) for piece in pieces)
+        self._steady = self._ahead is None and not foreseen.has_ddl
         self._park([self._new(item, subject) for item, subject in foreseen.waiting])
         return foreseen.admitted
 
-    def _look_at(self, pieces: Sequence[Stored]) -> _Admission:
-        version, subjects, behind = self._version, self._subjects, Subjects()
-        again = {place for place, _ in self._rows} if self._ahead is not None else frozenset[int]()
-        waiting: list[tuple[Item, Subject]] = []
-        subject_of = self._sink.subject_of
-
-        def admitted(piece: Stored) -> Stored:
-            tables = piece.batch.tables
-
-            def passes(transaction: Transaction, change: Change, place: ParkedId) -> bool:
-                if place[0] in again and place in self._rows:
-                    return False
-                subject = subject_of(tables, change)
-                if not (subjects.block(subject) or (behind and behind.block(subject))):
-                    return True
-                if not subjects.covers(subject):
-                    behind.add(subject)  # what comes next may have to wait behind it
-                waiting.append((Item(piece, transaction, change, place), subject))
-                return False
-
-            if not subjects.concern(piece.batch):
-                return piece
-            is_free = None if again else subjects.quick_look(piece.batch, self._sink.keys_of, behind)
-            return sifted(piece, passes, is_free)
-
-        return _Admission(version, pieces, list(map(admitted, pieces)), waiting)
+    def _look_at(self, pieces: Sequence[Stored]) -> Admission:
+        return admission(pieces, self._rows, self._sink, again=self._ahead is not None)
 
     def carefully(
         self, pieces: Sequence[Stored], position: Position, refused: PermanentError | None = None
@@ -265,20 +225,7 @@ class Parker:
 
     def wait_behind(self, items: Iterable[Item]) -> Sequence[Item]:
         """Park what has to wait; return the rest."""
-        if not self._rows:
-            return list(items)
-        free: list[Item] = []
-        waiting: list[tuple[Item, Subject]] = []
-        behind = Subjects()
-        for item in items:
-            if item.id in self._rows:
-                continue
-            subject = self._subject(item)
-            if self._subjects.block(subject) or behind.block(subject):
-                waiting.append((item, subject))
-                behind.add(subject)
-            else:
-                free.append(item)
+        free, waiting = apart(items, self._rows, self._sink)
         self._park([self._new(item, subject) for item, subject in waiting])
         return free
 
@@ -312,7 +259,7 @@ class Parker:
         """Durable on return. Raises `FatalError` where that would be too much."""
         if not new:
             return
-        count, size = len(self._rows) + len(new), self._bytes + sum(row.size for row, _ in new)
+        count, size = len(self._rows) + len(new), self._rows.size + sum(row.size for row, _ in new)
         if count > self._bounds.max_changes or size > self._bounds.max_bytes:
             raise FatalError(
                 f"more than {self._bounds.max_changes} changes or {self._bounds.max_bytes} bytes would be parked: "
@@ -322,7 +269,7 @@ class Parker:
             )
         self._queue.park(self._sink.name, new)
         for row, _ in new:
-            self._add(row)
+            self._rows.add(row)
         self._publish()
 
     # what is parked
@@ -353,7 +300,7 @@ class Parker:
 
     def _planned(self) -> Plan:
         if self._plan is None:
-            self._plan = make_plan(self._rows.values(), self._reached, together=self._sink.all_or_nothing)
+            self._plan = make_plan(self._rows, self._reached, together=self._sink.all_or_nothing)
         return self._plan
 
     def _try(self, rows: Sequence[ParkedChange]) -> None:
@@ -395,14 +342,15 @@ class Parker:
         self._stats.parked_attempts += len(rows)
         self._queue.unpark(self._sink.name, [row.id for row in rows])
         for row in rows:
-            self._remove(row)
+            self._rows.remove(row)
+            self._due.pop(row.id, None)
         for batch in batches:
             count_changes(self._stats.changes, batch)
         self._log.info("applied parked changes", changes=len(rows), left=len(self._rows))
 
     def _failed_again(self, row: ParkedChange, error: PermanentError) -> None:
         row = self._failed(row, error)
-        self._rows[row.id] = row
+        self._rows.replace(row)
         self._queue.retried(self._sink.name, row)
         facts = {"id": self._letter(row), "attempts": row.attempts, "error": row.error}
         if row.state == "dead":
@@ -437,33 +385,15 @@ class Parker:
         """Take these for all that there are."""
         self._rows.clear()
         self._due.clear()
-        self._subjects = Subjects()
-        self._version += 1
-        self._bytes = 0
         self._plan = None
         for row in rows:
-            self._add(row)
+            self._rows.add(row)
         self._publish()
 
-    def _add(self, row: ParkedChange) -> None:
-        if row.id not in self._rows:
-            self._rows[row.id] = row
-            self._bytes += row.size
-            self._subjects.add(subject_of(row))
-            self._version += 1
-
-    def _remove(self, row: ParkedChange) -> None:
-        del self._rows[row.id]
-        self._due.pop(row.id, None)
-        self._bytes -= row.size
-        self._subjects.add(subject_of(row), -1)
-        self._version += 1
-
     def _publish(self) -> None:
-        rows = self._rows.values()
-        self._stats.parked = len(rows)
-        self._stats.dead = sum(row.state == "dead" for row in rows)
-        self._stats.parked_oldest_at = min((row.created_at for row in rows), default=None)
+        self._stats.parked = len(self._rows)
+        self._stats.dead = sum(row.state == "dead" for row in self._rows)
+        self._stats.parked_oldest_at = min((row.created_at for row in self._rows), default=None)
 
 
 def _place_of(change: Change, batches: Sequence[Batch]) -> int:

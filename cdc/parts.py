@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from itertools import groupby
-from operator import attrgetter, is_
-from typing import Final, NamedTuple
+from operator import attrgetter
+from typing import Final, NamedTuple, cast
 
 import msgspec
 
 from cdc.change import DDL, TRUNCATE, Batch, Change, Table, TableName, Transaction, Truncate
 from cdc.queue import Stored
 from cdc.queue.parked import ParkedId
-from cdc.sink import KeysOf, Subject
+from cdc.sink import IsFree, Subject
 
 _OPERATION: Final = attrgetter("operation")
 
@@ -66,34 +66,36 @@ class Subjects:
         )
 
     def concern(self, batch: Batch) -> bool:
-        """Whether any change of a batch might have to wait."""
+        """Whether any change of a batch's rows might have to wait."""
         names = [table.qualified for table in batch.tables]
-        return any(name in self._keys or (name.schema, "") in self._keys for name in names) or has_ddl(batch)
+        return any(name in self._keys or (name.schema, "") in self._keys for name in names)
 
-    def quick_look(self, batch: Batch, keys_of: Callable[[Table], KeysOf], more: Subjects) -> Callable[[Change], bool]:
+    def quick_look(self, batch: Batch, free_of: Callable[[Table, Set[bytes]], IsFree], more: Subjects) -> IsFree:
         """What tells of most changes of rows that they need not wait: it runs for every change.
 
         Where it says no, `block` has to be asked. more: what there is to wait for besides; it may grow.
         """
-        if any((table.schema, "") in self._keys for table in batch.tables):
-            return lambda _change: False
-        concerned = {
-            index: (keys_of(table), keys)
-            for index, table in enumerate(batch.tables)
-            if (keys := self._keys.get(table.qualified)) is not None
-        }
+        looks = [self._quick_look(table, free_of) for table in batch.tables]
         more_keys = more._keys
 
         def is_free(change: Change) -> bool:
             if more_keys or change.operation >= TRUNCATE:
                 return False
-            if change.table not in concerned:
-                return True
-            find, taken = concerned[change.table]
-            own = find(change)
-            return own is not None and None not in taken and taken.keys().isdisjoint(own)
+            look = looks[change.table]
+            return look is None or look(change)
 
         return is_free
+
+    def _quick_look(self, table: Table, free_of: Callable[[Table, Set[bytes]], IsFree]) -> IsFree | None:
+        """`None` where no change of a row waits."""
+        keys = self._keys.get(table.qualified)
+        if (table.schema, "") in self._keys or (keys is not None and None in keys):
+            return _never
+        return None if keys is None else free_of(table, cast("Set[bytes]", keys.keys()))
+
+
+def _never(_change: Change) -> bool:
+    return False
 
 
 def has_ddl(batch: Batch) -> bool:
@@ -128,35 +130,40 @@ def places_of(piece: Stored) -> Iterator[tuple[Transaction, ParkedId]]:
     """The transactions of a stored batch, each beside the place of its first change."""
     before = 0
     for transaction in piece.batch.transactions:
-        position = transaction.position
-        yield transaction, (position, transaction.first_ordinal) if isinstance(position, int) else (piece.seq, before)
+        yield transaction, _place_of(piece, transaction, before)
         before += len(transaction.changes)
+
+
+def _place_of(piece: Stored, transaction: Transaction, before: int) -> ParkedId:
+    """The place of its first change. before: so many changes of its batch come before it."""
+    position = transaction.position
+    return (position, transaction.first_ordinal) if isinstance(position, int) else (piece.seq, before)
 
 
 def sifted(
     piece: Stored,
     passes: Callable[[Transaction, Change, ParkedId], bool],
-    is_free: Callable[[Change], bool] | None = None,
+    is_free: IsFree | None = None,
 ) -> Stored:
     """Without the changes that do not pass. Transactions stay, if need be empty: they are positions.
 
     is_free: a quick look, by which changes pass that need not be asked about.
     """
     kept: list[Transaction] = []
-    for transaction, (place, ordinal) in places_of(piece):
-        if is_free is not None and all(map(is_free, transaction.changes)):
-            kept.append(transaction)
-            continue
-        changes = [
-            change
-            for number, change in enumerate(transaction.changes, ordinal)
-            if passes(transaction, change, (place, number))
-        ]
-        whole = len(changes) == len(transaction.changes)
-        kept.append(transaction if whole else msgspec.structs.replace(transaction, changes=changes))
-    if all(map(is_, kept, piece.batch.transactions)):
-        return piece
-    return Stored(piece.seq, msgspec.structs.replace(piece.batch, transactions=kept))
+    torn, before = False, 0
+    for transaction in piece.batch.transactions:
+        changes = transaction.changes
+        if is_free is None or not all(map(is_free, changes)):
+            place, ordinal = _place_of(piece, transaction, before)
+            passing = [
+                change for number, change in enumerate(changes, ordinal) if passes(transaction, change, (place, number))
+            ]
+            if len(passing) < len(changes):
+                torn = True
+                transaction = msgspec.structs.replace(transaction, changes=passing)  # noqa: PLW2901
+        kept.append(transaction)
+        before += len(changes)
+    return Stored(piece.seq, msgspec.structs.replace(piece.batch, transactions=kept)) if torn else piece
 
 
 def parts_of(work: Iterable[tuple[Transaction, list[Item]]]) -> Iterator[Part]:

@@ -6,7 +6,7 @@ never waits or retries by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from operator import is_
 from pathlib import Path
@@ -156,8 +156,8 @@ class Subject(NamedTuple):
     keys: tuple[bytes, ...] | None
 
 
-KeysOf = Callable[[Change], Sequence[bytes] | None]
-"""The keys of a row's change, as in its `Subject`."""
+IsFree = Callable[[Change], bool]
+"""Whether a change is certain to be about none of some rows. False may also mean that this takes longer to find out."""
 
 
 class Ahead(NamedTuple):
@@ -195,8 +195,11 @@ class Parking(Protocol):
         """What a change is about. tables: those of its batch."""
         ...
 
-    def keys_of(self, table: Table) -> KeysOf:
-        """What finds the `keys` of the subjects of a table's rows. Runs for each change beside parked ones."""
+    def free_of(self, table: Table, keys: Set[bytes]) -> IsFree:
+        """What tells of changes of a table's rows that their `Subject.keys` are none of these.
+
+        It runs for each change beside parked ones, as long as `keys` stay the same.
+        """
         ...
 
     def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:

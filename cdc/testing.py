@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from threading import Condition
 
 from cdc.change import Batch, Change, Image, Operation, Table, TableName, Transaction
 from cdc.errors import FatalError, ResyncRequired, TransientError
 from cdc.position import Position, SourcePosition, as_lsn
-from cdc.sink import Ahead, Applied, KeysOf, Refused, Subject
+from cdc.sink import Ahead, Applied, IsFree, Refused, Subject
 from cdc.source import Beginning, Estimate, Snapshot
 from cdc.status import CaptureStats
 
@@ -215,9 +215,9 @@ class MemorySink:
             return Subject((), None)
         return Subject((tables[change.table].qualified,), None if change.key is None else (change.key,))
 
-    def keys_of(self, table: Table) -> KeysOf:  # noqa: ARG002 - protocol
-        """Its key."""
-        return lambda change: None if change.key is None else (change.key,)
+    def free_of(self, table: Table, keys: Set[bytes]) -> IsFree:  # noqa: ARG002 - protocol
+        """By its key."""
+        return lambda change: change.key is not None and change.key not in keys
 
     def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:  # noqa: ARG002 - protocol
         """Keep the changes, visible at once."""

@@ -8,7 +8,7 @@ one transaction, if the target has such. How changes become writes is in `cdc.mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -29,7 +29,7 @@ from cdc.mongodb.moment import moment
 from cdc.mongodb.positions import DURABLE, CollectionState, Positions, Standing
 from cdc.mongodb.target import MongoCopyTarget
 from cdc.position import Position, SourcePosition
-from cdc.sink import Ahead, Applied, Halted, SinkContext, Subject, are_same
+from cdc.sink import Ahead, Applied, Halted, IsFree, SinkContext, Subject, are_same
 
 Work = Mapping[TableName, Folded | list[Change]]
 
@@ -131,12 +131,18 @@ class MongodbSink(MongoCopyTarget):
             return ddl_subject(change.detail, tables[change.table].qualified if change.table >= 0 else None)
         if change.table < 0:
             return Subject((), None)
-        table = tables[change.table]
-        return Subject((table.qualified,), self.keys_of(table)(change))
+        name = tables[change.table].qualified
+        return Subject((name,), None if self._keeps_order(name) else (_key(change),))
 
-    def keys_of(self, table: Table) -> Callable[[Change], tuple[bytes, ...] | None]:
-        """The `_id`. A collation may take more of them for the same; capped collections keep the order of them all."""
-        return _no_key if table.qualified in self._opened().ddl.in_order else _key
+    def free_of(self, table: Table, keys: Set[bytes]) -> IsFree:
+        """By its `_id`."""
+        if self._keeps_order(table.qualified):
+            return lambda _change: False
+        return lambda change: _key(change) not in keys
+
+    def _keeps_order(self, name: TableName) -> bool:
+        """A collation may take more `_id`s for the same; capped collections keep the order of all documents."""
+        return name in self._opened().ddl.in_order
 
     def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:
         """Apply, and leave the position where it is."""
@@ -297,13 +303,9 @@ class MongodbSink(MongoCopyTarget):
         return False
 
 
-def _key(change: Change) -> tuple[bytes]:
+def _key(change: Change) -> bytes:
     assert change.key is not None
-    return (key_bytes(change.key),)
-
-
-def _no_key(_change: Change) -> None:
-    return None
+    return key_bytes(change.key)
 
 
 @contextmanager

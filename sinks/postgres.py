@@ -6,7 +6,7 @@ by the last. How changes become statements is in `cdc.postgres.apply`; the initi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 
 import msgspec
@@ -30,7 +30,7 @@ from cdc.postgres.refresh_target import RefreshTarget
 from cdc.postgres.reshape import CopyAgain, Reshaper
 from cdc.postgres.roster import Mirrored, Plans, Roster
 from cdc.postgres.steps import Step
-from cdc.sink import Ahead, Applied, KeysOf, NeedsFilling, Refused, ResyncStatus, SinkContext, Subject, are_same
+from cdc.sink import Ahead, Applied, IsFree, NeedsFilling, Refused, ResyncStatus, SinkContext, Subject, are_same
 
 FEW_CHANGES = 64
 """Up to so many changes, prepared statements in one pipeline are faster than staging tables."""
@@ -144,9 +144,9 @@ class PostgresSink(RefreshTarget):
         """A row by its key, and by what it takes of other unique columns; or its table as a whole."""
         return self._finder().find(tables, change)
 
-    def keys_of(self, table: Table) -> KeysOf:
-        """The same."""
-        return self._finder().keys_of(table)
+    def free_of(self, table: Table, keys: Set[bytes]) -> IsFree:
+        """By the same."""
+        return self._finder().free_of(table, keys)
 
     def _finder(self) -> SubjectFinder:
         if self._subjects is None:

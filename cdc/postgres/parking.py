@@ -11,20 +11,21 @@ nothing can take in the meantime what a parked change needs, and the earliest on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 import msgspec
 
 from cdc.change import DDL, MESSAGE, Batch, Change, Image, Table, TableName, Truncate
-from cdc.errors import PermanentError
+from cdc.errors import DecodeError, PermanentError
 from cdc.position import SourcePosition
 from cdc.postgres.connection import Connection
 from cdc.postgres.fold import FoldError
 from cdc.postgres.plan import TablePlan
-from cdc.postgres.row import UNCHANGED, decode_row, encode_row
+from cdc.postgres.row import COUNT_BYTES, UNCHANGED, Row, decode_row, encode_row
 from cdc.postgres.schema import FIRST_USER_OID
-from cdc.sink import KeysOf, Subject
+from cdc.sink import IsFree, Subject
 
 _EXACT: Final = (
     16, 17, 18, 19, 20, 21, 23, 25, 26, 1043, 1082, 1083, 1114, 1184, 2950, 3220,
@@ -35,6 +36,9 @@ varchar, date, time, timestamp, timestamptz (in one time zone), uuid, pg_lsn. So
 _ENUM: Final = 0
 
 _MOST_KNOWN: Final = 1000
+
+_FEW_KEYS: Final = 50
+"""So many are looked for in the bytes of a row; more in a table of keys, which takes the row's own keys out of it."""
 
 NOTHING: Final = Subject((), None)
 
@@ -87,10 +91,10 @@ class SubjectFinder:
         known = self._known_as(table)
         return known.whole if known.keys is None else Subject(known.whole.tables, known.keys.of(change))
 
-    def keys_of(self, table: Table) -> KeysOf:
-        """See `cdc.sink.Parking.keys_of`."""
-        keys = self._known_as(table).keys
-        return _no_key if keys is None else keys.of
+    def free_of(self, table: Table, keys: Set[bytes]) -> IsFree:
+        """See `cdc.sink.Parking.free_of`."""
+        known = self._known_as(table).keys
+        return _never if known is None else known.free_of(keys)
 
     def _known_as(self, table: Table) -> _Known:
         known = self._known.get(id(table))
@@ -120,8 +124,8 @@ class _Known(NamedTuple):
     keys: _Keys | None
 
 
-def _no_key(_change: Change) -> None:
-    return None
+def _never(_change: Change) -> bool:
+    return False
 
 
 class _Keys:
@@ -164,6 +168,54 @@ class _Keys:
                     found.append(name + encode_row(values))
         return tuple(found)
 
+    def free_of(self, keys: Set[bytes]) -> IsFree:
+        """What tells of changes that they have none of these keys."""
+
+        def exactly(change: Change) -> bool:
+            own = self.of(change)
+            return own is not None and keys.isdisjoint(own)
+
+        if sorted(self._plan.key) != list(range(len(self._plan.key))) or len(keys) > _FEW_KEYS:
+            return exactly
+        prefixes = tuple({prefix for key in keys for prefix in self._prefixes(key)})
+        parts = tuple({part for key in keys for part in self._parts(key)})
+
+        def is_free(change: Change) -> bool:
+            after, old = change.after, change.before or change.key
+            if old is not None and old.startswith(prefixes, COUNT_BYTES):
+                return exactly(change)
+            if after is None:
+                return old is not None
+            if after.startswith(prefixes, COUNT_BYTES):
+                return exactly(change)
+            for part in parts:
+                if part in after:
+                    return exactly(change)
+            return True
+
+        return is_free
+
+    def _prefixes(self, key: bytes) -> Iterator[bytes]:
+        """How a row's columns begin, if it may have this key: perhaps with some that did not travel."""
+        values = self._values(key)
+        for count in range(len(values)):
+            yield _columns((*values[:count], None))
+            yield _columns((*values[:count], UNCHANGED))
+        yield _columns(values)
+
+    def _parts(self, key: bytes) -> Iterator[bytes]:
+        """What is in a row that has this key, if it is one of the other columns."""
+        for name, _ in self._others:
+            if key.startswith(name) and (values := _decoded(key[len(name) :])):
+                yield max((_columns((value,)) for value in values), key=len)
+
+    def _values(self, key: bytes) -> Row:
+        """Of the key's columns, in the table's order; none if no row can have this key."""
+        values = (key,) if len(self._plan.key) == 1 else _decoded(key)
+        if len(values) != len(self._plan.key):
+            return ()
+        return tuple([value for _, value in sorted(zip(self._plan.key, values, strict=True), key=itemgetter(0))])
+
     def _key(self, image: Image) -> bytes | None:
         value = self._plan.key_of(image)
         if isinstance(value, bytes):
@@ -177,6 +229,19 @@ class _Keys:
         column = self._plan.source.columns[index]
         oid = self._exact.get(column.name)
         return oid is not None and (oid in {_ENUM, column.type_oid} or column.type_oid >= FIRST_USER_OID)
+
+
+def _columns(values: Row) -> bytes:
+    """As they are in a row's image."""
+    return encode_row(values)[COUNT_BYTES:]
+
+
+def _decoded(image: bytes) -> Row:
+    """Nothing, if it is none."""
+    try:
+        return decode_row(image)
+    except DecodeError:
+        return ()
 
 
 def with_ends(batches: Sequence[Batch], *, last_ends: bool) -> list[Batch]:

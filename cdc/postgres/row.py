@@ -28,7 +28,8 @@ _NULL, _TEXT, _UNCHANGED = b"ntu"
 _SHORT_TEXT: Final = b"t\0\0\0"
 """The header of a value below 256 bytes, but for the last byte, its length."""
 
-_COUNT_BYTES: Final = 2
+COUNT_BYTES: Final = 2
+"""A row begins with the number of its columns."""
 
 
 def decode_row(image: bytes) -> Row:
@@ -45,7 +46,7 @@ def decode_row(image: bytes) -> Row:
 def short_texts(image: bytes) -> list[bytes] | None:
     """The values of a row, if all are texts below 256 bytes (nine of ten rows): faster than going from byte to byte."""
     parts = image.split(_SHORT_TEXT)
-    if len(parts.pop(0)) != _COUNT_BYTES:
+    if len(parts.pop(0)) != COUNT_BYTES:
         return None
     try:
         values = [part[1:] for part in parts if part[0] == len(part) - 1]
