@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from operator import is_
-from typing import NamedTuple
+from itertools import groupby
+from operator import attrgetter, is_
+from typing import Final, NamedTuple
 
 from cdc.change import DDL, Change, Transaction
 from cdc.parking_plan import subject_of
@@ -12,6 +13,8 @@ from cdc.parts import Item, Subjects, has_ddl, sifted
 from cdc.queue import Stored
 from cdc.queue.parked import ParkedChange, ParkedId
 from cdc.sink import Parking, Subject
+
+_STORED: Final = attrgetter("stored")
 
 
 class ParkedRows:
@@ -98,15 +101,21 @@ def apart(
     free: list[Item] = []
     waiting: list[tuple[Item, Subject]] = []
     behind = Subjects()
-    for item in items:
-        if item.id in parked:
-            continue
-        subject = sink.subject_of(item.stored.batch.tables, item.change)
-        if parked.subjects.block(subject) or behind.block(subject):
-            waiting.append((item, subject))
-            behind.add(subject)
-        else:
-            free.append(item)
+    for stored, own in groupby(items, _STORED):
+        is_free = parked.subjects.quick_look(stored.batch, sink.free_of, behind)
+        for item in own:
+            if item.id in parked:
+                continue
+            if is_free(item.change):
+                free.append(item)
+                continue
+            subject = sink.subject_of(stored.batch.tables, item.change)
+            if parked.subjects.block(subject) or behind.block(subject):
+                waiting.append((item, subject))
+                if not parked.subjects.covers(subject):
+                    behind.add(subject)
+            else:
+                free.append(item)
     return free, waiting
 
 

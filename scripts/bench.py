@@ -182,7 +182,7 @@ def main() -> int:
 
 
 def _poison(options: argparse.Namespace, source: PostgresServer, target: PostgresServer, folder: Path) -> int:
-    full = Backlog(inserts=10_000, updates=600_000, mark=100_000)
+    full = Backlog(inserts=10_000, updates=400_000, mark=100_000)
     backlog = Backlog(inserts=2_000, updates=4_000, mark=2_000) if options.small else full
     with console.status("draining"):
         drained = compare_poison(source, target, folder, Poison(backlog, options.refused), options.runs)

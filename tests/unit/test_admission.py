@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from cdc.admission import ParkedRows, admission
+from cdc.admission import ParkedRows, admission, apart
 from cdc.change import DDL, DELETE, INSERT, TRUNCATE, UPDATE, Batch, Change, Column, Ddl, Table, Transaction, Truncate
 from cdc.parts import Item, Subjects, items_of
 from cdc.postgres.parking import SubjectFinder, Uniqueness
@@ -197,9 +197,11 @@ def test_f89_what_has_to_wait_is_the_same_as_one_by_one(others: Sequence[Change]
             (item.id, subject) for item, subject in expected
         ]
         waiting = {item.id for item, _ in expected}
+        free, held = apart((item for piece in pieces for item in items_of(piece)), parked, sink)
+        assert held == expected
         items = [item for piece in pieces for item in items_of(piece)]
         passed = [item.change for piece in found.admitted for item in items_of(piece)]
-        assert passed == [item.change for item in items if item.id not in waiting]
+        assert passed == [item.change for item in items if item.id not in waiting] == [item.change for item in free]
         assert found.has_ddl == any(item.change is ALTERED for item in items)
         for piece, admitted in zip(pieces, found.admitted, strict=True):
             places = [each.position for each in admitted.batch.transactions]
@@ -214,4 +216,6 @@ def test_what_is_parked_itself_is_told_nothing_of() -> None:
     parked.add(parked_row(10, sink.subject_of(TABLES, changes[0])))
     found = admission([Stored(1, Batch(TABLES, transactions, 12, 0))], parked, sink, again=True)
     assert [item.id for item, _ in found.waiting] == [(11, 0)]
+    free, waiting = apart(items_of(found.given[0]), parked, sink)
+    assert ([item.id for item, _ in waiting], [item.change for item in free]) == ([(11, 0)], changes[2:])
     assert [item.change for piece in found.admitted for item in items_of(piece)] == changes[2:]
