@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,19 +12,8 @@ import pytest
 
 from tests.command import Cdc, assert_complaint
 from tests.integration.test_mongo_mirror import Shop
+from tests.letters import SOON, TOKENS, are_dead, ask, assert_for_admins_only, fates, letters, mirror, none_is_parked
 from tests.mongo import raw_documents
-
-SOON = "retry = { initial = 0.05, max = 0.1, attempts = 2 }"
-TOKENS = """
-    [[http.tokens]]
-    name = "operator"
-    token = "admin-token"
-    scopes = ["admin"]
-    [[http.tokens]]
-    name = "reader"
-    token = "reader-token"
-    scopes = ["read"]
-"""
 
 
 @pytest.fixture
@@ -40,23 +27,6 @@ def shop(cdc: Cdc, mongodb: str, mongodb_client: pymongo.MongoClient[dict[str, A
         mongodb_client.drop_database(database)
 
 
-def ask(cdc: Cdc, token: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-    request = urllib.request.Request((cdc.data_dir / "http").read_text() + path, data, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as exc:
-        return exc.code, json.load(exc)
-
-
-def mirror(cdc: Cdc) -> dict[str, Any]:
-    found = ask(cdc, "reader-token", "/status")[1]["sinks"]["mirror"]
-    assert isinstance(found, dict)
-    return found
-
-
 def poison(shop: Shop) -> None:
     """Dead: an order, with a change behind it, and a document of a collection that is dropped behind that."""
     shop.wait_for(lambda: mirror(shop.cdc)["state"] == "running", "the mirror")
@@ -66,25 +36,7 @@ def poison(shop: Shop) -> None:
     shop.source.orders.update_one({"_id": 7}, {"$set": {"seen": True}})
     shop.source.old.insert_one({"_id": "second", "n": 1})
     shop.source.old.drop()
-    are_dead(shop)
-
-
-def are_dead(shop: Shop) -> None:
-    shop.wait_for(lambda: (mirror(shop.cdc)["dead"], mirror(shop.cdc)["parked"]) == (2, 4), "both to be dead")
-
-
-def letters(cdc: Cdc, *arguments: str) -> list[dict[str, Any]]:
-    result = cdc("dead-letters", "list", "--json", *arguments)
-    assert result.stdout, result.stderr
-    found = json.loads(result.stdout)
-    assert isinstance(found, list)
-    return found
-
-
-def fates(cdc: Cdc, *arguments: str) -> tuple[int, list[str]]:
-    result = cdc("dead-letters", *arguments, "--json")
-    assert result.stdout, result.stderr
-    return result.returncode, [each["fate"] for each in json.loads(result.stdout)["outcomes"]]
+    are_dead(shop.cdc, 2, 4)
 
 
 def test_f89_dead_changes_are_seen_retried_and_discarded(shop: Shop, cdc: Cdc) -> None:
@@ -101,12 +53,11 @@ def test_f89_dead_changes_are_seen_retried_and_discarded(shop: Shop, cdc: Cdc) -
         shown = cdc("dead-letters", "show", first).stdout
         assert '"text": "ü"' in shown, shown
 
-        for path, body in (("", None), (f"/{first}", None), ("/retry", {"ids": None}), ("/discard", {"ids": [first]})):
-            assert ask(cdc, "reader-token", f"/api/dead-letters{path}", body)[0] == 403
+        assert_for_admins_only(cdc, first)
         assert ask(cdc, "admin-token", f"/api/dead-letters/{first}")[1]["key"] == {"_id": 7}
 
         assert fates(cdc, "retry", first, "mirror:9999.0") == (1, ["refused", "unknown"])
-        are_dead(shop)
+        are_dead(cdc, 2, 4)
         shop.mirror.orders.drop_index("n_1")
         assert fates(cdc, "retry", first, second) == (0, ["applied", "applied"])
         assert raw_documents(shop.source, "orders") == raw_documents(shop.mirror, "orders")
@@ -114,7 +65,7 @@ def test_f89_dead_changes_are_seen_retried_and_discarded(shop: Shop, cdc: Cdc) -
         assert "old" in shop.mirror.list_collection_names()
         assert cdc("dead-letters", "discard", third, "--reason", "of no use").returncode == 1, "nobody said yes"
         assert fates(cdc, "discard", third, "--reason", "of no use", "--yes") == (0, ["discarded"])
-        shop.wait_for(lambda: not mirror(cdc)["parked"], "the drop that waited")
+        none_is_parked(cdc)  # also the drop that waited
         assert "old" not in shop.mirror.list_collection_names()
         assert "of no use" in cdc.log
         assert "(operator)" in cdc.log
@@ -141,7 +92,7 @@ def test_f89_without_a_daemon(shop: Shop, cdc: Cdc) -> None:
     assert discarded.stdout == f"{third}  discarded\n"
     assert "of no use" in discarded.stderr
     with cdc.running():
-        shop.wait_for(lambda: mirror(cdc)["state"] == "running" and not mirror(cdc)["parked"], "the rest")
+        none_is_parked(cdc)
     assert raw_documents(shop.source, "orders") == raw_documents(shop.mirror, "orders")
     assert "old" not in shop.mirror.list_collection_names()
 
