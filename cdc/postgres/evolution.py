@@ -159,7 +159,7 @@ def _changes(old: ColumnShape, new: ColumnShape) -> Iterator[Step]:
         yield SetType(new)
     if old.not_null != new.not_null:
         yield SetNotNull(new.name, new.not_null)
-    if old.default != new.default and not new.generated:
+    if old.default != new.default:
         yield SetDefault(new.name, new.default)
 
 
