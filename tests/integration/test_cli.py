@@ -218,6 +218,23 @@ def test_mirror_from_empty_to_dropped(cdc: Cdc, shop: Database, target_db: Datab
     assert target_db.value("SELECT count(*) FROM orders") == 100
 
 
+def test_f28_f102_verify_names_what_is_wrong_with_a_new_column(cdc: Cdc, shop: Database, target_db: Database) -> None:
+    with cdc.running():
+        cdc.wait_for_sink("running")
+        shop.execute("ALTER TABLE orders ADD COLUMN price int NOT NULL DEFAULT 7")
+        shop.execute("INSERT INTO orders VALUES (101, 'the last', 8)")
+        wait_until(lambda: target_db.value("SELECT count(*) = 101 FROM orders"), what=lambda: cdc.log)
+        assert cdc("verify").returncode == 0
+        target_db.execute("UPDATE orders SET price = 0 WHERE id = 42")
+        report = cdc("verify")
+        assert report.returncode == 1
+        assert "public.orders different: (42)\n" in report.stdout
+        target_db.execute("ALTER TABLE orders DROP COLUMN price")
+        report = cdc("verify")
+        assert report.returncode == 1
+        assert "public.orders has no column price" in report.stdout
+
+
 def test_copy_alone_then_run_goes_on(cdc: Cdc, shop: Database, target_db: Database) -> None:
     copied = cdc("copy")
     assert copied.returncode == 0, copied.stderr
