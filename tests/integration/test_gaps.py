@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pymongo
 import pytest
 
@@ -36,6 +37,12 @@ MISSED = """
     DELETE FROM keyless WHERE n < 5;
 """
 """What happens while nobody captures: names pass from row to row."""
+MISSED_AGAIN = """
+    DELETE FROM items WHERE id > 90;
+    UPDATE items SET name = 'item 60' WHERE id = 61;
+    UPDATE keyless SET n = 50 WHERE n > 8;
+"""
+ANEW = "the stream begins anew: changes are missing"
 
 
 class Daemon:
@@ -75,6 +82,18 @@ class Daemon:
             return sink["state"] == source["state"] == "running" and sink["resync"] is None
 
         wait_until(done, timeout_seconds=60, what=lambda: f"the resync: {self.status()}\n{self.cdc.log}")
+
+    def wait_until_anew(self, count: int) -> None:
+        """Its source has had so many gaps."""
+        wait_until(lambda: self.cdc.log.count(ANEW) == count, what=lambda: self.cdc.log)
+
+    def wait_until_resyncing(self) -> None:
+        def begun() -> bool:
+            status = self.status()
+            sink, source = status["sinks"]["mirror"], status["sources"]["shop"]
+            return bool(sink["state"] == "resyncing" and sink["resync"] and source["state"] == "running")
+
+        wait_until(begun, timeout_seconds=60, what=lambda: f"a resync: {self.status()}\n{self.cdc.log}")
 
 
 class Run(Daemon):
@@ -168,6 +187,39 @@ def test_f8_a_source_may_begin_anew_by_itself(run: Run) -> None:
         wait_until(lambda: "resync begins" in run.cdc.log, what=lambda: run.cdc.log)
         run.assert_right()
     assert "the stream begins anew" in run.cdc.log
+
+
+@pytest.mark.parametrize("on_gap", ["resync", "stop"])
+def test_f8_f9_the_slot_is_dropped_again_while_the_mirror_is_still_put_right(run: Run, on_gap: str) -> None:
+    run.configure(run.source_db, source=f'on_gap = "{on_gap}"')
+    run.target_db.execute("UPDATE items SET name = 'stale' WHERE id = 100")
+    with run.running(), run.target_db.connect() as writer:
+        run.wait_until_resynced()
+        with writer.transaction():
+            writer.execute("LOCK TABLE items IN SHARE MODE")  # it cannot be put right meanwhile
+            for count, missed in enumerate((MISSED, MISSED_AGAIN), 1):
+                drop_slot_in_use(run.source_db, missed)
+                if on_gap == "stop":
+                    run.follow(run.failed("shop")["hint"], "resync", "shop")
+                run.wait_until_anew(count)
+                run.wait_until_resyncing()
+        run.assert_right()
+    assert run.cdc.log.count(ANEW) == 2
+
+
+def drop_slot_in_use(database: Database, missed: str) -> None:
+    """Faster than the daemon connects again; `missed` is not in the next one."""
+
+    def dropped() -> bool:
+        database.execute(
+            f"SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = '{database.name}'"
+        )
+        with suppress(psycopg.errors.ObjectInUse):
+            database.execute(f"SELECT pg_drop_replication_slot('{database.name}'); {missed}")
+            return True
+        return False
+
+    wait_until(dropped)
 
 
 def test_f12_another_cluster_takes_a_person(run: Run, postgres16: PostgresServer, new_database: NewDatabase) -> None:
