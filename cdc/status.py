@@ -315,9 +315,7 @@ _TROUBLE: Final = frozenset({State.FAILED, State.STOPPED, State.WAITING})
 
 
 def _source(stats: CaptureStats, queue: QueueStats | None, now: float) -> SourceStatus:
-    lag_bytes = _distance(stats.confirmed, stats.server_end)
-    # what a server told before it went away says nothing about now
-    caught_up = stats.state == State.RUNNING and lag_bytes == 0
+    lag_bytes = _distance(stats.confirmed, _server_end(stats))
     return SourceStatus(
         state=stats.state,
         error=stats.error,
@@ -325,7 +323,7 @@ def _source(stats: CaptureStats, queue: QueueStats | None, now: float) -> Source
         received=format_position(stats.received),
         server_end=format_position(stats.server_end),
         confirmed=format_position(stats.confirmed),
-        lag_seconds=0.0 if caught_up else _age(stats.last_commit_time, stats.caught_up_at, now),
+        lag_seconds=0.0 if lag_bytes == 0 else _age(stats.last_commit_time, stats.caught_up_at, now),
         lag_bytes=lag_bytes,
         last_commit_time=stats.last_commit_time,
         connected_at=stats.connected_at,
@@ -389,8 +387,13 @@ def _sink_lag(
     """Seconds and bytes. A sink that applied all that was captured is as late as its source, and no later."""
     if source.queue is not None and stats.position is not None and stats.seq >= source.queue.last_seq:
         return source.lag_seconds, source.lag_bytes
-    lag_bytes = _distance(stats.position, capture.server_end)
+    lag_bytes = _distance(stats.position, _server_end(capture))
     return _age(stats.last_commit_time, stats.caught_up_at, now), lag_bytes
+
+
+def _server_end(stats: CaptureStats) -> SourcePosition | None:
+    """What a server told before it went away, or is not asked any more, says nothing about now."""
+    return stats.server_end if stats.state is State.RUNNING else None
 
 
 def _distance(reached: SourcePosition | None, end: SourcePosition | None) -> int | None:

@@ -90,10 +90,15 @@ def test_sink_that_applied_everything_is_as_late_as_its_source() -> None:
     assert (status.lag_seconds, status.lag_bytes) == (9.0, 600)
 
 
-def test_lag_grows_while_the_source_is_away() -> None:
+@pytest.mark.parametrize("state", [State.WAITING, State.FAILED, State.PAUSED])
+def test_lag_grows_in_time_and_is_unknown_in_bytes_while_nothing_is_heard_of_the_source(state: State) -> None:
     """What the server told before it went away says nothing about now."""
-    capture = running(state=State.WAITING, error="connection refused", caught_up_at=NOW - 60)
-    assert take(capture).sources["shop"].lag_seconds == 60.0
+    capture = running(state=state, error="connection refused", caught_up_at=NOW - 60)
+    behind = delivering(position=400, seq=3, caught_up_at=NOW - 90)
+    for sink, seconds in ((delivering(), 60.0), (behind, 90.0)):
+        status = take(capture, sink)
+        assert (status.sources["shop"].lag_seconds, status.sources["shop"].lag_bytes) == (60.0, None)
+        assert (status.sinks["mirror"].lag_seconds, status.sinks["mirror"].lag_bytes) == (seconds, None)
 
 
 def test_lag_is_unknown_before_anything_is_known() -> None:
