@@ -34,6 +34,15 @@ log = structlog.get_logger()
 ReadShapes = Callable[[Collection[int]], Sequence[TableShape]]
 """Asks the source's catalog."""
 
+_LIKEWISE = (
+    "alter the mirror likewise, then `cdc resume {sink}`; "
+    'or let cdc do it: schema_changes = "apply" for sink {sink}, and start the daemon again'
+)
+_ONLY_A_COPY = (
+    "altering the mirror is not enough, its rows must be copied again: "
+    'set schema_changes = "apply" for sink {sink}, and start the daemon again, which does that'
+)
+
 
 class CopyAgain(Exception):
     """A table of the mirror cannot be altered to what the source's has become: its rows are to be copied once more."""
@@ -198,7 +207,7 @@ class Reshaper:
             return None
         renaming = Renaming(self._connection, self._config, mirrored.name, name)
         if self._config.schema_changes == "stop" and not renaming.done:
-            raise self._stopped(mirrored.name, f"it is called {name} now")
+            raise self._stopped(mirrored.name, f"it is called {name} now", _LIKEWISE)
         if not renaming.possible:
             self._copy_again(name, f"{mirrored.name} has this name now")
         renaming.carry_out()
@@ -228,7 +237,7 @@ class Reshaper:
             self._refreshes.restart(mirrored.name)
         if self._config.schema_changes == "stop":
             if left := self._table(mirrored).left_to_do(steps, bearable=True):
-                raise self._stopped(mirrored.name, "; ".join(map(describe, left)))
+                raise self._stopped(mirrored.name, "; ".join(map(describe, left)), _LIKEWISE)
             return
         self._carry_out(mirrored, steps)
 
@@ -256,14 +265,13 @@ class Reshaper:
 
     def _copy_again(self, table: TableName, reason: str) -> NoReturn:
         if self._config.schema_changes == "stop":
-            raise self._stopped(table, reason)
+            raise self._stopped(table, reason, _ONLY_A_COPY)
         raise CopyAgain(table, reason)
 
-    def _stopped(self, table: TableName, change: str) -> PermanentError:
+    def _stopped(self, table: TableName, change: str, remedy: str) -> PermanentError:
         return PermanentError(
-            f"table {table} has changed at the source: {change}",
-            hint=f"alter the mirror likewise, then `cdc resume {self._config.name}`; "
-            'or let cdc do it: schema_changes = "apply"',
+            f'table {table} has changed at the source: {change} (and schema_changes = "stop")',
+            hint=remedy.format(sink=self._config.name),
         )
 
     def _store(self, mirrored: Mirrored, followed: Followed) -> None:

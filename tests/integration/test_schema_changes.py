@@ -400,6 +400,7 @@ def test_f29_the_policy_stop_names_table_and_change(
         source_db.execute("INSERT INTO items (id, c) VALUES (101, 1)")
         error = mirror.failure()
         assert "table public.items has changed at the source: add column c integer" in str(error)
+        assert 'schema_changes = "stop"' in str(error)
         assert isinstance(error, FatalError)
         assert "alter the mirror" in error.hint
         target_db.execute("ALTER TABLE items ADD COLUMN c int DEFAULT 3")
@@ -408,8 +409,13 @@ def test_f29_the_policy_stop_names_table_and_change(
         assert target_db.value("SELECT count(*) FROM items WHERE c = 1") == 1
         source_db.execute("ALTER TABLE items ALTER COLUMN c TYPE text USING 'c' || c")
         source_db.execute("INSERT INTO items (id, c) VALUES (102, 1)")
-        assert "public.items" in str(mirror.failure())
+        error = mirror.failure()
+        assert "public.items" in str(error)
+        assert isinstance(error, FatalError)
+        assert 'must be copied again: set schema_changes = "apply" for sink mirror' in error.hint
         assert mirror.fillings == 0
+    with life() as mirror:
+        assert_same(mirror)
 
 
 def test_f28_f32_random_changes_of_rows_and_shapes(life: Life, source_db: Database, capture: str) -> None:
