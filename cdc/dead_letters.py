@@ -121,24 +121,27 @@ class Office:
             raise UnknownLetter(f"there is no parked change {letter}", hint="see `cdc dead-letters list`")
         return found
 
-    def retry(self, letters: Collection[LetterId] | None, who: str) -> Sequence[Outcome]:
+    def retry(self, letters: Collection[LetterId] | None, who: str, *, sink: str = "") -> Sequence[Outcome]:
         """Make them due now, and wait a little for what comes of it."""
         boxes = self._boxes()
-        wanted = _by_sink(letters) if letters is not None else dict.fromkeys(boxes)
+        if sink:
+            _box(boxes, sink)
+        asked = dict.fromkeys(boxes) if letters is None else _by_sink(letters)
+        wanted = {name: ids for name, ids in asked.items() if sink in {"", name}}
         known: dict[str, Sequence[ParkedId]] = {}
-        for sink, ids in wanted.items():
-            if (box := boxes.get(sink)) is not None:
-                known[sink] = box.alter(partial(_revive, sink=sink, ids=ids))
-                if known[sink]:
-                    log.info("parked changes are to be tried again", sink=sink, changes=len(known[sink]), by=who)
+        for name, ids in wanted.items():
+            if (box := boxes.get(name)) is not None:
+                known[name] = box.alter(partial(_revive, sink=name, ids=ids))
+                if known[name]:
+                    log.info("parked changes are to be tried again", sink=name, changes=len(known[name]), by=who)
         deadline = time.monotonic() + TRY_SECONDS
-        for sink in known:
-            if (parker := boxes[sink].parker) is not None:
+        for name in known:
+            if (parker := boxes[name].parker) is not None:
                 parker.wait_tried(max(deadline - time.monotonic(), 0.0))
         return [
             outcome
-            for sink, ids in wanted.items()
-            for outcome in _tried(boxes.get(sink), sink, ids or known[sink], known.get(sink, ()))
+            for name, ids in wanted.items()
+            for outcome in _tried(boxes.get(name), name, ids or known[name], known.get(name, ()))
         ]
 
     def discard(self, letters: Collection[LetterId], *, reason: str, who: str) -> Sequence[Outcome]:
@@ -166,9 +169,13 @@ _UNSETTLED: Final = "its sink has not passed it for good, and may still get it a
 
 
 def _revive(queue: Queue, *, sink: str, ids: Collection[ParkedId] | None) -> Sequence[ParkedId]:
-    """Those of `ids` that are there; of all, those that were refused."""
+    """Those of `ids` that are there; of all, those that were refused, or are due already."""
     rows = queue.parked(sink)
-    found = [row.id for row in rows if (row.attempts or row.state == "dead" if ids is None else row.id in ids)]
+    if ids is None:
+        behind = _behind(rows)
+        found = [row.id for row in rows if row.attempts or row.state == "dead" or row.id not in behind]
+    else:
+        found = [row.id for row in rows if row.id in ids]
     if found:
         queue.revive(sink, found)
     return found

@@ -153,8 +153,11 @@ class DeadLetters(Protocol):
         """One of them, with its contents. Raises `UnknownLetter`."""
         ...
 
-    def retry(self, letters: Collection[LetterId] | None, who: str) -> Sequence[Outcome]:
-        """Make them due now, as if they had never been tried, and wait a little; `None`: all that were refused."""
+    def retry(self, letters: Collection[LetterId] | None, who: str, *, sink: str = "") -> Sequence[Outcome]:
+        """Make them due now, as if they had never been tried, and wait a little.
+
+        letters: `None` for all that do not wait behind another one. sink: only those of this sink, if it is named.
+        """
         ...
 
     def discard(self, letters: Collection[LetterId], *, reason: str, who: str) -> Sequence[Outcome]:

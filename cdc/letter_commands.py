@@ -62,15 +62,21 @@ def retry(
     context: typer.Context,
     ids: Ids = None,
     *,
-    every: Annotated[bool, typer.Option("--all", help="All that were refused, of all sinks.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All that do not wait behind another one.")] = False,
+    sink: Annotated[str, typer.Option(help="Only those of this sink.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Try parked changes now, as if they had never been tried. Those behind them follow, in order."""
     if every == bool(ids):
-        raise FatalError("it is not said what to try again", hint="name ids of `cdc dead-letters list`, or --all")
+        raise FatalError(
+            "it is not said what to try again", hint="name ids of `cdc dead-letters list`, or --all [--sink NAME]"
+        )
+    session = context.ensure_object(Session)
+    if sink:
+        session.sinks(sink)
     wanted = None if every else [LetterId.parse(each) for each in ids or ()]
-    with context.ensure_object(Session).changing_dead_letters() as letters:
-        outcomes = letters.retry(wanted, _user())
+    with session.changing_dead_letters() as letters:
+        outcomes = letters.retry(wanted, _user(), sink=sink)
     _tell(outcomes, as_json=as_json)
 
 
@@ -140,7 +146,7 @@ def _tell(outcomes: Collection[Outcome], *, as_json: bool) -> None:
     if as_json:
         print(msgspec.json.encode(Outcomes(tuple(outcomes))).decode())
     elif not outcomes:
-        print("nothing is parked that was refused")
+        print("nothing is parked")
     else:
         for each in outcomes:
             print(f"{each.id}  {each.fate}{f': {each.reason}' if each.reason else ''}")

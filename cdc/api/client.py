@@ -96,11 +96,12 @@ class RemoteLetters:
         """One of them, with its contents."""
         return msgspec.json.decode(self._client.request("GET", f"{_LETTERS}/{letter}"), type=Letter)
 
-    def retry(self, letters: Collection[LetterId] | None, who: str) -> Sequence[Outcome]:
+    def retry(self, letters: Collection[LetterId] | None, who: str, *, sink: str = "") -> Sequence[Outcome]:
         """Make them due now; the daemon waits a little for what comes of it."""
+        body = {"sink": sink, "by": who}
         if letters is None:
-            return self._post("retry", {"ids": None, "by": who})
-        return [outcome for ids in _portions(letters) for outcome in self._post("retry", {"ids": ids, "by": who})]
+            return self._post("retry", {"ids": None, **body})
+        return [outcome for ids in _portions(letters) for outcome in self._post("retry", {"ids": ids, **body})]
 
     def discard(self, letters: Collection[LetterId], *, reason: str, who: str) -> Sequence[Outcome]:
         """Give them up."""

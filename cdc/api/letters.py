@@ -22,9 +22,13 @@ _Reason = Annotated[str, msgspec.Meta(min_length=1, max_length=1000, description
 
 
 class RetryRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which parked changes to try now; null: all that were refused. by: who wants it, beside whose token it is."""
+    """Which parked changes to try now; null: all that do not wait behind another one.
+
+    sink: only those of this sink. by: who wants it, beside whose token it is.
+    """
 
     ids: tuple[LetterIdText, ...] | None
+    sink: str = ""
     by: _By = ""
 
 
@@ -65,13 +69,14 @@ class Letters:
             raise UnknownLetter(str(exc), hint=exc.hint) from exc
         return answer(await run_in_threadpool(self._dead_letters.get, wanted))
 
-    @operation("admin", {200: Outcomes}, body=RetryRequest, errors=(409,))
+    @operation("admin", {200: Outcomes}, body=RetryRequest, errors=(404, 409))
     async def retry(self, request: Request) -> Response:
         """Try parked changes now, as if they had never been tried; those behind them follow."""
         wanted = await read_body(request, RetryRequest)
         ids = None if wanted.ids is None else [LetterId.parse(each) for each in wanted.ids]
         who = _who(request, wanted.by)
-        return answer(Outcomes(tuple(await run_in_threadpool(self._dead_letters.retry, ids, who))))
+        outcomes = await run_in_threadpool(self._dead_letters.retry, ids, who, sink=wanted.sink)
+        return answer(Outcomes(tuple(outcomes)))
 
     @operation("admin", {200: Outcomes}, body=DiscardRequest, errors=(409,))
     async def discard(self, request: Request) -> Response:

@@ -150,6 +150,7 @@ def test_f89_without_a_daemon(shop: Shop, cdc: Cdc) -> None:
     assert "of no use" in discarded.stderr
     shop.accept()
     assert fates(cdc, "retry", first) == (0, ["due"])
+    assert fates(cdc, "retry", "--all", "--sink", "mirror") == (0, ["due"]), "as before"
     with cdc.running():
         none_is_parked(cdc)
         assert cdc("sync", "mirror", "public.items", "--id", "1").returncode == 0

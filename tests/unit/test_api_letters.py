@@ -143,8 +143,13 @@ def test_f89_retry(client: TestClient, queue: Queue) -> None:
         ("mirror:7.0", "unknown"),
     ]
     assert [(row.state, row.attempts) for row in queue.parked("mirror")] == [("retrying", 0)] * 2 + [("retrying", 2)]
-    answer = client.post("/api/dead-letters/retry", json={"ids": None})
-    assert [each["id"] for each in answer.json()["outcomes"]] == ["mirror:3.0"], "the others were not refused since"
+    for body in ({"ids": None}, {"ids": None, "sink": "mirror"}):
+        answer = client.post("/api/dead-letters/retry", json=body)
+        assert [(each["id"], each["fate"]) for each in answer.json()["outcomes"]] == [
+            ("mirror:1.0", "due"),
+            ("mirror:3.0", "due"),
+        ], "and the other one follows by itself"
+    assert client.post("/api/dead-letters/retry", json={"ids": None, "sink": "nobody"}).status_code == 404
 
 
 def test_f89_discard(client: TestClient, queue: Queue, stats: DeliveryStats) -> None:
