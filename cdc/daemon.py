@@ -27,6 +27,7 @@ from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.dead_letters import Box, Office
 from cdc.delivery import Delivery
 from cdc.directory import lock_directory
+from cdc.discards import tell_kept
 from cdc.errors import CdcError, FatalError
 from cdc.letter import DeadLetters
 from cdc.parking import Parker, ParkingBounds, can_park
@@ -205,7 +206,9 @@ class Daemon:
     def _assemble(self) -> None:
         for name, source in self._sources.items():
             with contained(source.stats):
-                source.assemble(open_queue(self._config, name), partial(self._capture, name))
+                queue = open_queue(self._config, name)
+                tell_kept(queue)
+                source.assemble(queue, partial(self._capture, name))
         for name, sink in self._sinks.items():
             with contained(sink.stats):
                 sink.assemble(self._queue_for(name), partial(self._deliver, name))

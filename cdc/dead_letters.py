@@ -14,6 +14,7 @@ import structlog
 
 from cdc import kinds
 from cdc.change import Batch
+from cdc.discards import Discard, keep
 from cdc.errors import CdcError
 from cdc.letter import (
     Contents,
@@ -63,7 +64,7 @@ class Box:
     """The parked changes of one sink.
 
     kind: of the source's database. queue: where they can be changed, a queue that nobody else has open.
-    parker: who else changes them; `None` where nobody does.
+    parker: who else changes them; `None` where nobody does. stats: of the running sink; `None` where no daemon runs.
     """
 
     sink: str
@@ -79,6 +80,15 @@ class Box:
         if queue is None:
             raise CdcError(f"the queue of sink {self.sink} cannot be changed", hint="see `cdc status`")
         return action(queue) if self.parker is None else self.parker.alter(lambda: action(queue))
+
+    def tell(self, discards: Sequence[Discard]) -> None:
+        """Log what was given up, and let the daemon's log have it where none runs."""
+        for discard in discards:
+            discard.tell()
+        if self.stats is not None:
+            self.stats.discarded += len(discards)
+        elif self.queue is not None and discards:
+            keep(self.queue, discards)
 
 
 class Office:
@@ -151,17 +161,10 @@ class Office:
         for sink, ids in _by_sink(letters).items():
             box = boxes.get(sink)
             rows = {} if box is None else box.alter(partial(_unpark, sink=sink, ids=ids))
-            for each in ids:
-                letter, row = LetterId(sink, *each), rows.get(each)
-                if row is None:
-                    outcomes.append(_unknown(letter))
-                elif isinstance(row, str):
-                    outcomes.append(Outcome(str(letter), "unsettled", row))
-                else:
-                    outcomes.append(Outcome(str(letter), "discarded"))
-                    _log_discarded(letter, row, reason=reason, who=who)
-            if box is not None and box.stats is not None:
-                box.stats.discarded += sum(isinstance(row, ParkedChange) for row in rows.values())
+            outcomes += (_discarded(LetterId(sink, *each), rows.get(each)) for each in ids)
+            if box is not None:
+                gone = [(each, row) for each, row in rows.items() if isinstance(row, ParkedChange)]
+                box.tell([_given_up(LetterId(sink, *each), row, reason=reason, who=who) for each, row in gone])
         return outcomes
 
 
@@ -213,9 +216,14 @@ def _unknown(letter: LetterId) -> Outcome:
     return Outcome(str(letter), "unknown", "there is no such parked change, or no longer")
 
 
-def _log_discarded(letter: LetterId, row: ParkedChange, *, reason: str, who: str) -> None:
-    log.warning(
-        "discarded a parked change",
+def _discarded(letter: LetterId, row: ParkedChange | str | None) -> Outcome:
+    if row is None:
+        return _unknown(letter)
+    return Outcome(str(letter), "unsettled", row) if isinstance(row, str) else Outcome(str(letter), "discarded")
+
+
+def _given_up(letter: LetterId, row: ParkedChange, *, reason: str, who: str) -> Discard:
+    return Discard(
         id=str(letter),
         sink=letter.sink,
         tables=", ".join(map(str, row.tables)),
@@ -223,6 +231,7 @@ def _log_discarded(letter: LetterId, row: ParkedChange, *, reason: str, who: str
         error=row.error,
         reason=reason,
         by=who,
+        at=_moment(time.time()).isoformat(timespec="seconds"),
     )
 
 

@@ -60,6 +60,11 @@ class Shop:
         return report
 
 
+def discards(cdc: Cdc) -> list[dict[str, Any]]:
+    """What the daemon's log tells of them."""
+    return [json.loads(line) for line in cdc.log.splitlines() if '"discarded a parked change"' in line]
+
+
 @pytest.fixture
 def shop(cdc: Cdc, source_db: Database, target_db: Database, pg_dump: Path) -> Shop:
     return Shop(cdc, source_db, target_db, pg_dump)
@@ -113,7 +118,7 @@ def test_f89_a_discarded_change_is_logged_and_can_be_put_right(shop: Shop, cdc: 
         body = {"ids": [first], "reason": "of no use", "by": "ann"}
         _, answer = ask(cdc, "admin-token", "/api/dead-letters/discard", body)
         assert [each["fate"] for each in answer["outcomes"]] == ["discarded"]
-        logged = [json.loads(line) for line in cdc.log.splitlines() if '"discarded a parked change"' in line]
+        logged = discards(cdc)
         assert [(each["id"], each["reason"]) for each in logged] == [
             (other, "asked for by the shop"),
             (first, "of no use"),
@@ -153,5 +158,7 @@ def test_f89_without_a_daemon(shop: Shop, cdc: Cdc) -> None:
     assert fates(cdc, "retry", "--all", "--sink", "mirror") == (0, ["due"]), "as before"
     with cdc.running():
         none_is_parked(cdc)
+        (told,) = discards(cdc)
+        assert (told["id"], told["reason"]) == (other, "of no use"), "which only a terminal had shown until now"
         assert cdc("sync", "mirror", "public.items", "--id", "1").returncode == 0
         assert shop.verify()["equal"]
