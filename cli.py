@@ -25,14 +25,13 @@ from cdc import (
     kinds,
     letter_commands,
     logs,
+    mirror_commands,
     preflight,
     status_table,
     steering,
-    verify_report,
 )
 from cdc.api.client import DaemonUnreachable
 from cdc.beginning import begin, begun_fact
-from cdc.change import TableName
 from cdc.config import Config, SinkConfig, SourceConfig, load
 from cdc.copy import Copy, CopyProgress, PlannedTable, reported
 from cdc.daemon import Parts
@@ -44,10 +43,10 @@ from cdc.kinds import build_source
 from cdc.pipeline import paused_fact
 from cdc.position import Position
 from cdc.queue import Queue
-from cdc.resync import Wanted
 from cdc.session import NoFacts, Session
 from cdc.sink import Mirror, Sink, SinkContext, StreamSink
 from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, to_json
+from cdc.terminal import AnySink, AsJson, OneSink, exit_unless, out, print_json
 from cdc.wishes import wishes_of
 from sinks import load as load_sink
 from sinks import options_of
@@ -59,13 +58,10 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
 )
+app.add_typer(mirror_commands.app)
 app.add_typer(letter_commands.app, name="dead-letters")
-out = Console()
 
 Name = Annotated[str, typer.Argument(help="A source or a sink.")]
-OneSink = Annotated[str, typer.Argument(metavar="SINK")]
-AnySink = Annotated[str | None, typer.Argument(metavar="[SINK]", help="All sinks, if left out.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 
 
 def main() -> None:
@@ -169,10 +165,10 @@ def check(context: typer.Context, *, as_json: AsJson = False) -> None:
         *(preflight.collect(f"sink {name}", _check_sink(config, sink)) for name, sink in config.sinks.items()),
     ]
     if as_json:
-        _print_json(preflight.as_json(sections))
+        print_json(preflight.as_json(sections))
     else:
         out.print(preflight.render(sections))
-    _exit_unless(not preflight.failed(sections))
+    exit_unless(not preflight.failed(sections))
 
 
 def _check_served(config: Config) -> Iterator[preflight.Finding]:
@@ -319,12 +315,12 @@ def status(
     session = context.ensure_object(Session)
     current = session.status()
     if as_json:
-        _print_json(to_json(current))
+        print_json(to_json(current))
     elif watch:
         current = _watch(session, current)
     else:
         out.print(status_table.render(current))
-    _exit_unless(current.healthy)
+    exit_unless(current.healthy)
 
 
 def _watch(session: Session, current: DaemonStatus) -> DaemonStatus:
@@ -335,79 +331,6 @@ def _watch(session: Session, current: DaemonStatus) -> DaemonStatus:
             time.sleep(1)
             current = session.status()
     return current
-
-
-@app.command("verify")
-def verify_command(context: typer.Context, sink: AnySink = None, *, as_json: AsJson = False) -> None:
-    """Compare mirrors with their sources. Exit code 1 if anything differs."""
-    session = context.ensure_object(Session)
-    reports = {
-        chosen.name: kinds.pair(chosen.kind).verify_pair(session.mirroring(chosen)) for chosen in session.mirrors(sink)
-    }
-    parked = {name: status.parked for name, status in session.status().sinks.items()}
-    reports = {name: msgspec.structs.replace(report, parked=parked.get(name, 0)) for name, report in reports.items()}
-    equal = all(report.equal for report in reports.values())
-    if as_json:
-        _print_json(msgspec.json.encode({"equal": equal, "sinks": reports}))
-    else:
-        for name, report in reports.items():
-            out.print(f"[bold]{name}[/bold]", verify_report.render(report), sep="\n")
-    _exit_unless(equal)
-
-
-@app.command()
-def cutover(
-    context: typer.Context,
-    sink: OneSink,
-    *,
-    timeout: Annotated[float, typer.Option(help="Seconds that the mirror may take to catch up.")] = 300.0,
-) -> None:
-    """Prove that a mirror has everything, and make it ready to be written to. Stop your applications first."""
-    session = context.ensure_object(Session)
-    (chosen,) = session.mirrors(sink)
-    session.client()  # without a daemon the mirror would never get there
-    result = kinds.pair(chosen.kind).cut_over_pair(
-        session.mirroring(chosen), timeout_seconds=timeout, progress=lambda line: print(line, file=sys.stderr)
-    )
-    out.print(verify_report.render(result.report), *result.lines(), sep="\n", markup=False)
-    _exit_unless(result.ready)
-
-
-@app.command()
-def sync(
-    context: typer.Context,
-    sink: OneSink,
-    table: Annotated[str, typer.Argument(help="schema.table, or database.collection, by its name at the source.")],
-    *,
-    ids: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--id", help="A key (of several columns: a JSON array), or an _id as Extended JSON. May be repeated."
-        ),
-    ] = None,
-    where: Annotated[
-        str | None, typer.Option(help="An SQL condition, or a filter as Extended JSON: all that it holds for.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what differs.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Read given rows or documents from the source again, and put them right on the mirror."""
-    session = context.ensure_object(Session)
-    (chosen,) = session.mirrors(sink)
-    schema, dot, name = table.partition(".")
-    if not dot or not (ids or where):
-        raise FatalError(
-            "it is not said what to sync", hint="cdc sync SINK SCHEMA.TABLE --id KEY, or --where CONDITION"
-        )
-    wanted = Wanted(tuple(ids or ()), where)
-    with session.alone_or_beside_daemon():
-        mirroring = session.mirroring(chosen)
-        report = kinds.pair(chosen.kind).resync_pair(mirroring, TableName(schema, name), wanted, dry_run=dry_run)
-    if as_json:
-        _print_json(msgspec.json.encode(report))
-    else:
-        out.print(*report.lines(), sep="\n", markup=False, soft_wrap=True)
-    _exit_unless(report.settled)
 
 
 @app.command()
@@ -535,15 +458,6 @@ def _drop_sink(config: Config, sink: SinkConfig) -> None:
         queue.retain(other.name for other in config.sinks_of(sink.source) if other.name != sink.name)
         for fact in (filled_fact(sink.name), begun_fact(sink.name), paused_fact(sink.name), *wishes_of(sink.name)):
             queue.set(fact, None)
-
-
-def _print_json(data: bytes) -> None:
-    print(data.decode())
-
-
-def _exit_unless(fine: bool) -> None:
-    if not fine:
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,16 @@ from typing import Annotated, BinaryIO, Final
 
 import msgspec
 import typer
-from rich.console import Console
 
 from cdc import letter_table
 from cdc.errors import FatalError
 from cdc.letter import MAX_PAGE, DeadLetters, Letter, LetterId, LetterQuery, Outcome, Outcomes
 from cdc.session import Session
+from cdc.terminal import AnySink, AsJson, exit_unless, out, print_json
 
 app = typer.Typer(help="See, retry, discard and export changes that a target refuses.", no_args_is_help=True)
 
-AnySink = Annotated[str | None, typer.Argument(metavar="[SINK]", help="All sinks, if left out.")]
 Ids = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Such as mirror:1207.3, from the list.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 
 _BAD: Final = frozenset({"refused", "unknown", "unsettled"})
 
@@ -40,9 +38,9 @@ def list_command(
     query = LetterQuery(sink=sink or "", state=("dead",) if dead else msgspec.UNSET, limit=MAX_PAGE)
     found = list(_all(session.dead_letters(), query))
     if as_json:
-        print(msgspec.json.encode(found).decode())
+        print_json(msgspec.json.encode(found))
     else:
-        Console().print(letter_table.render(found), soft_wrap=True)
+        out.print(letter_table.render(found), soft_wrap=True)
 
 
 @app.command()
@@ -52,7 +50,7 @@ def show(
     """Show one parked change with all that it holds."""
     found = context.ensure_object(Session).dead_letters().get(LetterId.parse(letter))
     if as_json:
-        print(msgspec.json.encode(found).decode())
+        print_json(msgspec.json.encode(found))
     else:
         print(*letter_table.lines(found), sep="\n")
 
@@ -114,7 +112,7 @@ def export(
     letters = _all(session.dead_letters(), LetterQuery(sink=sink or "", limit=MAX_PAGE, full=True))
     if output is None:
         for letter in letters:
-            print(msgspec.json.encode(letter).decode())
+            print_json(msgspec.json.encode(letter))
         return
     with _created(output) as file:
         count = 0
@@ -144,14 +142,13 @@ def _created(path: Path) -> BinaryIO:
 def _tell(outcomes: Collection[Outcome], *, as_json: bool) -> None:
     """Exit code 1 where something was not done."""
     if as_json:
-        print(msgspec.json.encode(Outcomes(tuple(outcomes))).decode())
+        print_json(msgspec.json.encode(Outcomes(tuple(outcomes))))
     elif not outcomes:
         print("nothing is parked")
     else:
         for each in outcomes:
             print(f"{each.id}  {each.fate}{f': {each.reason}' if each.reason else ''}")
-    if any(each.fate in _BAD for each in outcomes):
-        raise typer.Exit(1)
+    exit_unless(not any(each.fate in _BAD for each in outcomes))
 
 
 def _user() -> str:
