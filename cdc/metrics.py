@@ -191,7 +191,11 @@ def _sinks(sinks: Mapping[str, SinkStatus]) -> Iterator[Metric]:
     parked = (
         sample
         for name, sink in sinks.items()
-        for sample in (((name, "retrying"), sink.parked - sink.dead), ((name, "dead"), sink.dead))
+        for sample in (
+            ((name, "retrying"), sink.parked - sink.dead - sink.waiting),
+            ((name, "waiting"), sink.waiting),
+            ((name, "dead"), sink.dead),
+        )
     )
     yield _gauge("cdc_parked_changes", "Changes that wait, as the target refused one.", ("sink", "state"), parked)
     yield _counter("cdc_parked_attempts", "Parked changes tried again.", label, each(lambda s: s.parked_attempts))

@@ -85,7 +85,8 @@ def _delivery(name: str, source: str, queue: QueueOnDisk | None) -> DeliveryStat
         stats.seq, stats.position = queue.cursors.get(name, (0, None))
         stats.state = _state(queue, name)
         count = queue.parked.get(name, ParkedCount())
-        stats.parked, stats.dead, stats.parked_oldest_at = count.parked, count.dead, count.oldest_at
+        stats.parked, stats.dead, stats.waiting = count.parked, count.dead, count.waiting
+        stats.parked_oldest_at = count.oldest_at
     return stats
 
 

@@ -393,6 +393,7 @@ class Parker:
     def _publish(self) -> None:
         self._stats.parked = len(self._rows)
         self._stats.dead = sum(row.state == "dead" for row in self._rows)
+        self._stats.waiting = sum(row.state != "dead" and not row.attempts for row in self._rows)
         self._stats.parked_oldest_at = min((row.created_at for row in self._rows), default=None)
 
 

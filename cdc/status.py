@@ -141,7 +141,8 @@ class DeliveryStats:
     position, seq: where the target stands, in the source's terms and in the queue's.
     last_commit_time: when the last applied transaction was committed, by the source's clock.
     caught_up_at: when everything that was captured was applied, last.
-    parked: changes that wait because the target refused one; `dead`: those of them that are not tried again.
+    parked: changes that wait because the target refused one; `dead`: those of them that are not tried again; `waiting`:
+        those that were never tried, since they are behind another one.
     parked_oldest_at: since when the oldest of them waits.
     parked_attempts: how often parked changes were tried again. discarded: how many were given up by a person.
     copy: tells how far the initial copy is, once one has begun.
@@ -165,6 +166,7 @@ class DeliveryStats:
     retries: int = 0
     parked: int = 0
     dead: int = 0
+    waiting: int = 0
     parked_oldest_at: float | None = None
     parked_attempts: int = 0
     discarded: int = 0
@@ -221,7 +223,8 @@ class SinkStatus(msgspec.Struct, frozen=True):
     """A sink. Positions as text; times in unix seconds.
 
     lag_seconds, lag_bytes: how far the target is behind the source's server, capture included.
-    parked: changes that wait because the target refused one; `dead`: those of them that are not tried again.
+    parked: changes that wait because the target refused one; `dead`: those of them that are not tried again; `waiting`:
+        those that were never tried, since they are behind another one.
     parked_attempts: how often parked changes were tried again. discarded: how many were given up by a person.
     torn: whether transactions are on the target in part only: as long as something is parked.
     """
@@ -249,6 +252,7 @@ class SinkStatus(msgspec.Struct, frozen=True):
     parked_attempts: int = 0
     discarded: int = 0
     resync: ResyncStatus | None = None
+    waiting: int = 0
 
 
 class DaemonStatus(msgspec.Struct, frozen=True):
@@ -378,6 +382,7 @@ def _sink(stats: DeliveryStats, capture: CaptureStats, source: SourceStatus, now
         parked_attempts=stats.parked_attempts,
         discarded=stats.discarded,
         resync=stats.resync,
+        waiting=stats.waiting,
     )
 
 

@@ -40,7 +40,10 @@ _REVIVE: Final = """
      WHERE sink = ? AND place = ? AND ordinal = ?
 """
 _DELETE: Final = "DELETE FROM parked WHERE sink = ? AND place = ? AND ordinal = ?"
-_COUNT: Final = "SELECT sink, count(*), sum(state = 'dead'), min(created_at) FROM parked GROUP BY sink"
+_COUNT: Final = """
+    SELECT sink, count(*), sum(state = 'dead'), min(created_at), sum(state <> 'dead' AND attempts = 0)
+      FROM parked GROUP BY sink
+"""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Batch).decode
@@ -109,11 +112,15 @@ ParkedOrder = Park | Retried | Revive | Unpark
 
 
 class ParkedCount(msgspec.Struct, frozen=True):
-    """How many changes of a sink are parked, dead ones included, and since when the oldest (unix seconds)."""
+    """How many changes of a sink are parked, dead and waiting ones included, and since when the oldest (unix seconds).
+
+    waiting: untried, behind another one (or due now).
+    """
 
     parked: int = 0
     dead: int = 0
     oldest_at: float | None = None
+    waiting: int = 0
 
 
 def payload_of(batch: Batch) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.command import Cdc, assert_complaint
-from tests.letters import SOON, TOKENS, are_dead, ask, assert_for_admins_only, fates, letters, none_is_parked
+from tests.letters import SOON, TOKENS, are_dead, ask, assert_for_admins_only, fates, letters, mirror, none_is_parked
 from tests.servers import Database
 
 SCHEMA = """
@@ -75,6 +75,7 @@ def test_f89_dead_changes_are_seen_retried_and_discarded(shop: Shop, cdc: Cdc) -
         shop.poison()
         found = letters(cdc)
         first, *behind, other = (each["id"] for each in found)
+        assert mirror(cdc)["waiting"] == len(behind)
         assert [each["state"] for each in found] == ["dead", "waiting", "waiting", "waiting", "dead"]
         assert [each["behind"] for each in found] == [None, first, first, first, None]
         assert shop.target_db.execute("SELECT id, name FROM items WHERE id IN (1, 7, 8, 70)") == [

@@ -176,13 +176,14 @@ def test_resume_tokens_are_shown_as_times() -> None:
 
 
 def test_f89_parked_changes_are_shown_and_are_no_trouble_until_they_are_dead() -> None:
-    status = take(running(), delivering(parked=3, parked_oldest_at=NOW - 60))
+    status = take(running(), delivering(parked=3, waiting=1, parked_oldest_at=NOW - 60))
     sink = status.sinks["mirror"]
     assert status.healthy
     assert (sink.parked, sink.dead, sink.torn, sink.parked_oldest_seconds) == (3, 0, True, 60.0)
     assert from_json(to_json(status)) == status
     exposed = generate_latest(registry(lambda: status)).decode()
-    assert 'cdc_parked_changes{sink="mirror",state="retrying"} 3.0' in exposed
+    assert 'cdc_parked_changes{sink="mirror",state="retrying"} 2.0' in exposed
+    assert 'cdc_parked_changes{sink="mirror",state="waiting"} 1.0' in exposed
     assert 'cdc_parked_changes{sink="mirror",state="dead"} 0.0' in exposed
     console = Console(width=200)
     with console.capture() as captured:
