@@ -37,6 +37,9 @@ CATCHING_UP_SECONDS: Final = 0.5
 
 INCONSISTENT: Final = "the mirror is catching up or being resynced: what it has not come to yet is of an earlier time"
 
+REFRESH_SECONDS: Final = 0.25
+"""So long tables are put right between two batches, as far as it is known by then what is to be written."""
+
 READ_SECONDS: Final = 0.2
 """Longest wait for batches. A pause, a hold and a stop wake the queue and need not wait so long."""
 
@@ -323,8 +326,12 @@ class Delivery:
             return
         if isinstance(self._sink, Refreshing):
             self._wait_prepared()
-            self._stats.resync = self._sink.refresh(position)
-            self._running_state()
+            until = time.monotonic() + REFRESH_SECONDS
+            going_on = True
+            while going_on:
+                before, self._stats.resync = self._stats.resync, self._sink.refresh(position)
+                self._running_state()
+                going_on = self._stats.resync not in (None, before) and time.monotonic() < until
 
     def _count(self, batches: Sequence[Batch]) -> None:
         for batch in batches:

@@ -16,7 +16,7 @@ from cdc.pipeline import FillThenDeliver
 from cdc.position import Position, SourcePosition
 from cdc.queue import Queue, Stored
 from cdc.sink import Applied, NeedsFilling
-from cdc.status import DeliveryStats, State
+from cdc.status import DeliveryStats, ResyncStatus, State
 from cdc.testing import MemorySink
 from tests.batches import batch
 from tests.beside import running
@@ -198,3 +198,42 @@ def test_a_mirror_that_is_not_consistent_cannot_be_held(tmp_path: Path, until: i
     with running(delivery), pytest.raises(TransientError, match=INCONSISTENT):
         delivery.hold(until, 20)
     queue.close()
+
+
+class Stale(MemorySink):
+    """Is put right in ten parts. log: what happened to it."""
+
+    def __init__(self) -> None:
+        super().__init__("mirror")
+        self.consistent = False
+        self.log: list[str] = []
+        self._parts = 0
+
+    def apply(self, batches: Sequence[Batch], position: Position) -> Applied:
+        self.log.append("batch")
+        return super().apply(batches, position)
+
+    def refresh(self, position: SourcePosition) -> ResyncStatus | None:
+        self.log.append("part")
+        self._parts += 1
+        self.consistent = self._parts == 10
+        return None if self.consistent else ResyncStatus(0, 1, self._parts, 10, 0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "log"), [(60.0, ["part"] * 10 + ["batch"] * 5), (1e-9, ["part", "batch"] * 5 + ["part"] * 5)]
+)
+def test_a_resync_and_the_stream_share_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, log: list[str]
+) -> None:
+    monkeypatch.setattr("cdc.delivery.REFRESH_SECONDS", seconds)
+    queue = Queue(tmp_path / "shop.queue", max_bytes=10**9, min_free_bytes=0)
+    queue.begin(0)
+    for number in range(1, 6):
+        queue.append(batch(number, size=1000))
+    sink = Stale()
+    sink.position = Position(queue.queue_id, 0, 0)
+    with running(Delivery(sink, queue, DeliveryStats("mirror", "shop"), BatchBounds(max_bytes=10))):
+        wait_until(lambda: len(sink.log) == 15, what=lambda: str(sink.log))
+    queue.close()
+    assert sink.log == log
