@@ -20,7 +20,7 @@ from cdc.failpoints import failpoint
 from cdc.position import Lsn, Position, SourcePosition, as_lsn, format_lsn, format_position
 from cdc.postgres.apply import Applier
 from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Settled
-from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors, while_doing
+from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
 from cdc.postgres.fold import FoldError
 from cdc.postgres.parking import SubjectFinder, read_uniqueness, with_ends
 from cdc.postgres.refresh import Refresh, Unusable
@@ -263,15 +263,17 @@ class PostgresSink(RefreshTarget):
 
     def _write(self, connection: Connection, refresh: Refresh, part: Part) -> None:
         """Write a part, and how far its table is, in one transaction that leaves the position as it is."""
-        with while_doing(f"resyncing {part.table.name}"):
-            self._begin(connection)()
-            mark, marks = refresh.write(connection, part), RefreshMarks(connection, self.name)
-            if mark.done_key is None:
-                marks.done([mark.table])
-            else:
-                marks.put(mark)
-            connection.execute("COMMIT")
+        try:
+            with translated_errors():
+                self._begin(connection)()
+                mark = refresh.write(connection, part)
+                self._end(connection)
+        except PermanentError as exc:
+            with translated_errors():
+                connection.execute("ROLLBACK")
             self._begun = False
+            refresh.refused(part, exc)
+        else:
             refresh.wrote(mark)
             self._unrefreshed_tables = refresh.marks
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from time import monotonic
@@ -30,14 +31,14 @@ import structlog
 
 from cdc.change import Batch, TableName
 from cdc.config import SinkConfig, SourceConfig
-from cdc.errors import CdcError, TransientError
+from cdc.errors import CdcError, PermanentError, TransientError
 from cdc.position import Lsn
 from cdc.postgres.conflicts import checked_late
 from cdc.postgres.connection import Connection, connect
 from cdc.postgres.digest import nudge
-from cdc.postgres.refresh_marks import RefreshMark
+from cdc.postgres.refresh_marks import RefreshMark, RefreshMarks
 from cdc.postgres.refresh_read import KeyedTable, Part, RangeReader, keyed
-from cdc.postgres.refresh_write import write_part
+from cdc.postgres.refresh_write import Written, write_part
 from cdc.postgres.schema import SchemaTable, read_tables
 from cdc.postgres.snapshot import open_snapshot
 from cdc.postgres.touched import Touched
@@ -49,8 +50,16 @@ ROUND_SECONDS: Final = 30.0
 MAX_TOUCHED: Final = 100_000
 """More keys than that are not kept in memory: the round ends early, and another one begins."""
 
+MAX_REFUSED: Final = 100
+"""So many rows of a table are looked for by themselves among those that the mirror refuses; then parts count as one."""
+
 _PARTS_AHEAD: Final = 2
+_FIRST_RETRY_SECONDS: Final = 1.0
+_MAX_RETRY_SECONDS: Final = 300.0
+"""Between two attempts at tables of which rows are refused: each reads them again from the first of those rows on."""
+
 _MAX_WAIT_SECONDS: Final = 30.0
+_MOST_TOLD: Final = 200
 _POLL_SECONDS: Final = 0.1
 
 log = structlog.get_logger()
@@ -81,6 +90,9 @@ _Item = _Planned | _Begun | Part | _Ended
 class Refresh:
     """The refresh of one sink's tables, as long as it is connected. Methods are for the delivery's thread.
 
+    What the mirror refuses does not keep the rest of its table from being put right, if `on_error` says to park. But
+    how far that table is stays before the first such row, and once nothing else is left it is read again from there.
+
     marks: the tables that are not done, and how far they are. error: what the last round ended with.
     """
 
@@ -92,9 +104,13 @@ class Refresh:
         self._expected: Mapping[TableName, int] = {}
         self._position = Lsn(0)
         self._touched: Touched | None = None
-        self._part: Part | None = None
+        self._parts: list[Part] = []  # the next one last
+        self._reading = dict(marks)  # as `marks`, but past what is refused; without tables that have come to their end
+        self._refused: Counter[TableName] = Counter()
+        self._refusals: dict[TableName, str] = {}  # also of the attempt before this
+        self._attempts = 0
         self._reader = _Reader(sink, source)
-        self._reader.plan(self.marks)
+        self._reader.plan(self._reading)
 
     def observe(self, batches: Sequence[Batch]) -> None:
         """Take note of changes that are about to be applied."""
@@ -108,49 +124,105 @@ class Refresh:
 
         Raises `Unusable` for tables that can only be copied again.
         """
-        if self._part is None:
-            self._part = self._receive()
-        if self._part is None or position < self._position:
+        if not self._parts and (part := self._receive()) is not None:
+            self._parts.append(part)
+        if not self._parts or position < self._position:
             return None
         self._reader.reached.set()
-        part, self._part = self._part, None
+        part = self._parts.pop()
         assert self._touched is not None
         self._touched.fold(self._position)
         if part.table.name in self._touched.void:
             self._reader.end_round.set()  # emptied, or altered: it is read again from another snapshot
-        return None if self._reader.end_round.is_set() else part
+        if self._reader.end_round.is_set():
+            self._parts.clear()
+            return None
+        return part
 
     def write(self, connection: Connection, part: Part) -> RefreshMark:
-        """Write a part in the open transaction; returns how far its table is with it."""
+        """Write a part in the open transaction, and how far its table is with it; returns that."""
         assert self._touched is not None
-        before, written = self.marks[part.table.name], write_part(connection, part, self._touched.rows[part.table.name])
+        written = write_part(connection, part, self._touched.rows[part.table.name])
+        mark = self._moved(part, written)
+        marks = RefreshMarks(connection, self._sink.name)
+        if self._refused[mark.table]:
+            return mark
+        if mark.done_key is None:
+            marks.done([mark.table])
+        else:
+            marks.put(mark)
+        return mark
+
+    def wrote(self, mark: RefreshMark) -> None:
+        """The transaction has committed."""
+        table = mark.table
+        self._read(mark)
+        if self._refused[table]:
+            return
+        self.marks[table] = mark
+        if mark.done_key is None:
+            del self.marks[table]
+            self._refusals.pop(table, None)
+            counts = {field: getattr(mark, field) for field in ("rows", "inserted", "updated", "deleted")}
+            log.info("table resynced", sink=self._sink.name, table=str(table), **counts)
+
+    def refused(self, part: Part, error: PermanentError) -> None:
+        """The mirror refuses a part, and nothing of it is written: the row that is at fault is looked for.
+
+        Raises `PermanentError` with its key once it is found, unless refused changes are parked.
+        """
+        table = part.table.name
+        halves = part.halves() if self._refused[table] < MAX_REFUSED else None
+        if halves is not None:
+            self._parts += reversed(halves)
+            return
+        failure = _refusal(part, error)
+        if self._sink.on_error != "park":
+            raise failure
+        self._refused[table] += 1
+        self._refusals[table] = str(failure)
+        log.error("resync refused", sink=self._sink.name, error=str(failure), hint=failure.hint)
+        self._read(self._moved(part, Written(0, 0, 0)))
+        if part.absent and part.keys:
+            self._parts.append(msgspec.structs.replace(part, keys=(), text=b""))
+
+    def _moved(self, part: Part, written: Written) -> RefreshMark:
+        before = self._reading.get(part.table.name) or self.marks[part.table.name]
         return RefreshMark(
             part.table.name,
             part.done,
-            before.rows + part.rows,
+            before.rows + len(part.keys),
             before.inserted + written.inserted,
             before.updated + written.updated,
             before.deleted + written.deleted,
         )
 
-    def wrote(self, mark: RefreshMark) -> None:
-        """The transaction has committed."""
-        self.marks[mark.table] = mark
+    def _read(self, mark: RefreshMark) -> None:
         if mark.done_key is None:
-            del self.marks[mark.table]
-            counts = {field: getattr(mark, field) for field in ("rows", "inserted", "updated", "deleted")}
-            log.info("table resynced", sink=self._sink.name, table=str(mark.table), **counts)
+            self._reading.pop(mark.table, None)
+        else:
+            self._reading[mark.table] = mark
+
+    def _plan(self) -> None:
+        """Let the next round begin. Tables of which rows are refused wait for all others, and then some time."""
+        seconds = 0.0
+        if not self._reading and self.marks:
+            seconds = min(_FIRST_RETRY_SECONDS * 2**self._attempts, _MAX_RETRY_SECONDS)
+            self._attempts += 1
+            self._reading = dict(self.marks)
+            self._refused.clear()
+        self._reader.plan(self._reading, after_seconds=seconds)
 
     def status(self) -> ResyncStatus:
         """How far it is."""
-        marks = self.marks.values()
+        marks = [self._reading.get(table, mark) for table, mark in self.marks.items()]
         return ResyncStatus(
             tables_done=self._of_all - len(marks),
             tables_expected=self._of_all,
             rows_done=sum(mark.rows for mark in marks),
             rows_expected=sum(max(self._expected.get(mark.table, 0), mark.rows) for mark in marks),
             rows_written=sum(mark.inserted + mark.updated + mark.deleted for mark in marks),
-            error=self.error,
+            error=self.error or next(iter(self._refusals.values()), None),
         )
 
     def close(self) -> None:
@@ -173,8 +245,16 @@ class Refresh:
                     self.error = self._reader.error
                     if unusable:
                         raise Unusable(unusable)
-                    self._reader.plan(self.marks)
+                    self._plan()
         return None
+
+
+def _refusal(part: Part, error: PermanentError) -> PermanentError:
+    row = f"row ({', '.join(part.table.key)}) = ({', '.join(part.keys[0])})" if len(part.keys) == 1 else "rows"
+    return PermanentError(
+        f"{part.table.name}: {row[:_MOST_TOLD]} as at the source: refused by the mirror: {error}",
+        hint=f"put {part.table.target} of the mirror right: a constraint, index or trigger that the source has not",
+    )
 
 
 class Unusable(Exception):
@@ -196,6 +276,7 @@ class _Reader:
         self._sink, self._target_url, self._source_url = sink, sink.url.reveal(), source.url.reveal()
         self._items: queue.Queue[_Item] = queue.Queue(_PARTS_AHEAD)
         self._marks: Mapping[TableName, RefreshMark] = {}
+        self._after_seconds = 0.0
         self._planning, self._beginning = threading.Semaphore(0), threading.Semaphore(0)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"refresh:{sink.name}", daemon=True)
@@ -203,8 +284,9 @@ class _Reader:
 
     # for the delivery's thread
 
-    def plan(self, marks: Mapping[TableName, RefreshMark]) -> None:
+    def plan(self, marks: Mapping[TableName, RefreshMark], *, after_seconds: float = 0.0) -> None:
         """Let a round begin."""
+        self._after_seconds = after_seconds
         self.end_round.clear()
         self.reached.clear()
         self._marks = dict(marks)
@@ -235,7 +317,7 @@ class _Reader:
         failures = 0
         while True:
             self._planning.acquire()
-            if self._stop.is_set():
+            if self._stop.wait(self._after_seconds):
                 return
             unusable: tuple[TableName, ...] = ()
             try:

@@ -84,16 +84,27 @@ class KeyedTable(msgspec.Struct, frozen=True):
 class Part(msgspec.Struct, frozen=True):
     """A range of a table, as it is in the snapshot.
 
-    done: the key up to which the mirror is right once this is written; `None`: all of it. rows: `text` has so many, in
-    COPY's text format, with the table's `columns`. absent: keys of rows that the mirror has in the range, and the
-    snapshot nowhere, in the same format.
+    done: the key up to which the mirror is right once this is written; `None`: all of it. keys: those of the rows in
+    `text`, which are in COPY's text format, with the table's `columns`. absent: keys of rows that the mirror has in the
+    range, and the snapshot nowhere, in the same format.
     """
 
     table: KeyedTable
     done: Key | None
-    rows: int
+    keys: Sequence[Key]
     text: bytes
     absent: bytes
+
+    def halves(self) -> tuple[Part, Part] | None:
+        """Two parts that follow each other and are the same together; `None` for a single row."""
+        middle = len(self.keys) // 2
+        if middle == 0:
+            return None
+        first = b"".join(line + b"\n" for line in self.text.split(b"\n", middle)[:middle])
+        return (
+            Part(self.table, self.keys[middle - 1], self.keys[:middle], first, b""),
+            Part(self.table, self.done, self.keys[middle:], self.text[len(first) :], self.absent),
+        )
 
 
 def usable_key(source: SchemaTable, target: SchemaTable | None) -> tuple[str, ...]:
@@ -156,14 +167,15 @@ class RangeReader:
             complete = False
             while not complete:
                 rows, complete = self._rows()
-                upto = None if complete else self._key(rows[-1])
+                keys = list(map(self._key, rows))
+                upto = None if complete else keys[-1]
                 absent: list[Row] = []
-                for block in self._strangers(after, upto, {self._key(row) for row in rows}):
+                for block in self._strangers(after, upto, set(keys)):
                     absent += self._gone(block)
                     if len(absent) > _MOST_ABSENT and after is not None:
-                        yield Part(table, after, 0, b"", copy_text(absent))
+                        yield Part(table, after, (), b"", copy_text(absent))
                         absent = []
-                yield Part(table, upto, len(rows), copy_text(rows), copy_text(absent))
+                yield Part(table, upto, keys, copy_text(rows), copy_text(absent))
                 after = upto
             self._source.execute("CLOSE cdc_rows")
 

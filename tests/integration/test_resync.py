@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -314,3 +315,81 @@ def test_columns_filters_and_other_names(
         wanted = source_db.execute("SELECT word::text, n FROM a WHERE n > 50 ORDER BY 2")
         assert target_db.execute("SELECT word::text, n FROM other.b ORDER BY 2") == wanted
         assert target_db.value("SELECT count(*) FROM other.b WHERE secret = 'mine'") > 0
+
+def test_null_is_a_value_where_an_index_says_so(mirror: Mirror, source_db: Database, target_db: Database) -> None:
+    """A stale row holds the only NULL of a unique index; it stands in the way of what is read, and of the stream."""
+    for database in (source_db, target_db):
+        database.execute("ALTER TABLE names DROP CONSTRAINT names_mail_key, ADD UNIQUE NULLS NOT DISTINCT (n, mail)")
+    source_db.execute("UPDATE names SET mail = NULL WHERE n = 2")
+    mirror.assert_equal("names")
+    target_db.execute("DELETE FROM names WHERE n IN (2, 600); INSERT INTO names VALUES ('zz', 2), ('zzz', 600)")
+    mirror.stop()
+    source_db.execute("UPDATE names SET mail = NULL WHERE n = 600")
+    resync(mirror, "names")
+    wait_until_done(mirror)
+    mirror.assert_equal("names")
+
+
+def test_a_column_that_the_mirror_does_not_know_yet_is_waited_for(
+    mirror: Mirror, source_db: Database, target_db: Database
+) -> None:
+    """Without event triggers nothing tells of it before a row does."""
+    target_db.execute("UPDATE names SET n = -1")
+    source_db.execute("ALTER TABLE names ADD COLUMN more int DEFAULT 3")
+    resync(mirror, "names")
+    wait_until(lambda: mirror.error or "more" in told(mirror), timeout_seconds=5,  what=lambda: f"{told(mirror)} {mirror.delivery_stats} {target_db.execute('select * from names limit 2')}")
+    source_db.execute("UPDATE names SET more = 4 WHERE n = 5")
+    wait_until_done(mirror)
+    mirror.assert_equal("names")
+
+
+POISON = "ALTER TABLE items ADD CONSTRAINT poison CHECK (id NOT IN (77, 78, 400)) NOT VALID"
+
+
+def test_f98_a_row_that_only_the_mirror_refuses_stops_it_with_its_key(mirror: Mirror, target_db: Database) -> None:
+    target_db.execute("UPDATE items SET name = 'stale'")
+    target_db.execute(POISON)
+    resync(mirror, "items")
+    failure = mirror.failure()
+    assert re.search(r"public.items: row \(id\) = \(77\) .*poison", str(failure))
+    assert "constraint" in getattr(failure, "hint", "")
+    assert target_db.execute("SELECT min(id) FROM items WHERE name = 'stale'") == [(77,)]
+    target_db.execute("ALTER TABLE items DROP CONSTRAINT poison")
+    mirror.stop()
+    mirror.refill()
+    wait_until_done(mirror)
+    mirror.assert_equal("items")
+
+
+def test_f89_rows_that_only_the_mirror_refuses_keep_nothing_else_from_becoming_right(
+    source_db: Database, target_db: Database, tmp_path: Path, pg_dump: Path
+) -> None:
+    """They are told, also after a restart, and tried again; other rows, tables and the stream do not wait for them."""
+    sink = {"on_error": "park"}
+    with running_mirror(source_db, target_db, tmp_path, pg_dump, SCHEMA, sink=sink) as mirror:
+        source_db.execute(f"INSERT INTO items SELECT n, 'item ' || n FROM generate_series(1, {ROWS}) n")
+        source_db.execute("INSERT INTO names SELECT 'Name ' || n, n FROM generate_series(1, 50) n")
+        mirror.assert_equal("items", "names")
+        target_db.execute("UPDATE items SET name = 'stale'; UPDATE names SET n = -1")
+        target_db.execute("INSERT INTO items (id) SELECT generate_series(-9, 0); INSERT INTO items (id) VALUES (10000)")
+        target_db.execute(POISON)
+        resync(mirror, "items", "names")
+        stale = "SELECT array_agg(id ORDER BY id) FROM items WHERE name = 'stale' OR id < 1 OR id > 1000"
+        for restarted in (False, True):
+            wait_until(lambda: mirror.error or target_db.value(stale) == [77, 78, 400], what="the others to be right")
+            wait_until(lambda: mirror.error or "= (400) as at" in told(mirror), what=lambda: told(mirror))
+            source_db.execute(f"INSERT INTO names VALUES ('new {restarted}')")
+            mirror.assert_equal("names")
+            assert mirror.delivery_stats.state == "resyncing"
+            assert target_db.execute("SELECT source_table, done_key FROM cdc.resyncs") == [("items", ["76"])]
+            if not restarted:
+                mirror.restart()
+        target_db.execute("ALTER TABLE items DROP CONSTRAINT poison")
+        wait_until_done(mirror)
+        mirror.assert_equal("items")
+
+
+def told(mirror: Mirror) -> str:
+    """What `cdc status` says of what keeps a resync from its end."""
+    status = mirror.delivery_stats.resync
+    return (status and status.error) or ""
