@@ -297,7 +297,8 @@ class Applier:
         self._copy(sql.SQL("COPY {} FROM STDIN").format(stage), copy_text(rows))
         key = [plan.source.columns[index].name for index in plan.key]
         indexes = self._unique_indexes(plan.target.name)
-        remove_conflicts(self._connection, plan.target.name, key, indexes, stage)
+        nulls_known = len(rows) == 1 and UNCHANGED not in row
+        remove_conflicts(self._connection, plan.target.name, key, indexes, stage, nulls_known=nulls_known)
         self._connection.execute(sql.SQL("DROP TABLE {}").format(stage))
 
     def _unique_indexes(self, table: TableName) -> Sequence[UniqueIndex]:
