@@ -358,17 +358,24 @@ class _Reader:
         tables: dict[TableName, KeyedTable] = {}
         schema: dict[TableName, SchemaTable] = {}
         unusable: list[TableName] = []
+        not_yet: list[str] = []
         with connect(self._source_url) as source, connect(self._target_url) as target:
             at_source, on_target = read_tables(source), read_tables(target)
             for name in self._marks:
                 if name not in at_source:
-                    raise TransientError(f"{name} is no longer at the source")
+                    not_yet.append(f"{name} is no longer at the source")
+                    continue
                 there = on_target.get(self._sink.target_name(name))
                 table = keyed(source, self._sink, at_source[name], there)
-                if table is None or checked_late(target, table.target):
+                if there is None or table is None or checked_late(target, table.target):
                     unusable.append(name)
+                elif lacking := set(table.columns) - {column.name for column in there.columns}:
+                    # the stream brings them, maybe long after the source has got them
+                    not_yet.append(f"{there.name} has no column {', '.join(sorted(lacking))} yet")
                 else:
                     tables[name], schema[name] = table, at_source[name]
+        if not_yet and not tables and not unusable:
+            raise TransientError("; ".join(not_yet))
         return tables, schema, tuple(unusable)
 
     def _put(self, item: _Item) -> None:
