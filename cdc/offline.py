@@ -14,11 +14,12 @@ from cdc.errors import CdcError
 from cdc.pipeline import paused_fact
 from cdc.queue import ParkedInFile, QueueOnDisk, read_status
 from cdc.queue.parked import ParkedCount
-from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, State, snapshot
+from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, ResyncStatus, State, snapshot
+from cdc.wishes import resync_fact
 
 
 def offline_status(config: Config) -> DaemonStatus:
-    """What the queues' files say: positions, sizes, pauses. Lag is not known. Changes nothing on disk."""
+    """What the queues' files say: positions, sizes, pauses, orders. Lag is not known. Changes nothing on disk."""
     captures: list[tuple[CaptureStats, QueueOnDisk | None]] = []
     deliveries: list[DeliveryStats] = []
     for source in config.sources:
@@ -87,6 +88,8 @@ def _delivery(name: str, source: str, queue: QueueOnDisk | None) -> DeliveryStat
         count = queue.parked.get(name, ParkedCount())
         stats.parked, stats.dead, stats.waiting = count.parked, count.dead, count.waiting
         stats.parked_oldest_at = count.oldest_at
+        if resync_fact(name) in queue.facts:
+            stats.resync = ResyncStatus.ordered()
     return stats
 
 

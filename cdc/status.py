@@ -133,6 +133,11 @@ class ResyncStatus(msgspec.Struct, frozen=True):
     rows_written: int
     error: str | None = None
 
+    @staticmethod
+    def ordered() -> ResyncStatus:
+        """Of one that has not begun."""
+        return ResyncStatus(0, 0, 0, 0, 0)
+
 
 @dataclass(slots=True)
 class DeliveryStats:

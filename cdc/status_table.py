@@ -76,6 +76,11 @@ def _problems(status: DaemonStatus) -> list[Text]:
         f"{name}: {', '.join(source.insert_only)}" for name, source in status.sources.items() if source.insert_only
     ]
     lines += [Text(f"inserts only: {line}", style="yellow") for line in insert_only]
+    lines += [
+        Text(f"{name}: resync: {sink.resync.error}", style="yellow")
+        for name, sink in status.sinks.items()
+        if sink.resync is not None and sink.resync.error
+    ]
     parked = [Text(line, style="yellow") for line in _parked_lines(status)]
     seen = [Text("  `cdc dead-letters list` shows them", style="cyan")] if parked else []
     return [*lines, *parked, *seen]
@@ -112,6 +117,8 @@ def _lag(pipeline: SourceStatus | SinkStatus) -> str:
 
 def _copy(sink: SinkStatus) -> str:
     if (resync := sink.resync) is not None:
+        if not resync.tables_expected:
+            return "resync: ordered"
         percent = min(100 * resync.rows_done // max(resync.rows_expected, 1), 100)
         tables = f"resync: {resync.tables_done}/{resync.tables_expected} tables"
         return f"{tables}, {resync.rows_done:,} rows, {percent} %{', waits' if resync.error else ''}"

@@ -258,6 +258,7 @@ def test_without_a_daemon_it_is_done_when_one_starts(run: Run) -> None:
     ordered = run.cdc("resync", "shop")
     assert ordered.returncode == 0, ordered.stderr
     assert "`cdc run`" in ordered.stderr
+    assert "resync: ordered" in run.cdc("status").stdout
     with run.running():
         wait_until(lambda: "resync begins" in run.cdc.log, what=lambda: run.cdc.log)
         run.assert_right()
