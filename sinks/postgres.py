@@ -233,10 +233,10 @@ class PostgresSink(RefreshTarget):
             self._refresh = Refresh(self.config, self._source, self._unrefreshed_tables)
         try:
             if (part := self._refresh.next_part(as_lsn(position))) is not None:
-                self._write(connection, self._refresh, part)
+                self._write(connection, applier, self._refresh, part)
         except Unusable as exc:
             self._copy_again(connection, exc.tables)
-            raise NeedsFilling(f"no key to resync by: {exc}") from exc
+            raise NeedsFilling(f"no key to resync by, or constraints that are checked late: {exc}") from exc
         self._note_refreshed()
         return self._refresh.status() if self._refresh is not None else None
 
@@ -261,7 +261,7 @@ class PostgresSink(RefreshTarget):
         self._refreshed_with = applier.plans
         self._note_refreshed()
 
-    def _write(self, connection: Connection, refresh: Refresh, part: Part) -> None:
+    def _write(self, connection: Connection, applier: Applier, refresh: Refresh, part: Part) -> None:
         """Write a part, and how far its table is, in one transaction that leaves the position as it is."""
         try:
             with translated_errors():
@@ -276,6 +276,10 @@ class PostgresSink(RefreshTarget):
         else:
             refresh.wrote(mark)
             self._unrefreshed_tables = refresh.marks
+            if mark.table not in refresh.marks:
+                with translated_errors():
+                    applier.reload()  # no earlier change of it is to be applied any more
+                self._refreshed_with = applier.plans
 
     def _note_refreshed(self) -> None:
         _, applier = self._opened()

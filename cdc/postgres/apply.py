@@ -145,6 +145,10 @@ class Applier:
             for transaction in batch.transactions:
                 self._transaction(batch.tables, transaction)
 
+    def reload(self) -> None:
+        """Note that the bookkeeping has changed."""
+        self._reshaper.reload()
+
     def rolled_back(self) -> None:
         """Forget what a rollback to the savepoint has undone."""
         self._staging.drop()

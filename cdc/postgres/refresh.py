@@ -148,7 +148,7 @@ class Refresh:
         if self._refused[mark.table]:
             return mark
         if mark.done_key is None:
-            marks.done([mark.table])
+            marks.finish(mark)
         else:
             marks.put(mark)
         return mark
@@ -195,6 +195,7 @@ class Refresh:
             before.inserted + written.inserted,
             before.updated + written.updated,
             before.deleted + written.deleted,
+            before.since or self._position,
         )
 
     def _read(self, mark: RefreshMark) -> None:

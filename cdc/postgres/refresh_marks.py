@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from cdc.change import TableName
-from cdc.position import Lsn, Position, as_lsn, format_lsn, parse_lsn
+from cdc.position import Lsn, Position, as_lsn, format_lsn, format_position, parse_lsn
 from cdc.postgres.bookkeeping import FORGOTTEN
 from cdc.postgres.connection import Connection
 
@@ -16,7 +16,8 @@ from cdc.postgres.connection import Connection
 class RefreshMark(msgspec.Struct, frozen=True):
     """A table that is being refreshed. done_key: all rows up to this key are right; `None` before the first part.
 
-    rows: read of the source so far; the others are what had to be written on the mirror.
+    rows: read of the source so far; the others are what had to be written on the mirror. since: the position of the
+    first snapshot it was read in: rows that are right are so with all that commits below.
     """
 
     table: TableName
@@ -25,6 +26,7 @@ class RefreshMark(msgspec.Struct, frozen=True):
     inserted: int = 0
     updated: int = 0
     deleted: int = 0
+    since: Lsn | None = None
 
 
 class RefreshMarks:
@@ -38,10 +40,21 @@ class RefreshMarks:
         """The tables that are not refreshed yet."""
         if not self._exists():
             return {}
-        return {
-            TableName(schema, name): RefreshMark(TableName(schema, name), tuple(key) if key else None, *counts)
-            for schema, name, key, *counts in self._connection.execute(_READ, [self._sink]).fetchall()
-        }
+        marks = (
+            RefreshMark(
+                TableName(schema, name),
+                tuple(key) if key else None,
+                rows,
+                inserted,
+                updated,
+                deleted,
+                parse_lsn(since) if since else None,
+            )
+            for schema, name, key, rows, inserted, updated, deleted, since in self._connection.execute(
+                _READ, [self._sink]
+            ).fetchall()
+        )
+        return {mark.table: mark for mark in marks}
 
     def want(self, tables: Collection[TableName]) -> None:
         """Let tables be refreshed, from their beginning."""
@@ -58,7 +71,16 @@ class RefreshMarks:
         """Store how far a table is."""
         key = None if mark.done_key is None else list(mark.done_key)
         counts = [mark.rows, mark.inserted, mark.updated, mark.deleted]
-        self._connection.execute(_PUT, [key, *counts, self._sink, *mark.table])
+        self._connection.execute(_PUT, [key, *counts, format_position(mark.since), self._sink, *mark.table])
+
+    def finish(self, mark: RefreshMark) -> None:
+        """Note that a table is refreshed: as after a copy, no earlier change of it is to be applied any more.
+
+        It may have been parked, and would be done to rows that later ones have made what they are.
+        """
+        self.done([mark.table])
+        position = [format_position(mark.since), self._sink, *mark.table, format_lsn(FORGOTTEN)]
+        self._connection.execute(_HOLDS, position)
 
     def done(self, tables: Collection[TableName]) -> None:
         """Note that tables are refreshed, or need not be any more."""
@@ -122,20 +144,26 @@ CREATE TABLE IF NOT EXISTS cdc.resyncs (
     inserted bigint NOT NULL DEFAULT 0,
     updated bigint NOT NULL DEFAULT 0,
     deleted bigint NOT NULL DEFAULT 0,
+    since pg_lsn,
     PRIMARY KEY (sink, source_schema, source_table)
 )
 """
 _READ: Final = """
-SELECT source_schema, source_table, done_key, rows, inserted, updated, deleted FROM cdc.resyncs
+SELECT source_schema, source_table, done_key, rows, inserted, updated, deleted, since::text
+  FROM cdc.resyncs
  WHERE sink = %s ORDER BY source_schema, source_table
 """
 _PUT: Final = """
-UPDATE cdc.resyncs SET done_key = %s, rows = %s, inserted = %s, updated = %s, deleted = %s
+UPDATE cdc.resyncs SET done_key = %s, rows = %s, inserted = %s, updated = %s, deleted = %s, since = %s
  WHERE sink = %s AND source_schema = %s AND source_table = %s
 """
 _REPLAYS: Final = "CREATE TABLE IF NOT EXISTS cdc.replays (sink text PRIMARY KEY, until pg_lsn NOT NULL)"
 _REPLAY: Final = "INSERT INTO cdc.replays SELECT sink, position FROM cdc.positions WHERE sink = %s"
 _REWIND: Final = "UPDATE cdc.positions SET queue_id = %s, seq = %s, position = %s WHERE sink = %s"
+_HOLDS: Final = """
+UPDATE cdc.tables SET position = greatest(position, %s)
+ WHERE sink = %s AND source_schema = %s AND source_table = %s AND position <> %s
+"""
 _DONE: Final = "DELETE FROM cdc.resyncs WHERE sink = %s AND source_schema = %s AND source_table = %s"
 
 _RESTART_TABLE: Final = """
