@@ -67,8 +67,11 @@ class Bookkeeping:
             self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.bookkeeping', 0))")
             if not self.exists:  # even IF NOT EXISTS wants the right to create a schema
                 self._connection.execute(_TABLES)
-            elif not self._connection.execute(_HAS_SHAPE).rowcount:
-                self._connection.execute("ALTER TABLE cdc.tables ADD COLUMN shape jsonb")
+                return
+            for table, column, kind in _LATER_COLUMNS:  # here, too: only where it is missing
+                if self._connection.execute(_LACKS, [table, table, column]).rowcount:
+                    alter = sql.SQL("ALTER TABLE {} ADD COLUMN {} {}")
+                    self._connection.execute(alter.format(sql.SQL(table), sql.Identifier(column), sql.SQL(kind)))
 
     def position(self) -> Position | None:
         """Where the sink stands; `None` if it never wrote anything."""
@@ -269,7 +272,13 @@ INSERT INTO cdc.post_data (sink, kind, name, source_schema, source_table, relati
 SELECT %s, %s, %s, %s, %s, %s, %s, coalesce(max(ordinal) + 1, 0) FROM cdc.post_data WHERE sink = %s
 """
 
-_HAS_SHAPE: Final = "SELECT FROM pg_attribute WHERE attrelid = 'cdc.tables'::regclass AND attname = 'shape'"
+_LATER_COLUMNS: Final = (("cdc.tables", "shape", "jsonb"), ("cdc.resyncs", "since", "pg_lsn"))
+"""Those that earlier versions did not have."""
+
+_LACKS: Final = """
+SELECT WHERE to_regclass(%s) IS NOT NULL
+         AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = %s)
+"""
 
 _SETTLED: Final = """
 CREATE TABLE cdc.settled (

@@ -123,6 +123,16 @@ def test_a_pause_interrupts_a_resync(mirror: Mirror, target_db: Database, monkey
     assert 0 <= stale < ROWS
 
 
+def test_what_an_earlier_version_noted_on_the_mirror_is_completed(mirror: Mirror, target_db: Database) -> None:
+    resync(mirror)
+    wait_until_right(mirror)
+    mirror.stop()
+    target_db.execute("ALTER TABLE cdc.resyncs DROP COLUMN since; ALTER TABLE cdc.tables DROP COLUMN shape")
+    target_db.execute("UPDATE items SET n = -1")
+    resync(mirror)
+    wait_until_right(mirror)
+
+
 def told(mirror: Mirror) -> str:
     status = mirror.delivery_stats.resync
     return (status and status.error) or ""
