@@ -28,6 +28,9 @@ from cdc.sink import Applied, SinkContext, are_same
 PRUNE_SECONDS: Final = 0.5
 """How long the stream waits for retention at a time."""
 
+DRAFTS_AT_ONCE: Final = 1_000
+"""So many records are in memory in their final form, of which there are several on the way to a store."""
+
 log = structlog.get_logger()
 
 
@@ -81,9 +84,10 @@ class DataChangesSink:
         ahead, self._ahead = self._ahead, None
         if ahead is None or not are_same(ahead.batches, batches) or ahead.context != self._context:
             ahead = self._draft(batches, self._context)
-        if drafts := self._new(ahead.drafts):
-            states = self._writer.states(keys_of(drafts))
-            self._writer.append(*self._composer.compose(drafts, states))
+        drafts = self._new(ahead.drafts)
+        for start in range(0, len(drafts), DRAFTS_AT_ONCE):
+            some = drafts[start : start + DRAFTS_AT_ONCE]
+            self._writer.append(*self._composer.compose(some, self._writer.states(keys_of(some))))
         self._context = ahead.next_context
         if batches[-1].complete:
             self._writer.commit(position)
