@@ -1,13 +1,15 @@
-"""What a long-running process of ours does alike: its event loop, its signals, its garbage collector."""
+"""What a long-running process of ours does alike: its event loop, its signals, its memory."""
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -17,6 +19,11 @@ SWITCH_SECONDS: Final = 0.0005
 and from server to server: with Python's 5 ms, a busy event loop made each of a dozen steps so much longer.
 """
 
+_M_ARENA_MAX: Final = -8
+"""Of glibc's mallopt(3)."""
+
+_ARENAS: Final = 2
+
 T = TypeVar("T")
 
 log = structlog.get_logger()
@@ -24,6 +31,7 @@ log = structlog.get_logger()
 
 def run_in_loop(main: Coroutine[Any, Any, T]) -> T:
     """Run in an event loop of the fastest kind there is."""
+    _share_arenas()
     _collect_garbage_rarely()
     sys.setswitchinterval(SWITCH_SECONDS)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -42,6 +50,15 @@ def _on_signal(stopping: asyncio.Event, number: signal.Signals) -> None:
         log.warning("second signal: ending at once", signal=number.name)
         os._exit(128 + number)
     stopping.set()
+
+
+def _share_arenas() -> None:
+    """Let threads allocate from the same pieces of memory: each would keep what it once had most of for itself.
+
+    Measured: a tenth of the daemon's memory, and no time, since Python's threads take turns anyway.
+    """
+    with suppress(AttributeError, OSError):  # no such function but in glibc
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 def _collect_garbage_rarely() -> None:
