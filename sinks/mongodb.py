@@ -268,7 +268,9 @@ class MongodbSink(MongoCopyTarget):
     ) -> tuple[bool, bool]:
         """Apply a segment; True where the folded way failed, and where `final` is stored with it.
 
-        Some final states without the others would be in the way of changes in order: they are undone where that can be.
+        Some final states without the others may be in the way of changes in order. Those are mended by the source's
+        documents as they are now; but beside a change that is parked these are in the way, too. So where changes may be
+        parked, what does not fit is undone, if that can be.
         """
         _adopt(connection, segment, work)
         applier = connection.applier
@@ -276,9 +278,8 @@ class MongodbSink(MongoCopyTarget):
         if len(folded) < len(work):
             final = None  # transactions cannot write to capped collections
         deltas = any(effect.deltas for effect in folded.values())
-        undoable = connection.transactions and (
-            deltas or (segment.size <= MAX_IN_TRANSACTION and _may_pass_values(segment, folded))
-        )
+        parks = self.config.on_error == "park"
+        undoable = connection.transactions and (deltas or (parks and _may_be_in_the_way(segment, folded)))
         try:
             if deltas and not undoable:
                 raise Misfit
@@ -341,9 +342,9 @@ def _transaction(connection: _Connection, position: Position | None) -> Iterator
                 session.abort_transaction()
 
 
-def _may_pass_values(segment: Segment, folded: Mapping[TableName, Folded]) -> bool:
+def _may_be_in_the_way(segment: Segment, folded: Mapping[TableName, Folded]) -> bool:
     """Whether a document may want a value of a unique index that another gives up: not where all of them are new."""
-    return segment.size > sum(len(effect.inserts) for effect in folded.values())
+    return sum(len(effect.inserts) for effect in folded.values()) < segment.size <= MAX_IN_TRANSACTION
 
 
 def _apply_ddl(connection: _Connection, segment: Segment, seq: int | None) -> None:
