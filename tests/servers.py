@@ -16,6 +16,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -344,7 +345,8 @@ def _drop_slots(connection: psycopg.Connection[Any], database: str) -> None:
         ).fetchall()
         for name, idle in slots:
             if idle:
-                connection.execute("SELECT pg_drop_replication_slot(%s)", [name])
+                with suppress(psycopg.errors.ObjectInUse):  # somebody has begun to read it since
+                    connection.execute("SELECT pg_drop_replication_slot(%s)", [name])
         return not slots
 
     wait_until(drop, what=f"the slots of {database} to be free")

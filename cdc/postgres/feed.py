@@ -65,9 +65,11 @@ _QUERIES: Final = {
     "forget": """WITH doubted AS (
             UPDATE {entities} SET known = NULL WHERE source = %(source)s AND known IS NOT NULL)
         DELETE FROM {positions} WHERE source = %(source)s""",
+    # OFFSET 0: a look-up for each, whatever is believed of the table. Joined, all of a source may be read for each
     "states": """SELECT entity_type, key, version, location_id, scope, known
-        FROM unnest(%b::text[], %b::bytea[]) AS wanted (entity_type, key) JOIN {entities} USING (entity_type, key)
-        WHERE source = %s""",
+        FROM unnest(%b::text[], %b::bytea[]) AS wanted (entity_type, key)
+        CROSS JOIN LATERAL (SELECT version, location_id, scope, known FROM {entities} AS it
+            WHERE it.source = %s AND it.entity_type = wanted.entity_type AND it.key = wanted.key OFFSET 0) AS found""",
     "put_states": """INSERT INTO {entities} SELECT %s, *
         FROM unnest(%b::text[], %b::bytea[], %b::bigint[], %b::text[], %b::text[], %b::bytea[])
         ON CONFLICT (source, entity_type, key) DO UPDATE SET version = excluded.version,

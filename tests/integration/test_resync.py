@@ -37,9 +37,10 @@ BIG = 3000
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many rounds of many parts, though there are few rows."""
+    """Many rounds of many parts, each between two batches, though there are few rows."""
     monkeypatch.setattr(refresh_read, "PART_ROWS", 40)
     monkeypatch.setattr(refresh, "ROUND_SECONDS", 0.3)
+    monkeypatch.setattr("cdc.delivery.REFRESH_SECONDS", 0.0)
 
 
 @pytest.fixture
