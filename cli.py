@@ -45,7 +45,8 @@ from cdc.position import Position
 from cdc.queue import Queue
 from cdc.session import NoFacts, Session
 from cdc.sink import Mirror, Sink, SinkContext, StreamSink
-from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, to_json
+from cdc.stats import CaptureStats, DeliveryStats
+from cdc.status import DaemonStatus, to_json
 from cdc.terminal import AnySink, AsJson, OneSink, exit_unless, out, print_json
 from cdc.wishes import wishes_of
 from sinks import load as load_sink

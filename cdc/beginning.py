@@ -12,7 +12,7 @@ from cdc.errors import ResyncRequired
 from cdc.queue import Queue
 from cdc.retry import keep_trying
 from cdc.sink import StreamSink
-from cdc.status import DeliveryStats, note_waiting
+from cdc.stats import DeliveryStats, note_waiting
 from cdc.wishes import Wish, explained, resync_fact
 
 log = structlog.get_logger()

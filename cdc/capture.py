@@ -18,7 +18,7 @@ from cdc.position import SourcePosition, format_position
 from cdc.queue import Queue
 from cdc.retry import keep_trying
 from cdc.source import Source
-from cdc.status import OPERATIONS, CaptureStats, State, note_waiting
+from cdc.stats import OPERATIONS, CaptureStats, State, note_waiting
 from cdc.wishes import Wish, explained, is_allowed, restart_fact, resync_fact
 
 log = structlog.get_logger()

@@ -24,7 +24,7 @@ from cdc.change import TableName
 from cdc.position import Position, SourcePosition, format_position
 from cdc.sink import Loader, Mirror
 from cdc.source import Chunk, Estimate, Snapshot, SnapshotReader, Source
-from cdc.status import CopyStatus
+from cdc.stats import CopyStatus
 
 log = structlog.get_logger()
 

@@ -37,7 +37,8 @@ from cdc.process import on_signals, run_in_loop
 from cdc.queue import Queue
 from cdc.sink import Sink
 from cdc.source import Source
-from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, State, snapshot
+from cdc.stats import CaptureStats, DeliveryStats, State
+from cdc.status import DaemonStatus, snapshot
 from cdc.steering import Ordered, Replayed, replay, resync
 from cdc.web import Web, listening
 

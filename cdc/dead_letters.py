@@ -34,7 +34,7 @@ from cdc.position import Position, format_position
 from cdc.queue import Queue
 from cdc.queue.parked import ParkedChange, ParkedId, payload_of
 from cdc.sink import Subject
-from cdc.status import DeliveryStats
+from cdc.stats import DeliveryStats
 
 TRY_SECONDS: Final = 3.0
 """So long `retry` waits for what comes of it."""

@@ -24,7 +24,7 @@ from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Queue, Stored
 from cdc.retry import keep_trying
 from cdc.sink import Applied, Halted, NeedsFilling, Refreshing, Refused, Sink
-from cdc.status import DeliveryStats, State, note_waiting
+from cdc.stats import DeliveryStats, State, note_waiting
 from cdc.wishes import explained
 
 log = structlog.get_logger()

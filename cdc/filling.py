@@ -21,7 +21,7 @@ from cdc.queue import Queue
 from cdc.retry import keep_trying
 from cdc.sink import Mirror
 from cdc.source import Source
-from cdc.status import CaptureStats, CopyStatus, DeliveryStats, State, note_waiting
+from cdc.stats import CaptureStats, CopyStatus, DeliveryStats, State, note_waiting
 from cdc.wishes import Wish, end_of, explained, replay_fact, resync_fact
 
 log = structlog.get_logger()

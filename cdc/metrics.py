@@ -14,7 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from cdc.status import DaemonStatus, SinkStatus, SourceStatus, State, StreamsStatus
+from cdc.stats import State
+from cdc.status import DaemonStatus, SinkStatus, SourceStatus, StreamsStatus
 
 APPLY_SECONDS: Final = Histogram(
     "cdc_apply_seconds",

@@ -14,7 +14,8 @@ from cdc.errors import CdcError
 from cdc.pipeline import paused_fact
 from cdc.queue import ParkedInFile, QueueOnDisk, read_status
 from cdc.queue.parked import ParkedCount
-from cdc.status import CaptureStats, DaemonStatus, DeliveryStats, ResyncStatus, State, snapshot
+from cdc.stats import CaptureStats, DeliveryStats, ResyncStatus, State
+from cdc.status import DaemonStatus, snapshot
 from cdc.wishes import resync_fact
 
 

@@ -35,7 +35,7 @@ from cdc.queue import Queue, Stored
 from cdc.queue.parked import ParkedChange, ParkedId, payload_of
 from cdc.retry import Backoff
 from cdc.sink import Ahead, Applied, Halted, Parking, Sink, Subject
-from cdc.status import DeliveryStats
+from cdc.stats import DeliveryStats
 
 RETRY_SECONDS: Final = 0.1
 RELEASE_SECONDS: Final = 1.0

@@ -13,7 +13,7 @@ from cdc.delivery import Delivery
 from cdc.errors import CdcError
 from cdc.logs import redact
 from cdc.queue import Queue
-from cdc.status import CaptureStats, DeliveryStats, State
+from cdc.stats import CaptureStats, DeliveryStats, State
 
 log = structlog.get_logger()
 

@@ -20,7 +20,7 @@ from cdc.errors import PermanentError
 from cdc.position import Position, SourcePosition
 from cdc.preflight import Finding
 from cdc.source import Chunk
-from cdc.status import ResyncStatus as ResyncStatus  # noqa: PLC0414 - for those who implement `Refreshing`
+from cdc.stats import ResyncStatus as ResyncStatus  # noqa: PLC0414 - for those who implement `Refreshing`
 
 
 class Applied(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ import msgspec
 
 from cdc.change import Batch, Image, Table, TableName
 from cdc.position import SourcePosition
-from cdc.status import CaptureStats
+from cdc.stats import CaptureStats
 
 
 class Chunk(msgspec.Struct, frozen=True):

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cdc.position import describe_position
-from cdc.status import DaemonStatus, SinkStatus, SourceStatus, State
+from cdc.stats import State
+from cdc.status import DaemonStatus, SinkStatus, SourceStatus
 
 _COLORS = {
     State.RUNNING: "green",

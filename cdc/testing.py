@@ -15,7 +15,7 @@ from cdc.errors import FatalError, ResyncRequired, TransientError
 from cdc.position import Position, SourcePosition, as_lsn
 from cdc.sink import Ahead, Applied, IsFree, Refused, Subject
 from cdc.source import Beginning, Estimate, Snapshot
-from cdc.status import CaptureStats
+from cdc.stats import CaptureStats
 
 _STEP = 100
 """Distance of two commits: positions look like LSNs, which never come one by one."""

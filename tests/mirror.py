@@ -18,7 +18,7 @@ from cdc.position import Position
 from cdc.postgres.source import PostgresSource
 from cdc.queue import Queue
 from cdc.sink import SinkContext
-from cdc.status import CaptureStats, DeliveryStats, State
+from cdc.stats import CaptureStats, DeliveryStats, State
 from sinks.postgres import PostgresSink
 from tests.servers import Database
 

@@ -14,7 +14,7 @@ from cdc.mongodb.positions import POSITIONS, Positions
 from cdc.parking import Clock, Parker, ParkingBounds
 from cdc.position import Position
 from cdc.queue import Queue
-from cdc.status import DeliveryStats
+from cdc.stats import DeliveryStats
 from sinks.mongodb import MongodbSink
 from tests.beside import running
 from tests.mongo_mirror import SINK, MongoPair

@@ -35,7 +35,7 @@ from cdc.mongodb.snapshot import MongoSnapshot, estimate_size
 from cdc.mongodb.stream import ChangeStream, Reply, Start, start_at, stream_options, stream_pipeline
 from cdc.position import SourcePosition
 from cdc.source import Beginning, Estimate, Facts
-from cdc.status import CaptureStats, OplogStatus, State
+from cdc.stats import CaptureStats, OplogStatus, State
 
 log = structlog.get_logger()
 

@@ -42,7 +42,7 @@ from cdc.postgres.refresh_write import Written, write_part
 from cdc.postgres.schema import SchemaTable, read_tables
 from cdc.postgres.snapshot import open_snapshot
 from cdc.postgres.touched import Touched
-from cdc.status import ResyncStatus
+from cdc.stats import ResyncStatus
 
 ROUND_SECONDS: Final = 30.0
 """How long a snapshot is held, once the mirror has come to it."""

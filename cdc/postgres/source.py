@@ -41,7 +41,7 @@ from cdc.postgres.slot import (
 from cdc.postgres.snapshot import PostgresSnapshot, open_snapshot
 from cdc.preflight import require
 from cdc.source import Beginning, Estimate, Facts
-from cdc.status import CaptureStats, SlotStats
+from cdc.stats import CaptureStats, SlotStats
 
 log = structlog.get_logger()
 

@@ -24,7 +24,8 @@ from cdc.http_config import TokenConfig
 from cdc.letter import DeadLetters
 from cdc.position import SourcePosition
 from cdc.queue import QueueStats
-from cdc.status import CaptureStats, CopyStatus, DaemonStatus, DeliveryStats, SlotStats, State, snapshot
+from cdc.stats import CaptureStats, CopyStatus, DeliveryStats, SlotStats, State
+from cdc.status import DaemonStatus, snapshot
 from cdc.steering import Ordered, Replayed
 from tests.unit.test_api_letters import poisoned
 

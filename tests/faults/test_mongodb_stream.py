@@ -20,7 +20,7 @@ from cdc.change import Change
 from cdc.mongodb import source as source_module
 from cdc.mongodb.source import NO_MAJORITY, MongoSource
 from cdc.queue import Queue
-from cdc.status import CaptureStats, State
+from cdc.stats import CaptureStats, State
 from tests.mongo_source import configure, streaming
 from tests.mongod.fixture import NewStandIn
 from tests.mongod.process import StandIn

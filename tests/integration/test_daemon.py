@@ -27,7 +27,7 @@ from cdc.hold import Hold
 from cdc.position import Position, SourcePosition
 from cdc.queue import Queue
 from cdc.sink import Sink
-from cdc.status import DeliveryStats, State
+from cdc.stats import DeliveryStats, State
 from cdc.testing import MemorySink, MemorySource
 from tests.processes import wait_until
 

@@ -14,7 +14,7 @@ from bson.raw_bson import RawBSONDocument
 from cdc.change import DDL, UPDATE, Ddl, Delta
 from cdc.errors import FatalError, HistoryLost, ResyncRequired
 from cdc.queue import Queue
-from cdc.status import CaptureStats, OplogStatus
+from cdc.stats import CaptureStats, OplogStatus
 from tests.mongo_source import Facts, configure, streaming
 from tests.mongod.fixture import MongoDatabase, NewStandIn
 

@@ -19,16 +19,8 @@ from cdc.http_config import TokenConfig
 from cdc.letter import DeadLetters
 from cdc.metrics import APPLY_SECONDS
 from cdc.position import SourcePosition, parse_lsn
-from cdc.status import (
-    CaptureStats,
-    CopyStatus,
-    DaemonStatus,
-    DeliveryStats,
-    SlotStats,
-    State,
-    from_json,
-    snapshot,
-)
+from cdc.stats import CaptureStats, CopyStatus, DeliveryStats, SlotStats, State
+from cdc.status import DaemonStatus, from_json, snapshot
 from cdc.steering import Ordered, Replayed
 from tests.unit.test_status import queue_stats
 

@@ -19,7 +19,7 @@ from cdc.dead_letters import Box, Office
 from cdc.http_config import TokenConfig
 from cdc.queue import Queue
 from cdc.queue.parked import ParkedChange, payload_of
-from cdc.status import DeliveryStats
+from cdc.stats import DeliveryStats
 from tests.unit.test_api import FakeBackend
 
 ORDERS = Table("shop", "orders", (), "")

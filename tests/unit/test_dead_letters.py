@@ -21,7 +21,7 @@ from cdc.errors import DecodeError, FatalError, TransientError
 from cdc.letter import LetterId
 from cdc.queue import Queue
 from cdc.queue.parked import ParkedChange, payload_of
-from cdc.status import State
+from cdc.stats import State
 from tests.beside import running
 from tests.processes import wait_until
 from tests.unit.test_parking import World, change, drop

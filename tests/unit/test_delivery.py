@@ -16,7 +16,7 @@ from cdc.pipeline import FillThenDeliver
 from cdc.position import Position, SourcePosition
 from cdc.queue import Queue, Stored
 from cdc.sink import Applied, NeedsFilling
-from cdc.status import DeliveryStats, ResyncStatus, State
+from cdc.stats import DeliveryStats, ResyncStatus, State
 from cdc.testing import MemorySink
 from tests.batches import batch
 from tests.beside import running

@@ -24,7 +24,7 @@ from cdc.queue import Queue, read_status
 from cdc.queue.parked import ParkedChange, payload_of
 from cdc.retry import Backoff
 from cdc.sink import Ahead, IsFree, Subject
-from cdc.status import DeliveryStats, State
+from cdc.stats import DeliveryStats, State
 from cdc.testing import MemorySink
 from tests.beside import running
 from tests.processes import wait_until

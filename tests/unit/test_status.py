@@ -11,17 +11,8 @@ from rich.console import Console
 from cdc.metrics import registry
 from cdc.position import describe_position
 from cdc.queue import QueueStats
-from cdc.status import (
-    CaptureStats,
-    CopyStatus,
-    DaemonStatus,
-    DeliveryStats,
-    SlotStats,
-    State,
-    from_json,
-    snapshot,
-    to_json,
-)
+from cdc.stats import CaptureStats, CopyStatus, DeliveryStats, SlotStats, State
+from cdc.status import DaemonStatus, from_json, snapshot, to_json
 from cdc.status_table import render
 
 NOW = 1_000_000.0
