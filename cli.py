@@ -32,7 +32,8 @@ from cdc import (
 )
 from cdc.api.client import DaemonUnreachable
 from cdc.beginning import begin, begun_fact
-from cdc.config import Config, SinkConfig, SourceConfig, load
+from cdc.config import Config, SinkConfig, SourceConfig
+from cdc.config_file import load
 from cdc.copy import Copy, CopyProgress, PlannedTable, reported
 from cdc.daemon import Parts
 from cdc.errors import CdcError, FatalError, TransientError, UnknownTable

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cdc.capture import Capture
-from cdc.config import parse
+from cdc.config_file import parse
 from cdc.delivery import Delivery
 from cdc.filling import fill
 from cdc.parking import Clock, Parker, ParkingBounds

@@ -20,11 +20,12 @@ from bson.regex import Regex
 from bson.timestamp import Timestamp
 
 from cdc.change import TableName
-from cdc.config import Secret, SinkConfig
+from cdc.config import SinkConfig
 from cdc.mongodb import walk
 from cdc.mongodb.client import RAW, connect
 from cdc.mongodb.collections import Catalog, read_catalog
 from cdc.mongodb.snapshot import MongoSnapshot, estimate_size
+from cdc.secret import Secret
 from cdc.source import Estimate
 from tests.mongod.fixture import MongoDatabase
 

@@ -10,7 +10,8 @@ from typing import Any
 import bson
 
 from cdc.change import Batch, Change, Ddl, Table, Transaction
-from cdc.config import Config, parse
+from cdc.config import Config
+from cdc.config_file import parse
 from cdc.mongodb.source import MongoSource
 from cdc.position import SourcePosition
 from cdc.source import Facts as SourceFacts

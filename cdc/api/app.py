@@ -31,8 +31,8 @@ from cdc.api.requests import BadRequest
 from cdc.api.responses import failure
 from cdc.api.service import Service
 from cdc.api.tickets import Tickets
-from cdc.config import Http
 from cdc.errors import CdcError, DecodeError, TransientError
+from cdc.http_config import Http
 from cdc.letter import UnknownLetter
 from cdc.metrics import registry
 

@@ -10,9 +10,9 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
 
-from cdc.config import Token
 from cdc.errors import CdcError
 from cdc.letter import Letter, LetterId, LetterPage, LetterQuery, Outcome, Outcomes
+from cdc.secret import Token
 from cdc.status import DaemonStatus, from_json
 from cdc.steering import Ordered, Replayed
 

@@ -11,7 +11,6 @@ from bson.timestamp import Timestamp
 from pymongo.change_stream import ChangeStream
 from pymongo.errors import OperationFailure, PyMongoError
 
-from cdc.config import redact
 from cdc.cutover import Finished
 from cdc.errors import FatalError
 from cdc.mirroring import Mirroring
@@ -20,6 +19,7 @@ from cdc.mongodb.collections import CollectionInfo, drop_index, read_catalog
 from cdc.mongodb.moment import encode_moment, format_moment, has_passed, moment
 from cdc.mongodb.snapshot import now
 from cdc.mongodb.target import MongoCopyTarget
+from cdc.urls import redact
 
 _AWAIT_MILLISECONDS: Final = 500
 _INDEX_OPTION_NOT_CHANGEABLE: Final = (72, 2, 27)

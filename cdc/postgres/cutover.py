@@ -9,7 +9,7 @@ from typing import Final
 from psycopg.sql import SQL, Identifier, Literal
 
 from cdc.change import TableName
-from cdc.config import SinkConfig, redact
+from cdc.config import SinkConfig
 from cdc.cutover import Finished
 from cdc.errors import TransientError
 from cdc.position import Lsn, SourcePosition, format_lsn, parse_lsn
@@ -18,6 +18,7 @@ from cdc.postgres.digest import nudge
 from cdc.postgres.pgoutput import Delete, Insert, PgMessage, Relation, Truncate, Update, decode
 from cdc.postgres.schema import read_tables
 from cdc.postgres.sequences import SequencesSet, read_sequences, set_sequences
+from cdc.urls import redact
 
 _WATCHED_WRITES: Final = 1000
 """Messages looked at (and the rest of their transaction): one write would be too many already."""

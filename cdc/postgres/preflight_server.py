@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from cdc.config import Secret
 from cdc.postgres.connection import Connection, translated_errors
 from cdc.preflight import Finding, Level
+from cdc.secret import Secret
 
 SUPPORTED_VERSIONS: Final = range(14, 19)
 

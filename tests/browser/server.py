@@ -17,13 +17,13 @@ from cdc.api.app import create_app
 from cdc.api.backend import UnknownName
 from cdc.api.feed import Feed
 from cdc.api.server import Server
-from cdc.config import Http, Token
 from cdc.dead_letters import Box, Office
 from cdc.feed.place import Place
-from cdc.http_config import TokenConfig
+from cdc.http_config import Http, TokenConfig
 from cdc.letter import DeadLetters
 from cdc.position import SourcePosition
 from cdc.queue import QueueStats
+from cdc.secret import Token
 from cdc.stats import CaptureStats, CopyStatus, DeliveryStats, SlotStats, State
 from cdc.status import DaemonStatus, snapshot
 from cdc.steering import Ordered, Replayed

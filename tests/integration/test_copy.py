@@ -18,7 +18,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from cdc.change import TableName
-from cdc.config import Secret, SinkConfig, TableOptions
+from cdc.config import SinkConfig, TableOptions
 from cdc.copy import Copy, CopyResult
 from cdc.errors import CdcError, FatalError, PermanentError, TransientError
 from cdc.position import Position, format_lsn
@@ -28,6 +28,7 @@ from cdc.postgres.schema import SchemaTable, read_tables
 from cdc.postgres.sequences import SequenceValue, read_sequences
 from cdc.postgres.snapshot import PostgresSnapshot, open_snapshot
 from cdc.postgres.target import CopyTarget
+from cdc.secret import Secret
 from cdc.sink import Mirror
 from cdc.source import Source
 from tests import types

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from cdc import config as configuration
 from cdc.api.client import Client
 from cdc.barrier import HttpBarrier
 from cdc.change import INSERT, Change, Column, Table
 from cdc.config import Config, SinkConfig, SourceConfig
+from cdc.config_file import parse
 from cdc.daemon import ADDRESS_FILE, Daemon, Parts
 from cdc.errors import CdcError, DirectoryInUse, FatalError, TransientError
 from cdc.hold import Hold
@@ -50,7 +50,7 @@ class World:
         self.copying.set()
 
     def config(self, address: str = "127.0.0.1:0", **daemon: object) -> Config:
-        return configuration.parse(
+        return parse(
             {
                 "daemon": {"data_dir": str(self.data_dir), "drain_seconds": 5.0} | daemon,
                 "http": {"address": address},

@@ -15,11 +15,11 @@ import pytest
 
 from cdc.api.feed import Feed
 from cdc.api.requests import MAX_BODY_BYTES
-from cdc.config import Http, Token
 from cdc.feed.place import Place, writer
 from cdc.feed.record import ChangeType
 from cdc.feed.store import SCAN_ROWS
-from cdc.http_config import TokenConfig
+from cdc.http_config import Http, TokenConfig
+from cdc.secret import Token
 from tests.gateway import Gateway, Source, event_stream, record
 from tests.processes import wait_until
 

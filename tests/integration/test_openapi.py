@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from cdc.api.feed import Feed
-from cdc.config import Http, Token
 from cdc.feed.place import Place, writer
-from cdc.http_config import TokenConfig
+from cdc.http_config import Http, TokenConfig
+from cdc.secret import Token
 from tests.gateway import Gateway, Source, record
 from tests.unit.test_api import FakeBackend
 

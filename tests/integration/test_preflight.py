@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from cdc.config import Config, parse
+from cdc.config import Config
+from cdc.config_file import parse
 from cdc.errors import CdcError, FatalError
 from cdc.postgres import preflight
 from cdc.postgres.connection import connect

@@ -8,7 +8,8 @@ import psycopg
 import pytest
 
 from cdc.change import TableName
-from cdc.config import Config, SourceConfig, parse
+from cdc.config import Config, SourceConfig
+from cdc.config_file import parse
 from cdc.errors import CdcError, FatalError
 from cdc.postgres.connection import connect
 from cdc.postgres.publication import Publication, captured_tables, desired_publications

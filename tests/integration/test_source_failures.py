@@ -16,12 +16,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from cdc import capture
-from cdc.config import Secret
 from cdc.errors import ResyncRequired
 from cdc.position import as_lsn
 from cdc.postgres import replication
 from cdc.postgres import source as source_module
 from cdc.postgres.source import PostgresSource
+from cdc.secret import Secret
 from cdc.status import snapshot
 from tests.conftest import NewDatabase
 from tests.mirror import Mirror, running_mirror, wait_for

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cdc.config import parse
+from cdc.config_file import parse
 from cdc.postgres.preflight import check_sink
 from tests.mirror import Mirror, filled_mirror, wait_for
 from tests.servers import Database

@@ -12,13 +12,13 @@ from starlette.testclient import TestClient
 from cdc.api.app import create_app
 from cdc.api.backend import UnknownName
 from cdc.api.requests import MAX_BODY_BYTES
-from cdc.config import Http, Token
 from cdc.dead_letters import Office
 from cdc.errors import CdcError, TransientError
-from cdc.http_config import TokenConfig
+from cdc.http_config import Http, TokenConfig
 from cdc.letter import DeadLetters
 from cdc.metrics import APPLY_SECONDS
 from cdc.position import SourcePosition, parse_lsn
+from cdc.secret import Token
 from cdc.stats import CaptureStats, CopyStatus, DeliveryStats, SlotStats, State
 from cdc.status import DaemonStatus, from_json, snapshot
 from cdc.steering import Ordered, Replayed

@@ -14,11 +14,11 @@ from starlette.testclient import TestClient
 
 from cdc.api.app import create_app
 from cdc.change import INSERT, UPDATE, Batch, Change, Delta, Table, Transaction
-from cdc.config import Http, Token
 from cdc.dead_letters import Box, Office
-from cdc.http_config import TokenConfig
+from cdc.http_config import Http, TokenConfig
 from cdc.queue import Queue
 from cdc.queue.parked import ParkedChange, payload_of
+from cdc.secret import Token
 from cdc.stats import DeliveryStats
 from tests.unit.test_api import FakeBackend
 

@@ -12,8 +12,11 @@ import pytest
 
 from cdc import logs
 from cdc.change import TableName
-from cdc.config import Config, Secret, SinkConfig, load, parse, redact
+from cdc.config import Config, SinkConfig
+from cdc.config_file import load, parse
 from cdc.errors import ConfigError
+from cdc.secret import Secret
+from cdc.urls import redact
 from sinks import options_of
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"

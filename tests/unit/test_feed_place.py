@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cdc.config import Config, parse
+from cdc.config import Config
+from cdc.config_file import parse
 from cdc.errors import ConfigError
 from cdc.feed.place import place_of, served
 from sinks import options_of

@@ -28,9 +28,9 @@ from cdc.api.keyring import Keyring, Unauthorized
 from cdc.api.operation import declared_by
 from cdc.api.principal import PRINCIPAL, Principal
 from cdc.api.tickets import LIFETIME_SECONDS, MAX_OUTSTANDING, MAX_OUTSTANDING_EACH, Tickets, TooMany
-from cdc.config import Http, Token
 from cdc.feed.visibility import Limits
-from cdc.http_config import JwtConfig, Right, TokenConfig
+from cdc.http_config import Http, JwtConfig, Right, TokenConfig
+from cdc.secret import Token
 from cdc.testing_feed import MemoryFeed
 from tests.gateway import record
 from tests.unit.test_api import FakeBackend

@@ -9,9 +9,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from cdc.config import Http, Token, parse
+from cdc.config_file import parse
 from cdc.errors import ConfigError
 from cdc.feed.visibility import Limits
+from cdc.http_config import Http
+from cdc.secret import Token
 
 SECRET = "0123456789abcdef0123456789abcdef"
 

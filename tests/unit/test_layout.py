@@ -31,6 +31,7 @@ ONLY: Final = {
         "cdc.queue",
         "cdc.config",
         "cdc.http_config",
+        "cdc.secret",
         "cdc.feed",
     ),
     "sinks": (

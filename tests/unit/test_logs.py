@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from cdc import logs
-from cdc.config import Secret
+from cdc.secret import Secret
 
 URL = "postgresql://me:geheim@db/shop"
 MESSAGE = f"connecting to {URL}"

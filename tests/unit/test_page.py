@@ -12,9 +12,9 @@ from cdc import __version__
 from cdc.api.app import create_app
 from cdc.api.feed import Feed
 from cdc.api.page import STATIC
-from cdc.config import Http, Token
 from cdc.feed.place import Place
-from cdc.http_config import TokenConfig
+from cdc.http_config import Http, TokenConfig
+from cdc.secret import Token
 
 FILES = sorted(file.relative_to(STATIC).as_posix() for file in STATIC.rglob("*") if file.is_file())
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cdc.config import Config, parse
+from cdc.config import Config
+from cdc.config_file import parse
 from cdc.errors import FatalError, TransientError
 from cdc.postgres.connection import sorted_error
 from cdc.preflight import Finding, Section, as_json, check_data_dir, collect, failed, guard, render, require
