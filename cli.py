@@ -34,7 +34,8 @@ from cdc.api.client import DaemonUnreachable
 from cdc.beginning import begin, begun_fact
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.config_file import load
-from cdc.copy import Copy, CopyProgress, PlannedTable, reported
+from cdc.copy import Copy, PlannedTable
+from cdc.copy_progress import CopyProgress, reported
 from cdc.daemon import Parts
 from cdc.errors import CdcError, FatalError, TransientError, UnknownTable
 from cdc.feed.place import served

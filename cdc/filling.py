@@ -14,7 +14,8 @@ import structlog
 from cdc.capture import Capture
 from cdc.change import TableName, table_name
 from cdc.config import CopyOptions
-from cdc.copy import Copy, CopyProgress, CopyResult
+from cdc.copy import Copy, CopyResult
+from cdc.copy_progress import CopyProgress
 from cdc.errors import HistoryLost, ResyncRequired, TransientError, UnknownTable
 from cdc.position import Position
 from cdc.queue import Queue

@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from cdc.change import TableName
-from cdc.copy import Copy, CopyProgress, reported
+from cdc.copy import Copy
+from cdc.copy_progress import CopyProgress, reported
 from cdc.errors import PermanentError, TransientError
 from cdc.position import Position
 from cdc.sink import Mirror
@@ -314,9 +315,9 @@ def test_progress_is_bars_on_a_terminal() -> None:
 
 
 def test_progress_is_log_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdc.copy._LINE_SECONDS", 0.01)
+    monkeypatch.setattr("cdc.copy_progress._LINE_SECONDS", 0.01)
     lines: list[dict[str, Any]] = []
-    monkeypatch.setattr("cdc.copy.log.info", lambda event, **facts: lines.append({"event": event, **facts}))
+    monkeypatch.setattr("cdc.copy_progress.log.info", lambda event, **facts: lines.append({"event": event, **facts}))
     progress = CopyProgress()
     progress.expect(A, [Chunk(A, (0,), rows=10, size=100)])
     with reported(progress, Console(file=io.StringIO())):
