@@ -13,7 +13,7 @@ import msgspec
 import psycopg
 import structlog
 
-from cdc.change import DDL, Batch, Change, Table, TableName, Transaction, Truncate
+from cdc.change import Batch, Change, Table, TableName
 from cdc.config import SinkConfig
 from cdc.errors import PermanentError, TransientError
 from cdc.failpoints import failpoint
@@ -28,8 +28,9 @@ from cdc.postgres.refresh_marks import RefreshMark, RefreshMarks
 from cdc.postgres.refresh_read import Part
 from cdc.postgres.refresh_target import RefreshTarget
 from cdc.postgres.reshape import CopyAgain, Reshaper
-from cdc.postgres.roster import Mirrored, Plans, Roster
+from cdc.postgres.roster import Plans
 from cdc.postgres.steps import Step
+from cdc.postgres.uncopied import Uncopied
 from cdc.sink import Ahead, Applied, IsFree, NeedsFilling, Refused, ResyncStatus, SinkContext, Subject, are_same
 
 FEW_CHANGES = 64
@@ -41,9 +42,6 @@ FIND_BY_INDEX = "SET enable_seqscan = off; SET random_page_cost = 0.1; SET seq_p
 for each batch, or, by a plan made while it was empty, for each row. (JIT: scans that are "off" look expensive to it.)
 """
 
-
-NEVER = Lsn(2**64)
-"""Behind every position there is."""
 
 log = structlog.get_logger()
 
@@ -75,7 +73,7 @@ class PostgresSink(RefreshTarget):
         self._applier: Applier | None = None
         self._position: Lsn | None = None
         self._asked: set[int] = set()
-        self._strangers: set[TableName] = set()
+        self._uncopied = Uncopied(config.name)
         self._begun = False
         self._finished = False
         self._subjects: SubjectFinder | None = None
@@ -300,7 +298,7 @@ class PostgresSink(RefreshTarget):
         return self._connection, self._applier
 
     def _look_at(self, applier: Applier, batches: Sequence[Batch]) -> _Todo:
-        wanted = [self._without_copied(applier.plans.roster, batch) for batch in batches]
+        wanted = [self._uncopied.of(applier.plans.roster, batch) for batch in batches]
         return self._todo(applier, batches, wanted)
 
     @staticmethod
@@ -417,48 +415,3 @@ class PostgresSink(RefreshTarget):
         applier.rolled_back()
         connection.execute("RELEASE SAVEPOINT batch")
         connection.execute("SAVEPOINT batch")
-
-    def _without_copied(self, roster: Roster, batch: Batch) -> Batch:
-        """Leave out what the initial copy holds already, table by table."""
-        if not batch.transactions:
-            return batch
-        known = [roster.find(table) for table in batch.tables]
-        self._note_strangers(batch, known)
-        copied_at = [NEVER if table is None else table.applied_from for table in known]
-        if as_lsn(batch.transactions[0].position) >= max(copied_at, default=Lsn(0)):
-            return batch
-        return msgspec.structs.replace(
-            batch, transactions=[_uncopied(copied_at, transaction) for transaction in batch.transactions]
-        )
-
-    def _note_strangers(self, batch: Batch, known: Sequence[Mirrored | None]) -> None:
-        """Say once of each table that it is not mirrored.
-
-        The publication may be wider than the configuration, or a table newer than our last look for new ones. What
-        is left out of such a table is in its copy, if it ever gets one.
-        """
-        strangers = {table.qualified for table, found in zip(batch.tables, known, strict=True) if found is None}
-        for table in strangers - self._strangers:
-            log.warning("not mirrored: copied once it is captured", sink=self.name, table=str(table))
-        self._strangers |= strangers
-
-
-def _uncopied(copied_at: Sequence[Lsn], transaction: Transaction) -> Transaction:
-    position = as_lsn(transaction.position)
-    copied = [position < at for at in copied_at]
-    if not any(copied):
-        return transaction
-    changes = [kept for change in transaction.changes if (kept := _without_copied(change, copied)) is not None]
-    return msgspec.structs.replace(transaction, changes=changes)
-
-
-def _without_copied(change: Change, copied: Sequence[bool]) -> Change | None:
-    """The change, as far as it is about tables whose copy does not hold it. Of DDL it tells itself what it is about."""
-    if change.table < 0 or change.operation == DDL:
-        return change
-    if not isinstance(change.detail, Truncate):
-        return None if copied[change.table] else change
-    tables = tuple(index for index in change.detail.tables if not copied[index])
-    if not tables:
-        return None
-    return msgspec.structs.replace(change, detail=msgspec.structs.replace(change.detail, tables=tables))
