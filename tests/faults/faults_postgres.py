@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import psutil
 import psycopg
@@ -79,16 +79,28 @@ def target_locked(world: PostgresWorld, rng: random.Random) -> None:
     with world.target.connect(autocommit=False) as connection:
         connection.execute("SET statement_timeout = 0")
         connection.execute("SET lock_timeout = 0")
-        connection.execute("LOCK TABLE journal, bulk IN EXCLUSIVE MODE")
+        connection.commit()
+        _lock(connection, "journal", "bulk")
         world.rest(rng.uniform(0.5, 3.0))
     world.target.execute("ALTER DATABASE shop RESET ALL")
+
+
+def _lock(connection: psycopg.Connection[Any], *tables: str) -> None:
+    """Again where that closes a circle with the sink: the server may end either of the two."""
+    while True:
+        try:
+            connection.execute(f"LOCK TABLE {', '.join(tables)} IN EXCLUSIVE MODE")
+        except psycopg.errors.DeadlockDetected:
+            connection.rollback()
+        else:
+            return
 
 
 def deadlock(world: PostgresWorld, rng: random.Random) -> None:
     """Somebody locks in the other order: the server ends one of the two."""
     for _ in range(rng.randint(1, 2)):
         with world.target.connect(autocommit=False) as connection:
-            connection.execute("LOCK TABLE counters, journal IN EXCLUSIVE MODE")
+            _lock(connection, "counters", "journal")
             world.wait(lambda: world.target.value(_WAITING), "the sink to wait for the lock, with its position locked")
             try:
                 connection.execute("SELECT FROM cdc.positions FOR UPDATE")
