@@ -21,6 +21,7 @@ from cdc.postgres.evolution import (
     SetNotNull,
     SetType,
     Step,
+    renames,
 )
 from cdc.postgres.schema import type_holds
 from cdc.postgres.shape import ColumnShape, TableShape
@@ -89,11 +90,15 @@ class MirrorTable:
             else:
                 self._do(step)
 
-    def conform(self, shape: TableShape) -> list[ForeignKey]:
+    def conform(self, shape: TableShape, followed: TableShape | None) -> list[ForeignKey]:
         """Give the table, which is empty, a shape, whatever it has now.
 
-        Returns the foreign keys that were in the way: those of columns with another type would be checked at once.
+        followed: what it was last given. It tells which columns have other names now; else they would go, and come back
+        as the last. Returns the foreign keys that were in the way: those of columns with another type would be checked
+        at once.
         """
+        if followed is not None:
+            self._rename(renames(followed, shape))
         steps = list(self._conforming(shape))
         taken = self._take_foreign_keys([step.column.name for step in steps if isinstance(step, SetType)])
         for step in steps:
@@ -106,6 +111,16 @@ class MirrorTable:
             else:
                 self._do(step, empty=True)
         return taken
+
+    def _rename(self, steps: Sequence[RenameColumn]) -> None:
+        """All of them, or none where the table has not these columns, or others with these names."""
+        present = set(self._columns())
+        for step in steps:
+            if step.name not in present or step.new_name in present:
+                return
+            present = present - {step.name} | {step.new_name}
+        for step in steps:
+            self._do(step)
 
     def _take_foreign_keys(self, columns: Sequence[str]) -> list[ForeignKey]:
         """Drop all that refer with, or to, one of these columns."""

@@ -112,6 +112,15 @@ def _computed(old: ColumnShape | None, new: ColumnShape) -> str:
     return ""
 
 
+def renames(old: TableShape, new: TableShape) -> list[RenameColumn]:
+    """The columns that have another name by now; none where it is another table."""
+    if old.oid != new.oid:
+        return []
+    before = {column.attnum: column for column in old.columns}
+    kept = [(before[column.attnum], column) for column in new.columns if column.attnum in before]
+    return list(_renames(kept))
+
+
 def _steps(before: dict[int, ColumnShape], old: TableShape, new: TableShape) -> Iterator[Step]:
     after = {column.attnum: column for column in new.columns}
     remade = {  # a generated column with another expression
@@ -141,7 +150,7 @@ def _generation(column: ColumnShape) -> tuple[str, str | None, str]:
     return column.generated, column.default, column.type
 
 
-def _renames(kept: Sequence[tuple[ColumnShape, ColumnShape]]) -> Iterator[Step]:
+def _renames(kept: Sequence[tuple[ColumnShape, ColumnShape]]) -> Iterator[RenameColumn]:
     """By way of names that nobody has, where one takes another's."""
     renamed = [(was.name, column.name, column.attnum) for was, column in kept if was.name != column.name]
     taken = {name for name, _, _ in renamed}

@@ -17,6 +17,7 @@ from cdc.postgres.bookkeeping import EntryKey, Mark, key_of
 from cdc.postgres.connection import Connection, while_doing
 from cdc.postgres.dump import PRIMARY_KEY, TABLE, SchemaDump, SchemaEntry, Selection
 from cdc.postgres.schema import SchemaColumn, SchemaTable, read_tables, type_holds
+from cdc.postgres.shape import Followed
 
 ANALYZE: Final = "ANALYZE"
 FOREIGN_KEY: Final = "FOREIGN KEY"
@@ -39,6 +40,7 @@ class Preparation:
     """Prepares a target within one transaction of the caller's. Raises `FatalError` where it holds something else.
 
     marks: the tables that this sink has begun to mirror. recorded: what it has built or is going to build.
+    followed: the shapes that its tables were given last.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class Preparation:
         config: SinkConfig,
         marks: Mapping[TableName, Mark],
         recorded: Collection[EntryKey],
+        followed: Mapping[TableName, Followed],
     ) -> None:
         self._connection = connection
         self._config = config
         self._marks = marks
         self._recorded = recorded
+        self._followed = followed
 
     def run(self, schema: SchemaDump) -> Prepared:
         """Make what is missing, or take tables as they are and empty the incomplete ones."""
@@ -118,7 +122,8 @@ class Preparation:
             made, sink = self._marks[table.name].made, self._config.name
             mirrored = MirrorTable(self._connection, sink, target.name, made=made, written=written)
             with while_doing(f"altering {target.name} on the target"):
-                taken = mirrored.conform(shapes[table.name])
+                followed = self._followed.get(table.name)
+                taken = mirrored.conform(shapes[table.name], followed.shape if followed else None)
             yield from (self._foreign_key(table.name, key) for key in taken)
 
     def _foreign_key(self, table: TableName, key: ForeignKey) -> SchemaEntry:

@@ -128,7 +128,8 @@ class CopyTarget:
             self.silence_triggers(connection)
             with translated_errors(), connection.transaction():
                 connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.prepare', 0))")
-                preparation = Preparation(connection, self.config, bookkeeping.marks(), bookkeeping.recorded())
+                marks, followed = bookkeeping.marks(), bookkeeping.followed()
+                preparation = Preparation(connection, self.config, marks, bookkeeping.recorded(), followed)
                 prepared = preparation.run(schema)
                 bookkeeping.record(prepared.later)
                 bookkeeping.mark([table.name for table in schema.tables], prepared.made)

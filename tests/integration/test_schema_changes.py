@@ -164,6 +164,24 @@ def test_f31_rows_that_were_rewritten_are_copied_again(
         assert mirror.fillings == 1
 
 
+def test_f31_columns_keep_their_places_where_they_got_other_names_before_the_copy(
+    life: Life, source_db: Database, target_db: Database, capture: str
+) -> None:
+    order = "SELECT attname FROM pg_attribute WHERE attrelid = 'items'::regclass AND attnum > 0 AND NOT attisdropped"
+    source_db.execute(ITEMS)
+    with life() as mirror:
+        mirror.delivery.pause()
+        wait_for(lambda: mirror.delivery_stats.state == "paused", "the pause")
+        source_db.execute("ALTER TABLE items ADD COLUMN c float8 DEFAULT random()")
+        source_db.execute("ALTER TABLE items RENAME COLUMN n TO m")
+        source_db.execute("ALTER TABLE items RENAME COLUMN name TO n")
+        source_db.execute("UPDATE items SET m = m + 1")
+        mirror.delivery.resume()
+        wait_for(lambda: mirror.error or mirror.fillings, "a copy")
+        assert_same(mirror)
+        assert target_db.execute(f"{order} ORDER BY attnum") == source_db.execute(f"{order} ORDER BY attnum")
+
+
 def test_f31_columns_of_foreign_keys_get_another_type(
     life: Life, source_db: Database, target_db: Database, capture: str
 ) -> None:
