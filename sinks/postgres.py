@@ -194,14 +194,14 @@ class PostgresSink(RefreshTarget):
 
         Where many are refused together and may be parked, the caller will find out which by halves, set-wise: faster.
         """
-        if self._refresh is not None:
-            self._refresh.observe(todo.batches)
         missing, healed = applier.missing, applier.healed
         failure = self._apply_fast(connection, applier, todo)
         if isinstance(failure, PermanentError) and not todo.few and self.config.on_error == "park":
             raise failure
         if failure is not None:
             self._slowly(connection, applier, todo, late=late)
+        if self._refresh is not None:  # not before: what is refused comes again, in pieces
+            self._refresh.observe(todo.batches)
         return Applied(
             changes=sum(batch.change_count for batch in todo.batches),
             missing_rows=applier.missing - missing,

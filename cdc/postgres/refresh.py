@@ -113,7 +113,7 @@ class Refresh:
         self._reader.plan(self._reading)
 
     def observe(self, batches: Sequence[Batch]) -> None:
-        """Take note of changes that are about to be applied."""
+        """Take note of changes that are applied, each of them once."""
         if self._touched is not None:
             self._touched.observe(batches)
             if len(self._touched) > MAX_TOUCHED:

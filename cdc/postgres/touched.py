@@ -57,7 +57,7 @@ class Touched:
         return len(self._events) + sum(map(len, self.rows.values()))
 
     def observe(self, batches: Iterable[Batch]) -> None:
-        """Take note of changes before they are applied; a second time does no harm."""
+        """Take note of changes that are applied, each of them once."""
         for batch in batches:
             watched = [table.qualified in self._keys for table in batch.tables]
             if not any(watched):
