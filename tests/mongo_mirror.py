@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 import pymongo
+from bson import ObjectId
 from bson.codec_options import CodecOptions
 from bson.raw_bson import RawBSONDocument
 
@@ -130,3 +132,15 @@ def _id(document: bytes) -> bytes:
 def _with_database(url: str, name: str) -> str:
     head, _, query = url.partition("/?")
     return f"{head.rstrip('/')}/{name}" + (f"?{query}" if query else "")
+
+
+@contextmanager
+def parking_pair(client: pymongo.MongoClient[dict[str, Any]], url: str, full_document: str) -> Iterator[MongoPair]:
+    """A pair whose sink parks what the mirror refuses."""
+    pair = MongoPair(client, url, f"shop_{ObjectId()}", full_document=full_document)
+    pair.config = msgspec.structs.replace(pair.config, on_error="park")
+    pair.sink = pair.new_sink()
+    try:
+        yield pair
+    finally:
+        pair.close()

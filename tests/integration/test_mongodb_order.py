@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import pymongo
 import pytest
-from bson import ObjectId
 
 from cdc.mongodb.positions import POSITIONS
 from tests.mongo_delivery import Delivered, Interrupted
-from tests.mongo_mirror import MongoPair
+from tests.mongo_mirror import MongoPair, parking_pair
 
 Client = pymongo.MongoClient[dict[str, Any]]
 Document = dict[str, Any]
@@ -25,11 +23,8 @@ BAD: Final = "taken"
 
 @pytest.fixture(params=["updateLookup", "off"])
 def pair(request: pytest.FixtureRequest, mongodb: str, mongodb_client: Client) -> Iterator[MongoPair]:
-    pair = MongoPair(mongodb_client, mongodb, f"shop_{ObjectId()}", full_document=request.param)
-    pair.config = msgspec.structs.replace(pair.config, on_error="park")
-    pair.sink = pair.new_sink()
-    yield pair
-    pair.close()
+    with parking_pair(mongodb_client, mongodb, request.param) as pair:
+        yield pair
 
 
 @pytest.fixture

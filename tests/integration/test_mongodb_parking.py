@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import bson
-import msgspec
 import pymongo
 import pytest
-from bson import ObjectId
 
 from cdc.change import Table
 from cdc.errors import PermanentError
@@ -18,7 +16,7 @@ from cdc.position import Position
 from tests.command import Cdc
 from tests.integration.test_mongo_mirror import Shop
 from tests.mongo import raw_documents
-from tests.mongo_mirror import MongoPair
+from tests.mongo_mirror import MongoPair, parking_pair
 from tests.processes import kill_tree
 
 Client = pymongo.MongoClient[dict[str, Any]]
@@ -26,11 +24,8 @@ Client = pymongo.MongoClient[dict[str, Any]]
 
 @pytest.fixture(params=["updateLookup", "off"])
 def pair(request: pytest.FixtureRequest, mongodb: str, mongodb_client: Client) -> Iterator[MongoPair]:
-    pair = MongoPair(mongodb_client, mongodb, f"shop_{ObjectId()}", full_document=request.param)
-    pair.config = msgspec.structs.replace(pair.config, on_error="park")
-    pair.sink = pair.new_sink()
-    yield pair
-    pair.close()
+    with parking_pair(mongodb_client, mongodb, request.param) as pair:
+        yield pair
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -97,6 +97,14 @@ def test_a_target_transaction_is_bounded_but_never_empty() -> None:
     assert _bounded([], 1) == []
 
 
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[Queue]:
+    queue = Queue(tmp_path / "shop.queue", max_bytes=10**9, min_free_bytes=0)
+    queue.begin(0)
+    yield queue
+    queue.close()
+
+
 class Watched(MemorySink):
     """Notes what happens to it while it prepares."""
 
@@ -122,11 +130,9 @@ class Watched(MemorySink):
         super().close()
 
 
-def test_a_sink_is_left_alone_while_it_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sink_is_left_alone_while_it_prepares(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     """Upkeep may connect again, with other plans."""
     monkeypatch.setattr("cdc.delivery.UPKEEP_SECONDS", 0.0)
-    queue = Queue(tmp_path / "shop.queue", max_bytes=10**9, min_free_bytes=0)
-    queue.begin(0)
     for number in range(1, 21):
         queue.append(batch(number, size=1000))
     sink = Watched()
@@ -134,7 +140,6 @@ def test_a_sink_is_left_alone_while_it_prepares(tmp_path: Path, monkeypatch: pyt
     delivery = Delivery(sink, queue, DeliveryStats("mirror", "shop"), BatchBounds(max_bytes=1500))
     with running(delivery):
         wait_until(lambda: len(sink.transactions) == 20, what="all to arrive")
-    queue.close()
     assert sink.prepared > 5
     assert not sink.disturbed
 
@@ -150,10 +155,8 @@ class Growing(MemorySink):
         return super().apply(batches, position)
 
 
-def test_a_sink_that_needs_it_is_filled_in_mid_stream(tmp_path: Path) -> None:
+def test_a_sink_that_needs_it_is_filled_in_mid_stream(queue: Queue) -> None:
     """Before the stream, where the sink says so, and when somebody else wants it."""
-    queue = Queue(tmp_path / "shop.queue", max_bytes=10**9, min_free_bytes=0)
-    queue.begin(0)
     for number in range(1, 6):
         queue.append(batch(number, size=1000))
     sink = Growing("mirror")
@@ -183,21 +186,17 @@ def test_a_sink_that_needs_it_is_filled_in_mid_stream(tmp_path: Path) -> None:
         wait_until(lambda: sink.filled == 3, what="the sink to be filled once more")
         queue.append(batch(6))
         wait_until(lambda: len(sink.transactions) == 6, what="the stream to go on")
-    queue.close()
     assert [each.xid for each in sink.transactions] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("until", [None, 1000])
-def test_a_mirror_that_is_not_consistent_cannot_be_held(tmp_path: Path, until: int | None) -> None:
+def test_a_mirror_that_is_not_consistent_cannot_be_held(queue: Queue, until: int | None) -> None:
     """While it is resynced, say: compared there, it would differ."""
-    queue = Queue(tmp_path / "shop.queue", max_bytes=10**9, min_free_bytes=0)
-    queue.begin(0)
     sink = MemorySink("mirror")
     sink.position, sink.consistent = Position(queue.queue_id, 0, 0), False
     delivery = Delivery(sink, queue, DeliveryStats("mirror", "shop"), BatchBounds())
     with running(delivery), pytest.raises(TransientError, match=INCONSISTENT):
         delivery.hold(until, 20)
-    queue.close()
 
 
 class Stale(MemorySink):
@@ -224,16 +223,13 @@ class Stale(MemorySink):
     ("seconds", "log"), [(60.0, ["part"] * 10 + ["batch"] * 5), (1e-9, ["part", "batch"] * 5 + ["part"] * 5)]
 )
 def test_a_resync_and_the_stream_share_the_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, log: list[str]
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, seconds: float, log: list[str]
 ) -> None:
     monkeypatch.setattr("cdc.delivery.REFRESH_SECONDS", seconds)
-    queue = Queue(tmp_path / "shop.queue", max_bytes=10**9, min_free_bytes=0)
-    queue.begin(0)
     for number in range(1, 6):
         queue.append(batch(number, size=1000))
     sink = Stale()
     sink.position = Position(queue.queue_id, 0, 0)
     with running(Delivery(sink, queue, DeliveryStats("mirror", "shop"), BatchBounds(max_bytes=10))):
         wait_until(lambda: len(sink.log) == 15, what=lambda: str(sink.log))
-    queue.close()
     assert sink.log == log
