@@ -140,8 +140,10 @@ class Workload:
         self._collection().update_one({"_id": self._id()}, update, upsert=upsert, session=session)
 
     def _pipeline(self, session: ClientSession | None = None) -> None:
+        # a document in the place of another moves the fields that both have, and no delta tells of that either
+        value = self._value() if self._moves else self._chance.choice(NUMBERS)(self._chance.randrange(100))
         stages = [
-            {"$set": {self._chance.choice(KEYS): {"$literal": self._value()}}},
+            {"$set": {self._chance.choice(KEYS): {"$literal": value}}},
             {"$unset": self._chance.choice(KEYS)},
             {"$replaceWith": {"$literal": {key: value for key, value in self._document().items() if key != "_id"}}},
         ]
