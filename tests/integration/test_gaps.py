@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -305,24 +306,56 @@ def test_a_failed_sink_tries_again_when_it_is_told_to(run: Run) -> None:
         run.assert_right()
 
 
+def keep(cdc: Cdc) -> None:
+    """Let changes stay in the queue."""
+    cdc.file.write_text(cdc.file.read_text().replace("[queue]", "[queue]\nkeep_seconds = 3600"))
+
+
 def test_replay(run: Run) -> None:
-    run.cdc.file.write_text(run.cdc.file.read_text().replace("[queue]", "[queue]\nkeep_seconds = 3600"))
+    keep(run.cdc)
     with run.running():
         run.wait_until_resynced()
         assert_complaint(run.cdc("replay", "mirror", "--from", "1"), 1, "not kept any more", "keep_seconds")
         first = run.status()["sources"]["shop"]["queue"]["last_seq"] + 1
         run.source_db.execute("UPDATE items SET name = 'x' WHERE id = 2")
+        run.wait_for_row("x")
+        later = datetime.now(UTC).isoformat()
         run.source_db.execute("UPDATE items SET name = NULL WHERE id = 2")
         run.source_db.execute("UPDATE items SET name = 'x' WHERE id = 3; DELETE FROM items WHERE id = 4")
         run.source_db.execute("UPDATE items SET id = 300 WHERE id = 5; INSERT INTO items VALUES (5, 'last')")
         run.wait_for_row("last")
         dry = run.cdc("replay", "mirror", "--from", str(first), "--dry-run")
         assert "6 changes would be" in dry.stdout, dry
+        dry = run.cdc("replay", "mirror", "--from", later, "--dry-run")
+        assert "5 changes would be" in dry.stdout, dry
         done = run.cdc("replay", "mirror", "--from", str(first))
         assert "6 changes are" in done.stdout, done
         wait_until(lambda: run.status()["sinks"]["mirror"]["changes"]["update"] >= 8, what=lambda: run.cdc.log)
         run.assert_right()
         assert run.target_db.value("SELECT count(*) FROM cdc.replays") == 0
+
+
+def test_replay_to_a_mongodb_mirror(cdc: Cdc, new_stand_in: NewStandIn) -> None:
+    server = new_stand_in()
+    cdc.configure(at(server.url, "shop"))
+    keep(cdc)
+    with pymongo.MongoClient[dict[str, Any]](server.url) as client, cdc.running():
+        source, mirror = client.shop, client.shop_backup
+        run = Daemon(cdc)
+        cdc.wait_for_sink("running")
+        first = run.status()["sources"]["shop"]["queue"]["last_seq"] + 1
+        source.items.insert_many([{"_id": n} for n in range(3)])
+        source.items.update_one({"_id": 1}, {"$set": {"name": "x"}})
+        source.items.delete_one({"_id": 2})
+        source.items.insert_one({"_id": "last"})
+        wait_until(lambda: mirror.items.find_one({"_id": "last"}), what=lambda: cdc.log)
+        mirror.items.delete_many({})
+        done = cdc("replay", "mirror", "--from", str(first))
+        assert " changes are" in done.stdout, done
+        wait_until(lambda: mirror.items.find_one({"_id": "last"}), what=lambda: cdc.log)
+        cdc.wait_for_sink("running")
+        verified = cdc("verify")
+        assert verified.returncode == 0, verified.stdout
 
 
 def test_f59_history_lost_on_mongodb(cdc: Cdc, new_stand_in: NewStandIn) -> None:
