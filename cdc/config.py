@@ -144,6 +144,11 @@ class SinkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     options: Any = None
 
     @property
+    def parks(self) -> bool:
+        """Whether changes that the target refuses wait beside the stream; else it stops."""
+        return self.on_error == "park"
+
+    @property
     def is_mirror(self) -> bool:
         """Whether it holds a copy of its source; other sinks only follow the stream."""
         return self.kind in KINDS.values()

@@ -92,7 +92,7 @@ def _complete_follower(sink: SinkConfig) -> SinkConfig:
             raise ConfigError(
                 f"sinks.{sink.name}.{option}: only for mirrors, and this is {sink.kind}", hint="remove it"
             )
-    if sink.on_error == "park":
+    if sink.parks:
         raise ConfigError(f"sinks.{sink.name}.on_error: {sink.kind} keeps everything in order", hint="write 'stop'")
     return msgspec.structs.replace(sink, on_error="stop")
 

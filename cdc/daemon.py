@@ -344,7 +344,7 @@ class Daemon:
 
 def _parker(config: SinkConfig, sink: Sink, queue: Queue, stats: DeliveryStats) -> Parker | None:
     """What parks changes, where that is wanted. Raises `FatalError` where this sink's cannot be."""
-    if config.on_error != "park":
+    if not config.parks:
         return None
     if not can_park(sink):
         raise FatalError(f"sink {sink.name} cannot park changes", hint='set on_error = "stop"')

@@ -13,7 +13,7 @@ import msgspec
 from cdc.change import DDL, TRUNCATE, Batch, Change, Table, TableName, Transaction, Truncate
 from cdc.queue import Stored
 from cdc.queue.parked import ParkedId
-from cdc.sink import IsFree, Subject
+from cdc.sink import IsFree, Subject, never_free
 
 _OPERATION: Final = attrgetter("operation")
 
@@ -90,12 +90,8 @@ class Subjects:
         """`None` where no change of a row waits."""
         keys = self._keys.get(table.qualified)
         if (table.schema, "") in self._keys or (keys is not None and None in keys):
-            return _never
+            return never_free
         return None if keys is None else free_of(table, cast("Set[bytes]", keys.keys()))
-
-
-def _never(_change: Change) -> bool:
-    return False
 
 
 def has_ddl(batch: Batch) -> bool:

@@ -160,6 +160,11 @@ IsFree = Callable[[Change], bool]
 """Whether a change is certain to be about none of some rows. False may also mean that this takes longer to find out."""
 
 
+def never_free(_change: Change) -> bool:
+    """The `IsFree` of tables whose changes have to be looked at one by one."""
+    return False
+
+
 class Ahead(NamedTuple):
     """Says of a target that is further than its position: all up to a transaction is applied.
 

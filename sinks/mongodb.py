@@ -29,7 +29,7 @@ from cdc.mongodb.moment import moment
 from cdc.mongodb.positions import DURABLE, CollectionState, Positions, Standing
 from cdc.mongodb.target import MongoCopyTarget
 from cdc.position import Position, SourcePosition
-from cdc.sink import Ahead, Applied, Halted, IsFree, SinkContext, Subject, are_same
+from cdc.sink import Ahead, Applied, Halted, IsFree, SinkContext, Subject, are_same, never_free
 
 Work = Mapping[TableName, Folded | list[Change]]
 
@@ -137,7 +137,7 @@ class MongodbSink(MongoCopyTarget):
     def free_of(self, table: Table, keys: Set[bytes]) -> IsFree:
         """By its `_id`."""
         if self._keeps_order(table.qualified):
-            return lambda _change: False
+            return never_free
         return lambda change: _key(change) not in keys
 
     def _keeps_order(self, name: TableName) -> bool:
@@ -232,7 +232,7 @@ class MongodbSink(MongoCopyTarget):
                 ddl.uuid,
                 self._reread,
                 transactions=transactions,
-                parks=self.config.on_error == "park",
+                parks=self.config.parks,
             ),
             ddl=ddl,
             standing=standing,
@@ -278,8 +278,7 @@ class MongodbSink(MongoCopyTarget):
         if len(folded) < len(work):
             final = None  # transactions cannot write to capped collections
         deltas = any(effect.deltas for effect in folded.values())
-        parks = self.config.on_error == "park"
-        undoable = connection.transactions and (deltas or (parks and _may_be_in_the_way(segment, folded)))
+        undoable = connection.transactions and (deltas or (self.config.parks and _may_be_in_the_way(segment, folded)))
         try:
             if deltas and not undoable:
                 raise Misfit

@@ -99,7 +99,7 @@ class PostgresSink(RefreshTarget):
             Bookkeeping(connection, self.name).create()  # one of an older version is completed
             reshaper = Reshaper(connection, self.config, self._source, self.read_shapes, self._asked)
             self._applier = applier = Applier(connection, reshaper, self._reread)
-            if self.config.on_error == "park":
+            if self.config.parks:
                 Settled(connection, self.name).create()
                 mirrored = {table.name for table in applier.plans.roster if table.applied_from != FORGOTTEN}
                 self._subjects = SubjectFinder(applier.plan, mirrored, read_uniqueness(connection))
@@ -192,11 +192,11 @@ class PostgresSink(RefreshTarget):
     def _do(self, connection: Connection, applier: Applier, todo: _Todo, *, late: bool = False) -> Applied:
         """Apply, and leave the target transaction open.
 
-        Where many are refused together and may be parked, the caller will find out which by halves, set-wise: faster.
+        Where many are refused together and may be parked, the caller will find out which in pieces, set-wise: faster.
         """
         missing, healed = applier.missing, applier.healed
         failure = self._apply_fast(connection, applier, todo)
-        if isinstance(failure, PermanentError) and not todo.few and self.config.on_error == "park":
+        if isinstance(failure, PermanentError) and not todo.few and self.config.parks:
             raise failure
         if failure is not None:
             self._slowly(connection, applier, todo, late=late)

@@ -11,7 +11,7 @@ from psycopg.types.json import Jsonb
 
 from cdc.change import TableName
 from cdc.position import Lsn, Position, as_lsn, format_lsn, parse_lsn
-from cdc.postgres.connection import Connection, while_doing
+from cdc.postgres.connection import Connection, table_exists, while_doing
 from cdc.postgres.dump import SchemaEntry
 from cdc.postgres.shape import Followed, TableShape, decode
 
@@ -58,8 +58,7 @@ class Bookkeeping:
     @property
     def exists(self) -> bool:
         """Whether there is any on this target."""
-        ((exists,),) = self._connection.execute("SELECT to_regclass('cdc.post_data') IS NOT NULL").fetchall()
-        return bool(exists)
+        return table_exists(self._connection, "cdc.post_data")
 
     def create(self) -> None:
         """Create schema and tables where they are not there."""
@@ -69,7 +68,10 @@ class Bookkeeping:
                 self._connection.execute(_TABLES)
                 return
             for table, column, kind in _LATER_COLUMNS:  # here, too: only where it is missing
-                if self._connection.execute(_LACKS, [table, table, column]).rowcount:
+                if (
+                    table_exists(self._connection, table)
+                    and not self._connection.execute(_HAS, [table, column]).rowcount
+                ):
                     alter = sql.SQL("ALTER TABLE {} ADD COLUMN {} {}")
                     self._connection.execute(alter.format(sql.SQL(table), sql.Identifier(column), sql.SQL(kind)))
 
@@ -213,7 +215,7 @@ class Settled:
         """Create the table where it is not there."""
         with while_doing("creating cdc.settled on the target"), self._connection.transaction():
             self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.bookkeeping', 0))")
-            if not self._exists():
+            if not table_exists(self._connection, "cdc.settled"):
                 self._connection.execute(_SETTLED)
 
     def read(self) -> list[tuple[Lsn, int]]:
@@ -223,7 +225,7 @@ class Settled:
 
     def forget_from(self, position: Lsn) -> None:
         """Changes from a position on come again: they may be parked once more."""
-        if self._exists():
+        if table_exists(self._connection, "cdc.settled"):
             query = "DELETE FROM cdc.settled WHERE sink = %s AND position >= %s"
             self._connection.execute(query, [self._sink, format_lsn(position)])
 
@@ -235,10 +237,6 @@ class Settled:
                 "INSERT INTO cdc.settled (sink, position, ordinal) VALUES (%s, %s, %s)",
                 [(self._sink, format_lsn(position), ordinal) for position, ordinal in changes],
             )
-
-    def _exists(self) -> bool:
-        ((exists,),) = self._connection.execute("SELECT to_regclass('cdc.settled') IS NOT NULL").fetchall()
-        return bool(exists)
 
 
 def changed_tables(
@@ -275,10 +273,7 @@ SELECT %s, %s, %s, %s, %s, %s, %s, coalesce(max(ordinal) + 1, 0) FROM cdc.post_d
 _LATER_COLUMNS: Final = (("cdc.tables", "shape", "jsonb"), ("cdc.resyncs", "since", "pg_lsn"))
 """Those that earlier versions did not have."""
 
-_LACKS: Final = """
-SELECT WHERE to_regclass(%s) IS NOT NULL
-         AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = %s)
-"""
+_HAS: Final = "SELECT FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = %s"
 
 _SETTLED: Final = """
 CREATE TABLE cdc.settled (

@@ -105,6 +105,12 @@ def translated_errors() -> Iterator[None]:
         raise to_cdc_error(exc) from exc
 
 
+def table_exists(connection: Connection, relation: str) -> bool:
+    """Whether there is such a table. relation: its name, as SQL has it."""
+    ((found,),) = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [relation]).fetchall()
+    return bool(found)
+
+
 @contextmanager
 def while_doing(what: str) -> Iterator[None]:
     """Turn psycopg's errors into `CdcError`s that say what was being done."""

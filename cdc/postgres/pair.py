@@ -14,7 +14,7 @@ from cdc.errors import FatalError
 from cdc.mirroring import Mirroring
 from cdc.position import SourcePosition
 from cdc.postgres import ddl_capture
-from cdc.postgres.connection import connect, translated_errors
+from cdc.postgres.connection import connect, table_exists, translated_errors
 from cdc.postgres.cutover import PostgresHandover
 from cdc.postgres.digest import Comparison, plan_comparison
 from cdc.postgres.preflight_server import reveal
@@ -104,8 +104,7 @@ def drop_sink(sink: SinkConfig) -> None:
     """Forget in the target that it is our mirror; its tables and their rows stay."""
     with connect(reveal(sink.url)) as connection, translated_errors(), connection.transaction():
         for table, forget in _BOOKKEEPING.items():
-            ((there,),) = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table]).fetchall()
-            if there:
+            if table_exists(connection, table):
                 connection.execute(forget, [sink.name])
 
 

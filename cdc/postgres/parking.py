@@ -25,7 +25,7 @@ from cdc.postgres.fold import FoldError
 from cdc.postgres.plan import TablePlan
 from cdc.postgres.row import COUNT_BYTES, UNCHANGED, Row, decode_row, encode_row
 from cdc.postgres.schema import FIRST_USER_OID
-from cdc.sink import IsFree, Subject
+from cdc.sink import IsFree, Subject, never_free
 
 _EXACT: Final = (
     16, 17, 18, 19, 20, 21, 23, 25, 26, 1043, 1082, 1083, 1114, 1184, 2950, 3220,
@@ -94,7 +94,7 @@ class SubjectFinder:
     def free_of(self, table: Table, keys: Set[bytes]) -> IsFree:
         """See `cdc.sink.Parking.free_of`."""
         known = self._known_as(table).keys
-        return _never if known is None else known.free_of(keys)
+        return never_free if known is None else known.free_of(keys)
 
     def _known_as(self, table: Table) -> _Known:
         known = self._known.get(id(table))
@@ -122,10 +122,6 @@ class _Known(NamedTuple):
     table: Table
     whole: Subject
     keys: _Keys | None
-
-
-def _never(_change: Change) -> bool:
-    return False
 
 
 class _Keys:

@@ -156,7 +156,7 @@ class Refresh:
     def wrote(self, mark: RefreshMark) -> None:
         """The transaction has committed."""
         table = mark.table
-        self._read(mark)
+        self._note_read(mark)
         if self._refused[table]:
             return
         self.marks[table] = mark
@@ -177,12 +177,12 @@ class Refresh:
             self._parts += reversed(halves)
             return
         failure = _refusal(part, error)
-        if self._sink.on_error != "park":
+        if not self._sink.parks:
             raise failure
         self._refused[table] += 1
         self._refusals[table] = str(failure)
         log.error("resync refused", sink=self._sink.name, error=str(failure), hint=failure.hint)
-        self._read(self._moved(part, Written(0, 0, 0)))
+        self._note_read(self._moved(part, Written(0, 0, 0)))
         if part.absent and part.keys:
             self._parts.append(msgspec.structs.replace(part, keys=(), text=b""))
 
@@ -198,7 +198,7 @@ class Refresh:
             before.since or self._position,
         )
 
-    def _read(self, mark: RefreshMark) -> None:
+    def _note_read(self, mark: RefreshMark) -> None:
         if mark.done_key is None:
             self._reading.pop(mark.table, None)
         else:

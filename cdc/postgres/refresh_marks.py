@@ -10,7 +10,7 @@ import msgspec
 from cdc.change import TableName
 from cdc.position import Lsn, Position, as_lsn, format_lsn, format_position, parse_lsn
 from cdc.postgres.bookkeeping import FORGOTTEN
-from cdc.postgres.connection import Connection
+from cdc.postgres.connection import Connection, table_exists
 
 
 class RefreshMark(msgspec.Struct, frozen=True):
@@ -40,21 +40,11 @@ class RefreshMarks:
         """The tables that are not refreshed yet."""
         if not self._exists():
             return {}
-        marks = (
-            RefreshMark(
-                TableName(schema, name),
-                tuple(key) if key else None,
-                rows,
-                inserted,
-                updated,
-                deleted,
-                parse_lsn(since) if since else None,
-            )
-            for schema, name, key, rows, inserted, updated, deleted, since in self._connection.execute(
-                _READ, [self._sink]
-            ).fetchall()
-        )
-        return {mark.table: mark for mark in marks}
+        marks = {}
+        for *table, key, rows, inserted, updated, deleted, since in self._connection.execute(_READ, [self._sink]):
+            name, counts = TableName(*table), (rows, inserted, updated, deleted)
+            marks[name] = RefreshMark(name, tuple(key) if key else None, *counts, parse_lsn(since) if since else None)
+        return marks
 
     def want(self, tables: Collection[TableName]) -> None:
         """Let tables be refreshed, from their beginning."""
@@ -110,8 +100,7 @@ class RefreshMarks:
 
     def replaying(self) -> Lsn | None:
         """Where the mirror stood before it was taken back: until it is there again its rows are of an earlier time."""
-        ((exists,),) = self._connection.execute("SELECT to_regclass('cdc.replays') IS NOT NULL").fetchall()
-        if not exists:
+        if not table_exists(self._connection, "cdc.replays"):
             return None
         rows = self._connection.execute("SELECT until::text FROM cdc.replays WHERE sink = %s", [self._sink]).fetchall()
         return parse_lsn(rows[0][0]) if rows else None
@@ -130,8 +119,7 @@ class RefreshMarks:
             self._connection.execute("DELETE FROM cdc.replays WHERE sink = %s", [self._sink])
 
     def _exists(self) -> bool:
-        ((exists,),) = self._connection.execute("SELECT to_regclass('cdc.resyncs') IS NOT NULL").fetchall()
-        return bool(exists)
+        return table_exists(self._connection, "cdc.resyncs")
 
 
 _TABLE: Final = """
