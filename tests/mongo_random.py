@@ -118,6 +118,7 @@ class Workload:
 
     def _update(self, session: ClientSession | None = None) -> None:
         pick = self._chance.choice
+        selector: dict[str, Any] = {"_id": self._id()}
         update: dict[str, dict[str, Any]] = {}
         for _ in range(pick((1, 1, 2, 3))):
             operator = pick(("$set", "$set", "$unset", "$inc", "$push", "$push", "$pop", "$pull", "$rename", "$mul",
@@ -135,9 +136,13 @@ class Workload:
                 argument = pick((1, -1))
             elif operator == "$rename":
                 argument = self._path() if self._moves else "renamed"
+                if not self._moves:  # a name that is there would go to the end, and so would one set before it
+                    selector["renamed"] = {"$exists": False}
+                    update = {operator: {path: argument}}
+                    break
             update.setdefault(operator, {})[path] = argument
         upsert = self._chance.random() < 0.1
-        self._collection().update_one({"_id": self._id()}, update, upsert=upsert, session=session)
+        self._collection().update_one(selector, update, upsert=upsert, session=session)
 
     def _pipeline(self, session: ClientSession | None = None) -> None:
         # a document in the place of another moves the fields that both have, and no delta tells of that either

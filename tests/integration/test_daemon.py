@@ -139,7 +139,7 @@ def test_sink_is_copied_before_it_is_delivered_to(world: World) -> None:
         assert world.sinks["mirror"].transactions == []
         world.copying.set()
         wait_until(arrived(world.sinks["mirror"], 1))
-    assert sorted(world.copied) == ["copy", "mirror"]
+        wait_until(lambda: sorted(world.copied) == ["copy", "mirror"])
 
 
 @pytest.mark.parametrize(
