@@ -11,7 +11,7 @@ from cdc.change import DDL, Change, Transaction
 from cdc.parking_plan import subject_of
 from cdc.parts import Item, Subjects, has_ddl, sifted
 from cdc.queue import Stored
-from cdc.queue.parked import ParkedChange, ParkedId
+from cdc.queue.parked import ParkedChange, ParkedCount, ParkedId
 from cdc.sink import Parking, Subject
 
 _STORED: Final = attrgetter("stored")
@@ -28,6 +28,8 @@ class ParkedRows:
         self.size = 0
         self.version = 0
         self._rows: dict[ParkedId, ParkedChange] = {}
+        self._dead = self._waiting = 0
+        self._oldest_at: float | None = None  # also where it has to be looked for: see `count`
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -45,15 +47,23 @@ class ParkedRows:
             self.size += row.size
             self.subjects.add(subject_of(row))
             self.version += 1
+            self._tally(row, 1)
+            if self._oldest_at is not None:
+                self._oldest_at = min(self._oldest_at, row.created_at)
 
     def replace(self, row: ParkedChange) -> None:
         """The same change, tried once more."""
+        self._tally(self._rows[row.id], -1)
         self._rows[row.id] = row
+        self._tally(row, 1)
 
     def remove(self, row: ParkedChange) -> None:
         """It waits no more."""
-        del self._rows[row.id]
+        row = self._rows.pop(row.id)
         self.size -= row.size
+        self._tally(row, -1)
+        if row.created_at == self._oldest_at:
+            self._oldest_at = None
         self.subjects.add(subject_of(row), -1)
         self.version += 1
 
@@ -61,8 +71,22 @@ class ParkedRows:
         """Nothing is parked."""
         self._rows.clear()
         self.subjects = Subjects()
-        self.size = 0
+        self.size = self._dead = self._waiting = 0
+        self._oldest_at = None
         self.version += 1
+
+    @property
+    def count(self) -> ParkedCount:
+        """How many there are. Looks through them only after the oldest one has gone."""
+        if self._oldest_at is None:
+            self._oldest_at = min((row.created_at for row in self), default=None)
+        return ParkedCount(len(self), self._dead, self._oldest_at, self._waiting)
+
+    def _tally(self, row: ParkedChange, one: int) -> None:
+        if row.state == "dead":
+            self._dead += one
+        elif not row.attempts:
+            self._waiting += one
 
 
 class Admission(NamedTuple):

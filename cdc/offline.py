@@ -14,7 +14,7 @@ from cdc.errors import CdcError
 from cdc.pipeline import paused_fact
 from cdc.queue import ParkedInFile, QueueOnDisk, read_status
 from cdc.queue.parked import ParkedCount
-from cdc.stats import CaptureStats, DeliveryStats, ResyncStatus, State
+from cdc.stats import CaptureStats, DeliveryStats, ResyncStatus, State, note_parked
 from cdc.status import DaemonStatus, snapshot
 from cdc.wishes import resync_fact
 
@@ -86,9 +86,7 @@ def _delivery(name: str, source: str, queue: QueueOnDisk | None) -> DeliveryStat
     if queue is not None:
         stats.seq, stats.position = queue.cursors.get(name, (0, None))
         stats.state = _state(queue, name)
-        count = queue.parked.get(name, ParkedCount())
-        stats.parked, stats.dead, stats.waiting = count.parked, count.dead, count.waiting
-        stats.parked_oldest_at = count.oldest_at
+        note_parked(stats, queue.parked.get(name, ParkedCount()))
         if resync_fact(name) in queue.facts:
             stats.resync = ResyncStatus.ordered()
     return stats

@@ -35,7 +35,7 @@ from cdc.queue import Queue, Stored
 from cdc.queue.parked import ParkedChange, ParkedId, payload_of
 from cdc.retry import Backoff
 from cdc.sink import Ahead, Applied, Halted, Parking, Sink, Subject
-from cdc.stats import DeliveryStats
+from cdc.stats import DeliveryStats, note_parked
 
 RETRY_SECONDS: Final = 0.1
 RELEASE_SECONDS: Final = 1.0
@@ -391,10 +391,7 @@ class Parker:
         self._publish()
 
     def _publish(self) -> None:
-        self._stats.parked = len(self._rows)
-        self._stats.dead = sum(row.state == "dead" for row in self._rows)
-        self._stats.waiting = sum(row.state != "dead" and not row.attempts for row in self._rows)
-        self._stats.parked_oldest_at = min((row.created_at for row in self._rows), default=None)
+        note_parked(self._stats, self._rows.count)
 
 
 def _place_of(change: Change, batches: Sequence[Batch]) -> int:

@@ -14,6 +14,7 @@ import msgspec
 
 from cdc.change import Operation
 from cdc.position import SourcePosition
+from cdc.queue.parked import ParkedCount
 
 OPERATIONS: Final = tuple(operation.name.lower() for operation in Operation)
 """Keys of `changes`: a closed set, so that metrics stay bounded."""
@@ -181,3 +182,9 @@ def note_waiting(stats: CaptureStats | DeliveryStats, error: BaseException) -> N
     stats.state = State.WAITING
     stats.error, stats.hint = str(error), getattr(error, "hint", "")
     stats.retries += 1
+
+
+def note_parked(stats: DeliveryStats, count: ParkedCount) -> None:
+    """So much of a sink is parked."""
+    stats.parked, stats.dead, stats.waiting = count.parked, count.dead, count.waiting
+    stats.parked_oldest_at = count.oldest_at

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
+import msgspec
 import pytest
 
 from cdc.admission import ParkedRows, admission, apart
@@ -16,7 +17,7 @@ from cdc.postgres.plan import TablePlan
 from cdc.postgres.row import UNCHANGED, Row, Value, decode_row, encode_row
 from cdc.postgres.schema import SchemaColumn, SchemaTable
 from cdc.queue import Stored
-from cdc.queue.parked import ParkedChange
+from cdc.queue.parked import ParkedChange, ParkedCount
 from cdc.sink import Subject
 from cdc.testing import MemorySink
 
@@ -219,3 +220,34 @@ def test_what_is_parked_itself_is_told_nothing_of() -> None:
     free, waiting = apart(items_of(found.given[0]), parked, sink)
     assert ([item.id for item, _ in waiting], [item.change for item in free]) == ([(11, 0)], changes[2:])
     assert [item.change for piece in found.admitted for item in items_of(piece)] == changes[2:]
+
+
+def test_what_is_parked_is_counted_as_it_comes_and_goes() -> None:
+    """The clock may jump between two of them: the first one need not be the oldest."""
+    choose, parked = Random(1), ParkedRows()
+    known: dict[int, ParkedChange] = {}
+    for number in range(3_000):
+        row = choose.choice([*known.values(), None])
+        match choose.choice(["add", "add", "again", "replace", "remove", "clear"]):
+            case "add":
+                row = parked_row(number, Subject((TABLES[0].qualified,), (b"1",)))
+                row = known[number] = msgspec.structs.replace(row, created_at=float(choose.randrange(50)))
+                parked.add(row)
+            case "again" if row is not None:
+                parked.add(msgspec.structs.replace(row, created_at=-1.0, attempts=7))
+            case "replace" if row is not None:
+                attempts, state = choose.randrange(3), choose.choice(["retrying", "dead"])
+                known[row.place] = msgspec.structs.replace(row, attempts=attempts, state=state)
+                parked.replace(known[row.place])
+            case "remove" if row is not None:
+                parked.remove(row)
+                del known[row.place]
+            case "clear" if not choose.randrange(200):
+                parked.clear()
+                known.clear()
+        assert parked.count == ParkedCount(
+            len(known),
+            sum(row.state == "dead" for row in known.values()),
+            min((row.created_at for row in known.values()), default=None),
+            sum(row.state != "dead" and not row.attempts for row in known.values()),
+        )

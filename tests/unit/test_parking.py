@@ -21,7 +21,7 @@ from cdc.parking import Clock, Parker, ParkingBounds
 from cdc.parts import Subjects
 from cdc.position import Position
 from cdc.queue import Queue, read_status
-from cdc.queue.parked import ParkedChange, payload_of
+from cdc.queue.parked import ParkedChange, ParkedCount, payload_of
 from cdc.retry import Backoff
 from cdc.sink import Ahead, IsFree, Subject
 from cdc.stats import DeliveryStats, State
@@ -131,6 +131,12 @@ class World:
 
     def later(self, seconds: float = RETRY.max) -> None:
         self.now += seconds
+
+    def assert_counted(self) -> None:
+        """What is shown of what is parked is what the file holds."""
+        stats = self.stats
+        shown = ParkedCount(stats.parked, stats.dead, stats.parked_oldest_at, stats.waiting)
+        assert shown == read_status(self.path).parked.get("mirror", ParkedCount())
 
 
 @pytest.fixture
@@ -352,6 +358,7 @@ def test_f89_f90_at_random(world: World, seed: int) -> None:
         world.commit(*transactions)
         world.sink.fail_at = world.sink.calls + choose.randrange(1, 60)
         world.deliver()
+        world.assert_counted()
         world.later(choose.choice([0, 1, 400]))
         if world.sink.bad and choose.random() < 0.5:
             world.sink.bad.pop()
@@ -365,6 +372,34 @@ def test_f89_f90_at_random(world: World, seed: int) -> None:
         assert seen[-1] == expected
         firsts = list(dict.fromkeys(seen))
         assert firsts == sorted(firsts), "what was seen first never overtook"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_f89_counts_stay_right_whatever_becomes_of_what_is_parked(world: World, seed: int) -> None:
+    """Tried again, dead, brought back, discarded by a person, settled on the target by others, or begun anew."""
+    choose = random.Random(seed)
+    poison = {b"%d:%d" % (key, value) for key in range(6) for value in range(100) if not (key + value) % 3}
+    for value in range(20):
+        world.sink.bad = set(choose.sample(sorted(poison), len(poison) // choose.choice([1, 2, 3])))
+        world.commit(*[[change(choose.randrange(6), value)] for _ in range(5)])
+        world.deliver()
+        world.assert_counted()
+        for _ in range(choose.choice([0, 1, RETRY.attempts])):
+            world.later()
+            world.parker.retry()
+            world.assert_counted()
+        chosen = [row.id for row in world.queue.parked("mirror") if not choose.randrange(4)]
+        act = choose.choice([world.queue.unpark, world.queue.revive])
+        world.parker.alter(lambda: act("mirror", chosen))  # noqa: B023 - used at once
+        world.assert_counted()
+        if choose.random() < 0.3:
+            world.restart()
+            world.assert_counted()
+    assert world.stats.parked, "or there was nothing to count"
+    settled = [(row.position, row.ordinal) for row in world.queue.parked("mirror")[::2]]
+    world.sink._settled = settled
+    world.parker.open(world.position(world.stats.seq))
+    world.assert_counted()
 
 
 def test_subjects() -> None:
