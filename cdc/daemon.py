@@ -41,6 +41,7 @@ from cdc.stats import CaptureStats, DeliveryStats, State
 from cdc.status import DaemonStatus, snapshot
 from cdc.steering import Ordered, Replayed, replay, resync
 from cdc.web import Web, listening
+from cdc.wishes import Wish
 
 log = structlog.get_logger()
 
@@ -150,6 +151,9 @@ class Daemon:
                 (source.stats, source.queue.stats() if source.queue else None) for source in self._sources.values()
             ],
             sinks=[sink.stats for sink in self._sinks.values()],
+            resyncs_ordered=[
+                name for name, sink in self._sinks.items() if sink.queue is not None and Wish.read(sink.queue, name)
+            ],
         )
 
     def pause(self, name: str) -> None:

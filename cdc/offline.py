@@ -14,7 +14,7 @@ from cdc.errors import CdcError
 from cdc.pipeline import paused_fact
 from cdc.queue import ParkedInFile, QueueOnDisk, read_status
 from cdc.queue.parked import ParkedCount
-from cdc.stats import CaptureStats, DeliveryStats, ResyncStatus, State, note_parked
+from cdc.stats import CaptureStats, DeliveryStats, State, note_parked
 from cdc.status import DaemonStatus, snapshot
 from cdc.wishes import resync_fact
 
@@ -23,16 +23,20 @@ def offline_status(config: Config) -> DaemonStatus:
     """What the queues' files say: positions, sizes, pauses, orders. Lag is not known. Changes nothing on disk."""
     captures: list[tuple[CaptureStats, QueueOnDisk | None]] = []
     deliveries: list[DeliveryStats] = []
+    ordered: list[str] = []
     for source in config.sources:
         capture = CaptureStats(source, State.STOPPED)
         queue = _read(config, capture)
         captures.append((capture, queue))
         deliveries += [_delivery(sink.name, source, queue) for sink in config.sinks_of(source)]
+        if queue is not None:
+            ordered += [sink.name for sink in config.sinks_of(source) if resync_fact(sink.name) in queue.facts]
     return snapshot(
         version=__version__,
         started_at=None,
         sources=[(stats, queue.stats if queue else None) for stats, queue in captures],
         sinks=deliveries,
+        resyncs_ordered=ordered,
     )
 
 
@@ -87,8 +91,6 @@ def _delivery(name: str, source: str, queue: QueueOnDisk | None) -> DeliveryStat
         stats.seq, stats.position = queue.cursors.get(name, (0, None))
         stats.state = _state(queue, name)
         note_parked(stats, queue.parked.get(name, ParkedCount()))
-        if resync_fact(name) in queue.facts:
-            stats.resync = ResyncStatus.ordered()
     return stats
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -113,17 +113,22 @@ def snapshot(
     started_at: float | None,
     sources: Sequence[tuple[CaptureStats, QueueStats | None]],
     sinks: Sequence[DeliveryStats],
+    resyncs_ordered: Collection[str] = (),
     now: float | None = None,
 ) -> DaemonStatus:
     """Read everything once. Never waits for a pipeline.
 
     sources: each beside what its queue holds, `None` where that could not be opened.
+    resyncs_ordered: sinks whose resync has not begun.
     """
     now = time.time() if now is None else now
     captures = {stats.name: stats for stats, _ in sources}
     source_status = {stats.name: _source(stats, queue, now) for stats, queue in sources}
     sink_status = {
-        stats.name: _sink(stats, captures[stats.source], source_status[stats.source], now) for stats in sinks
+        stats.name: _sink(
+            stats, captures[stats.source], source_status[stats.source], now, ordered=stats.name in resyncs_ordered
+        )
+        for stats in sinks
     }
     stopped = ("daemon is not running",) if started_at is None else ()
     problems = (*stopped, *_source_problems(source_status), *_sink_problems(sink_status))
@@ -191,7 +196,10 @@ def _slot(slot: SlotStats | None) -> SlotStatus | None:
     )
 
 
-def _sink(stats: DeliveryStats, capture: CaptureStats, source: SourceStatus, now: float) -> SinkStatus:
+def _sink(
+    stats: DeliveryStats, capture: CaptureStats, source: SourceStatus, now: float, *, ordered: bool
+) -> SinkStatus:
+    """ordered: whether a resync is, that has not begun. One that is under way is told of first."""
     lag_seconds, lag_bytes = _sink_lag(stats, capture, source, now)
     return SinkStatus(
         source=stats.source,
@@ -216,7 +224,7 @@ def _sink(stats: DeliveryStats, capture: CaptureStats, source: SourceStatus, now
         torn=stats.parked > 0,
         parked_attempts=stats.parked_attempts,
         discarded=stats.discarded,
-        resync=stats.resync,
+        resync=stats.resync or (ResyncStatus.ordered() if ordered else None),
         waiting=stats.waiting,
     )
 

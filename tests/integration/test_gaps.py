@@ -52,10 +52,14 @@ class Daemon:
     def __init__(self, cdc: Cdc) -> None:
         self.cdc = cdc
 
+    @property
+    def client(self) -> Client:
+        """As the command line has one, without a process for each command."""
+        return Client((self.cdc.data_dir / "http").read_text())
+
     def status(self) -> dict[str, Any]:
-        """As `cdc status --json` prints it, without a process for each look."""
-        address = (self.cdc.data_dir / "http").read_text()
-        return dict(json.loads(to_json(Client(address).status())))
+        """As `cdc status --json` prints it."""
+        return dict(json.loads(to_json(self.client.status())))
 
     def failed(self, name: str) -> dict[str, Any]:
         """Wait until a source or a sink has stopped, and return its status."""
@@ -83,6 +87,15 @@ class Daemon:
             return sink["state"] == source["state"] == "running" and sink["resync"] is None
 
         wait_until(done, timeout_seconds=60, what=lambda: f"the resync: {self.status()}\n{self.cdc.log}")
+
+    def wait_until_ordered(self) -> None:
+        """A resync that a pause holds up."""
+
+        def shown() -> bool:
+            sink = self.status()["sinks"]["mirror"]
+            return bool(sink["state"] == "paused" and sink["resync"])
+
+        wait_until(shown, what=lambda: f"what was ordered: {self.status()}\n{self.cdc.log}")
 
     def wait_until_anew(self, count: int) -> None:
         """Its source has had so many gaps."""
@@ -265,6 +278,26 @@ def test_without_a_daemon_it_is_done_when_one_starts(run: Run) -> None:
         run.assert_right()
 
 
+def test_what_is_ordered_shows_before_it_can_begin(run: Run) -> None:
+    """The sink has failed, and is paused; after a restart of the daemon it still is."""
+    run.target_db.execute("UPDATE items SET name = 'stale' WHERE id = 100")
+    run.target_db.execute("ALTER TABLE items ADD CHECK (name <> 'bad')")
+    with run.running():
+        run.wait_until_resynced()
+        run.source_db.execute("INSERT INTO items VALUES (500, 'bad')")
+        run.failed("mirror")
+        assert run.status()["sinks"]["mirror"]["resync"] is None
+        run.client.pause("mirror")
+        run.client.resync("mirror", [], yes=False)
+        run.wait_until_ordered()
+        assert "resync: ordered" in run.cdc("status").stdout
+    run.target_db.execute("ALTER TABLE items DROP CONSTRAINT items_name_check")
+    with run.running():
+        run.wait_until_ordered()
+        run.client.resume("mirror")
+        run.assert_right()
+
+
 def test_one_table_of_a_running_mirror(run: Run) -> None:
     run.target_db.execute("DELETE FROM items WHERE id > 50; DELETE FROM keyless")
     with run.running():
@@ -276,7 +309,7 @@ def test_one_table_of_a_running_mirror(run: Run) -> None:
         assert not report["equal"], "the other table was not asked for"
         assert_complaint(run.cdc("resync", "mirror", "items"), 1, "not a table", "schema.table")
         assert_complaint(run.cdc("resync", "mirror", "public.itmes"), 1, "no table public.itmes", "public.items")
-        Client((run.cdc.data_dir / "http").read_text()).resync("mirror", ["public.itmes"], yes=False)
+        run.client.resync("mirror", ["public.itmes"], yes=False)
         wait_until(lambda: "resync refused" in run.cdc.log, what=lambda: run.cdc.log)
         wait_until(lambda: run.status()["sinks"]["mirror"]["state"] == "running", what=lambda: run.cdc.log)
         assert run.cdc("resync", "mirror").returncode == 0
