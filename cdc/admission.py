@@ -37,7 +37,7 @@ class ParkedRows:
     def __iter__(self) -> Iterator[ParkedChange]:
         return iter(self._rows.values())
 
-    def __contains__(self, parked: ParkedId) -> bool:
+    def __contains__(self, parked: object) -> bool:
         return parked in self._rows
 
     def add(self, row: ParkedChange) -> None:

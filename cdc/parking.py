@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, NamedTuple, TypeGuard, TypeVar
+from typing import Final, TypeGuard, TypeVar
 
 import msgspec
 import structlog
@@ -29,11 +29,11 @@ from cdc.errors import FatalError, PermanentError
 from cdc.letter import LetterId
 from cdc.narrowing import Narrowing, ParkingSink
 from cdc.parking_plan import Plan, make_plan, subject_of
+from cdc.parking_schedule import Clock, Schedule
 from cdc.parts import Item, Subjects, alone, items_of, sifted
 from cdc.position import Position
 from cdc.queue import Queue, Stored
-from cdc.queue.parked import ParkedChange, ParkedId, payload_of
-from cdc.retry import Backoff
+from cdc.queue.parked import ParkedChange, payload_of
 from cdc.sink import Ahead, Applied, Halted, Parking, Sink, Subject
 from cdc.stats import DeliveryStats, note_parked
 
@@ -62,13 +62,6 @@ def can_park(sink: Sink) -> TypeGuard[ParkingSink]:
     return isinstance(sink, Parking)
 
 
-class Clock(NamedTuple):
-    """Where time comes from: a clock that never jumps, and unix seconds, for people and over restarts."""
-
-    monotonic: Callable[[], float] = time.monotonic
-    unix: Callable[[], float] = time.time
-
-
 class Parker:
     """The parked changes of one sink: always what the queue's file says, which nobody else may change.
 
@@ -89,11 +82,10 @@ class Parker:
         self._queue = queue
         self._stats = stats
         self._bounds = bounds
-        self._backoff = Backoff(retry)
         self._clock = clock or Clock()
+        self._schedule = Schedule(retry, self._clock)
         self._log = log.bind(sink=sink.name)
         self._rows = ParkedRows()
-        self._due: dict[ParkedId, float] = {}  # by the monotonic clock
         self._reached = 0
         self._ahead: Ahead | None = None
         self._plan: Plan | None = None
@@ -123,11 +115,7 @@ class Parker:
         if gone:
             self._queue.unpark(self._sink.name, gone)
         self._see(row for row in rows if row.id not in set(gone))
-        monotonic, unix = self._clock.monotonic(), self._clock.unix()
-        for row in self._rows:
-            if row.attempts:  # at a start at once: somebody may have put the target right
-                wait = 0.0 if self._restarted else row.next_attempt_at - unix
-                self._due[row.id] = monotonic + min(max(wait, 0.0), self._backoff.seconds(row.attempts))
+        self._schedule.restore(self._rows, at_once=self._restarted)
         self._restarted = False
 
     def close(self) -> None:
@@ -154,9 +142,8 @@ class Parker:
 
         def alone() -> T:
             result = action()
-            due = self._due.copy()
             self._see(self._queue.parked(self._sink.name))
-            self._due.update((each, at) for each, at in due.items() if each in self._rows)
+            self._schedule.retain(self._rows)
             if self._desk.owned and self._planned().released:
                 self._tried.clear()
             return result
@@ -232,7 +219,7 @@ class Parker:
     def refused(self, item: Item, error: PermanentError) -> None:
         """Park a change that the target refuses by itself."""
         row, payload = self._new(item, self._subject(item))
-        row = self._failed(row, error)
+        row = self._schedule.failed(row, error)
         self._park([(row, payload)])
         self._plan = None
         tables = ", ".join(map(str, row.tables))
@@ -277,26 +264,23 @@ class Parker:
     @property
     def due(self) -> bool:
         """Whether `retry` has something to do."""
-        if not self._rows:
-            return False
-        plan = self._planned()
-        return bool(plan.released) or self._is_due(plan)
+        return bool(self._next())
 
     def retry(self) -> None:
         """Try what is due, and apply what is released by that. Between two transactions only."""
         begin = time.monotonic()
-        while self.due:
-            plan = self._planned()
-            if time.monotonic() - begin > (RELEASE_SECONDS if plan.released else RETRY_SECONDS):
+        while rows := self._next():
+            if time.monotonic() - begin > (RELEASE_SECONDS if self._planned().released else RETRY_SECONDS):
                 return
-            self._try(plan.released or min(plan.heads, key=self._due_at))
+            self._try(rows)
         self._tried.set()
 
-    def _is_due(self, plan: Plan) -> bool:
-        return bool(plan.heads) and min(map(self._due_at, plan.heads)) <= self._clock.monotonic()
-
-    def _due_at(self, head: Sequence[ParkedChange]) -> float:
-        return min(self._due.get(row.id, 0.0) for row in head if row.attempts)
+    def _next(self) -> Sequence[ParkedChange]:
+        """What is released, or else the head that is due first."""
+        if not self._rows:
+            return ()
+        plan = self._planned()
+        return plan.released or self._schedule.next_of(plan.heads)
 
     def _planned(self) -> Plan:
         if self._plan is None:
@@ -343,13 +327,13 @@ class Parker:
         self._queue.unpark(self._sink.name, [row.id for row in rows])
         for row in rows:
             self._rows.remove(row)
-            self._due.pop(row.id, None)
+            self._schedule.forget(row.id)
         for batch in batches:
             count_changes(self._stats.changes, batch)
         self._log.info("applied parked changes", changes=len(rows), left=len(self._rows))
 
     def _failed_again(self, row: ParkedChange, error: PermanentError) -> None:
-        row = self._failed(row, error)
+        row = self._schedule.failed(row, error)
         self._rows.replace(row)
         self._queue.retried(self._sink.name, row)
         facts = {"id": self._letter(row), "attempts": row.attempts, "error": row.error}
@@ -362,18 +346,6 @@ class Parker:
         """As operators call it, in `cdc dead-letters`."""
         return str(LetterId(self._sink.name, *row.id))
 
-    def _failed(self, row: ParkedChange, error: PermanentError) -> ParkedChange:
-        attempts = row.attempts + 1
-        wait = self._backoff.seconds(attempts)
-        self._due[row.id] = self._clock.monotonic() + wait
-        return msgspec.structs.replace(
-            row,
-            attempts=attempts,
-            next_attempt_at=self._clock.unix() + wait,
-            error=str(error),
-            state="dead" if self._backoff.is_over(attempts) else "retrying",
-        )
-
     # counting
 
     def applied(self, applied: Applied) -> None:
@@ -384,7 +356,6 @@ class Parker:
     def _see(self, rows: Iterable[ParkedChange]) -> None:
         """Take these for all that there are."""
         self._rows.clear()
-        self._due.clear()
         self._plan = None
         for row in rows:
             self._rows.add(row)

@@ -13,7 +13,8 @@ from cdc.capture import Capture
 from cdc.config_file import parse
 from cdc.delivery import Delivery
 from cdc.filling import fill
-from cdc.parking import Clock, Parker, ParkingBounds
+from cdc.parking import Parker, ParkingBounds
+from cdc.parking_schedule import Clock
 from cdc.position import Position
 from cdc.postgres.source import PostgresSource
 from cdc.queue import Queue

@@ -11,7 +11,8 @@ from cdc.config import BatchBounds
 from cdc.delivery import Delivery
 from cdc.errors import TransientError
 from cdc.mongodb.positions import POSITIONS, Positions
-from cdc.parking import Clock, Parker, ParkingBounds
+from cdc.parking import Parker, ParkingBounds
+from cdc.parking_schedule import Clock
 from cdc.position import Position
 from cdc.queue import Queue
 from cdc.stats import DeliveryStats

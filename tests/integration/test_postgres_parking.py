@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from cdc.errors import TransientError
-from cdc.parking import Clock
+from cdc.parking_schedule import Clock
 from cdc.position import Position
 from cdc.sink import SinkContext, Subject
 from sinks.postgres import PostgresSink

@@ -17,7 +17,8 @@ from cdc.change import DDL, UPDATE, Batch, Change, Ddl, Table, TableName, Transa
 from cdc.config import BatchBounds, RetryOptions
 from cdc.delivery import Delivery
 from cdc.errors import FatalError, QueueCorrupt, TransientError
-from cdc.parking import Clock, Parker, ParkingBounds
+from cdc.parking import Parker, ParkingBounds
+from cdc.parking_schedule import Clock
 from cdc.parts import Subjects
 from cdc.position import Position
 from cdc.queue import Queue, read_status
