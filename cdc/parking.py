@@ -111,10 +111,10 @@ class Parker:
         reached = self._reached if self._ahead is None else max(self._reached, self._ahead.seq + 1)
         settled = set(self._sink.settled())
         rows = self._queue.parked(self._sink.name)
-        gone = [row.id for row in rows if row.place >= reached or (row.position, row.ordinal) in settled]
+        gone = {row.id for row in rows if row.place >= reached or (row.position, row.ordinal) in settled}
         if gone:
-            self._queue.unpark(self._sink.name, gone)
-        self._see(row for row in rows if row.id not in set(gone))
+            self._queue.unpark(self._sink.name, sorted(gone))
+        self._see(row for row in rows if row.id not in gone)
         self._schedule.restore(self._rows, at_once=self._restarted)
         self._restarted = False
 
