@@ -1,4 +1,4 @@
-"""A feed in SQLite, who commits to it, and a gateway that serves it."""
+"""A feed in SQLite, who commits to it, and a gateway that serves it; a daemon between two databases."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import pytest
 from cdc.api.feed import Feed
 from cdc.feed.place import Place, reader, writer
 from cdc.feed.store import FeedReader
+from tests.command import Cdc
 from tests.feed_stores import opened
+from tests.gaps import SCHEMA, Run
 from tests.gateway import Gateway, Source
+from tests.servers import Database
 
 
 @pytest.fixture
@@ -41,3 +44,12 @@ def feed(place: Place) -> Iterator[FeedReader]:
     found.open()
     yield found
     found.close()
+
+
+@pytest.fixture
+def run(cdc: Cdc, source_db: Database, target_db: Database, pg_dump: Path) -> Run:
+    """It has filled its mirror, and stopped."""
+    source_db.execute(SCHEMA)
+    run = Run(cdc, source_db, target_db, pg_dump)
+    run.fill_and_stop()
+    return run
