@@ -1,4 +1,4 @@
-"""What else may be under way while a mirror is resynced: parked changes, a pause, other sinks of its source."""
+"""What else may be under way while a mirror is resynced: parked changes, a pause."""
 
 from __future__ import annotations
 
