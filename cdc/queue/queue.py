@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Final
 
 from cdc.change import Batch
-from cdc.errors import CdcError, FatalError, HistoryLost, ResyncRequired
+from cdc.errors import CdcError, FatalError
 from cdc.failpoints import failpoint
-from cdc.position import Position, SourcePosition, format_position
+from cdc.position import Position, SourcePosition
 from cdc.queue.file import QueueFile
 from cdc.queue.orders import Begin, Contents, Cursor, Fact, Item, Restart, Stored, Upkeep
 from cdc.queue.parked import Park, ParkedChange, ParkedId, Retried, Revive, Unpark
+from cdc.queue.reach import check_kept, check_position
 from cdc.queue.stats import QueueStats, measure_free_disk, stats_of
 from cdc.queue.tail import Tail, weight
 
@@ -184,13 +185,13 @@ class Queue:
             contents = self._wait_beyond(after_seq, timeout_seconds)
             if contents.last_seq <= after_seq:
                 return []
-            self._check_kept(after_seq)
+            check_kept(after_seq, self._contents, self._path)
             if stored := self._tail.after(after_seq, max_bytes):
                 return stored
         try:
             return self._file.read(after_seq, last_seq=contents.last_seq, max_bytes=max_bytes)
         except CdcError:
-            self._check_kept(after_seq)  # pruned meanwhile: no damage
+            check_kept(after_seq, self._contents, self._path)  # pruned meanwhile: no damage
             raise
 
     def wake(self) -> None:
@@ -208,10 +209,9 @@ class Queue:
         Raises `ResyncRequired` where what the target needs next is not here.
         """
         contents = self._contents
+        check_position(position, contents, self._path)
         if isinstance(position.source, bytes):
-            self._check_seq(position, contents)
             return position.seq
-        self._check_lsn(position.source, contents)
         return self._file.seek(position.source, contents)
 
     def register(self, sink: str) -> None:
@@ -358,37 +358,6 @@ class Queue:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise type(self._failure)(str(self._failure), hint=self._failure.hint) from self._failure
-
-    def _check_kept(self, after_seq: int) -> None:
-        if after_seq < (pruned_seq := self._contents.state.pruned_seq):
-            raise HistoryLost(f"the sink stands at batch {after_seq}, {self._path} begins after {pruned_seq}")
-
-    def _check_lsn(self, source: int, contents: Contents) -> None:
-        end, pruned = contents.state.position, contents.state.pruned_position
-        if not isinstance(end, int) or not isinstance(pruned, int):
-            raise ResyncRequired(
-                f"the target stands at {format_position(source)}, but {self._path} holds nothing of that kind"
-            )
-        if source < pruned:
-            raise HistoryLost(
-                f"the target stands at {format_position(source)}, the queue begins at {format_position(pruned)}"
-            )
-        if source > end:
-            raise ResyncRequired(
-                f"the target stands at {format_position(source)}, the queue ends at {format_position(end)}"
-            )
-
-    def _check_seq(self, position: Position, contents: Contents) -> None:
-        if position.queue_id != self.queue_id:
-            raise ResyncRequired(
-                f"the target was fed by queue {position.queue_id}, {self._path} is queue {self.queue_id}"
-            )
-        if position.seq < contents.state.pruned_seq:
-            raise HistoryLost(
-                f"the target stands at batch {position.seq}, the queue begins after {contents.state.pruned_seq}"
-            )
-        if position.seq > contents.last_seq:
-            raise ResyncRequired(f"the target stands at batch {position.seq}, the queue ends at {contents.last_seq}")
 
     # the writer's thread
 
