@@ -4,7 +4,7 @@ queue.py    what others see: any thread may call it       orders.py   what its o
 file.py     the open file: batches, cursors, facts        format.py   how the file is made, recognised, upgraded
 parked.py   the parked changes in it                      offline.py  the file as it is read without a daemon
 tail.py     the newest batches, in memory                 stats.py    how full it is
-reach.py    whether a target can be served from it
+reach.py    whether it can serve a target                 handover.py what is on its way to its writer
 """
 
 from cdc.queue.offline import ParkedInFile, QueueOnDisk, read_status

@@ -18,11 +18,12 @@ from cdc.errors import CdcError, FatalError
 from cdc.failpoints import failpoint
 from cdc.position import Position, SourcePosition
 from cdc.queue.file import QueueFile
+from cdc.queue.handover import Handover
 from cdc.queue.orders import Begin, Contents, Cursor, Fact, Item, Restart, Stored, Upkeep
 from cdc.queue.parked import Park, ParkedChange, ParkedId, Retried, Revive, Unpark
 from cdc.queue.reach import check_kept, check_position
 from cdc.queue.stats import QueueStats, measure_free_disk, stats_of
-from cdc.queue.tail import Tail, weight
+from cdc.queue.tail import Tail
 
 _HANDED_OVER_BYTES: Final = 8 * 1024**2
 """Above this the writer is behind, and the source must wait."""
@@ -62,8 +63,7 @@ class Queue:
         self._keep_seconds = keep_seconds
 
         self._lock = threading.Lock()
-        self._handed = threading.Condition(self._lock)
-        self._published = threading.Condition(self._lock)
+        self._handover = Handover(path, self._lock)
 
         self._contents = self._file.contents
         self._facts = self._file.facts()
@@ -71,15 +71,9 @@ class Queue:
         self._tail_bytes = tail_bytes
         self._tail = Tail(tail_bytes)
 
-        self._items: list[Item] = []
-        self._items_bytes = 0
-        self._items_handed = 0
-        self._items_written = 0
         self._in_transaction = False
         self._upkeep_at = time.monotonic()
         self._wakes = 0
-        self._closing = False
-        self._failure: CdcError | None = None
         self._writer = threading.Thread(target=self._run, name=f"queue:{path.stem}", daemon=True)
         self._writer.start()
 
@@ -112,11 +106,11 @@ class Queue:
         For the thread that appends. keep: what is here can still be delivered; otherwise every target is behind.
         """
         with self._lock:
-            self._wait_written(None)
+            self._handover.wait_written(None)
             self._in_transaction = False
             self._tail = Tail(self._tail_bytes)
-            self._hand_over(Restart(position, dict(facts), keep))
-            self._wait_written(None)
+            self._handover.put(Restart(position, dict(facts), keep))
+            self._handover.wait_written(None)
             self._schedule(_UPKEEP_SECONDS)
 
     def rewind(self, sink: str, seq: int) -> Position:
@@ -154,12 +148,12 @@ class Queue:
                 self._in_transaction = not batch.complete
             elif self._in_transaction:
                 return  # the position must not pass the batches that a restart drops with their transaction
-            self._hand_over(batch, weight(batch))
+            self._handover.put(batch)
 
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until all that was appended before is durable; whether it is. Raises what the writer failed with."""
         with self._lock:
-            return self._wait_written(timeout_seconds)
+            return self._handover.wait_written(timeout_seconds)
 
     @property
     def has_room(self) -> bool:
@@ -169,11 +163,11 @@ class Queue:
         """
         free_bytes = measure_free_disk(self._path, self._contents)
         with self._lock:
-            if self._failure is not None:
+            if self._handover.failure is not None:
                 return True
-            if self._items_bytes > _HANDED_OVER_BYTES or free_bytes < self._min_free_bytes:
+            if self._handover.bytes > _HANDED_OVER_BYTES or free_bytes < self._min_free_bytes:
                 return False
-            return self._in_transaction or self._contents.bytes + self._items_bytes < self._max_bytes
+            return self._in_transaction or self._contents.bytes + self._handover.bytes < self._max_bytes
 
     def read(self, after_seq: int, *, max_bytes: int, timeout_seconds: float) -> list[Stored]:
         """Durable batches after `after_seq`, in order: at least one if there is any, else up to `max_bytes` of them.
@@ -198,7 +192,7 @@ class Queue:
         """Make all calls of `read` that wait return now."""
         with self._lock:
             self._wakes += 1
-            self._published.notify_all()
+            self._handover.wake()
 
     def seek(self, position: Position) -> int:
         """The seq to read after, for a sink whose target stores `position`.
@@ -309,55 +303,23 @@ class Queue:
     def close(self) -> None:
         """Write what was handed over, store the cursors, stop. Safe to call twice, and after a failure."""
         with self._lock:
-            if self._closing:
+            if self._handover.closing:
                 return
-            self._closing = True
-            self._handed.notify_all()
-            self._published.notify_all()
+            self._handover.close()
         self._writer.join()
-        self._file.close(checkpoint=self._failure is None)
-
-    def _hand_over(self, item: Item, weight_bytes: int = 0) -> None:
-        self._raise_failure()
-        if self._closing:
-            raise FatalError(f"{self._path} is closed")
-        self._items.append(item)
-        self._items_bytes += weight_bytes
-        self._items_handed += 1
-        self._handed.notify_all()
+        self._file.close(checkpoint=self._handover.failure is None)
 
     def _write_now(self, item: Item) -> None:
         with self._lock:
-            self._hand_over(item)
-            self._wait_written(None)
-
-    def _wait_written(self, timeout_seconds: float | None) -> bool:
-        handed = self._items_handed
-        done = self._published.wait_for(
-            lambda: self._items_written >= handed or self._failure is not None, timeout_seconds
-        )
-        if self._items_written < handed:
-            self._raise_failure()
-        return done
+            self._handover.put(item)
+            self._handover.wait_written(None)
 
     def _wait_beyond(self, after_seq: int, timeout_seconds: float) -> Contents:
         wakes = self._wakes
-        self._published.wait_for(
-            lambda: (
-                self._contents.last_seq > after_seq
-                or self._wakes != wakes
-                or self._closing
-                or self._failure is not None
-            ),
-            timeout_seconds,
-        )
+        self._handover.wait_for(lambda: self._contents.last_seq > after_seq or self._wakes != wakes, timeout_seconds)
         if self._contents.last_seq <= after_seq:
-            self._raise_failure()
+            self._handover.raise_failure()
         return self._contents
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise type(self._failure)(str(self._failure), hint=self._failure.hint) from self._failure
 
     # the writer's thread
 
@@ -374,16 +336,13 @@ class Queue:
             failure = FatalError(f"{self._path}: {type(exc).__name__} while writing", hint="this is a bug in cdc")
             failure.__cause__ = exc
         with self._lock:
-            self._failure = failure
-            self._published.notify_all()
+            self._handover.fail(failure)
 
     def _write_round(self) -> bool:
         """Wait for work, commit it, publish it. False when closing."""
         with self._lock:
-            while not (self._items or self._closing or time.monotonic() >= self._upkeep_at):
-                self._handed.wait(None if self._upkeep_at == inf else self._upkeep_at - time.monotonic())
-            items, self._items = self._items, []
-            closing = self._closing
+            items = self._handover.take(lambda: self._upkeep_at - time.monotonic())
+            closing = self._handover.closing
             upkeep = self._take_upkeep()
         stored = self._file.write(items, upkeep)
         with self._lock:
@@ -393,7 +352,7 @@ class Queue:
         return not closing
 
     def _take_upkeep(self) -> Upkeep | None:
-        if not self._closing and time.monotonic() < self._upkeep_at:
+        if not self._handover.closing and time.monotonic() < self._upkeep_at:
             return None
         self._upkeep_at = inf
         cursors = [Cursor(sink, seq, position) for sink, (seq, position) in self._cursors.items()]
@@ -404,11 +363,8 @@ class Queue:
 
     def _publish(self, items: Sequence[Item], stored: Sequence[Stored]) -> None:
         self._contents = self._file.contents
-        self._items_written += len(items)
         for item in items:
-            if isinstance(item, Batch):
-                self._items_bytes -= weight(item)
-            elif isinstance(item, Fact):
+            if isinstance(item, Fact):
                 self._learn(item)
             elif isinstance(item, Restart):
                 for key, value in item.facts.items():
@@ -417,7 +373,7 @@ class Queue:
             self._tail.add(each)
         if stored and not self._cursors:
             self._schedule(_UPKEEP_SECONDS)
-        self._published.notify_all()
+        self._handover.wrote(items)
 
     def _learn(self, fact: Fact) -> None:
         self._facts.pop(fact.key, None)
@@ -428,7 +384,7 @@ class Queue:
         at = time.monotonic() + delay_seconds
         if at < self._upkeep_at:
             self._upkeep_at = at
-            self._handed.notify_all()
+            self._handover.nudge()
 
     def _schedule_rest(self, upkeep: Upkeep) -> None:
         if self._file.has_more_upkeep:

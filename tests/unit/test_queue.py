@@ -148,7 +148,7 @@ class TestOrder:
         results: list[list[Stored]] = []
 
         def waiting() -> bool:
-            return bool(vars(queue._published)["_waiters"])
+            return bool(vars(queue._handover._done)["_waiters"])
 
         acts: list[Callable[[], None]] = [lambda: queue.append(batch(1)), queue.wake]
         for act in acts:
