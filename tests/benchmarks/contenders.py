@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -57,6 +58,25 @@ def usage_of(pid: int) -> Usage:
     return Usage(times.user + times.system, int(peak_kib) / 1024)
 
 
+def wait_until_read(source: Database, slot: str, explain: Callable[[], str]) -> None:
+    """Return when somebody reads a slot. explain: why it takes so long, perhaps."""
+    query = "SELECT FROM pg_replication_slots WHERE slot_name = %s AND active"
+    with source.connect() as connection:
+        wait_until(
+            lambda: connection.execute(query, [slot]).rowcount,
+            timeout_seconds=60,
+            what=lambda: f"slot {slot} to be read; {explain()}",
+        )
+
+
+def drop_slot(source: Database, name: str) -> None:
+    """Drop it as soon as its reader has left."""
+    free = "SELECT FROM pg_replication_slots WHERE slot_name = %s AND NOT active"
+    with source.connect() as connection:
+        wait_until(lambda: connection.execute(free, [name]).rowcount, what=f"slot {name} to be free")
+        connection.execute("SELECT pg_drop_replication_slot(%s)", [name])
+
+
 class Contender(ABC):
     """Replicates the published table of a source into a database of its own.
 
@@ -90,22 +110,13 @@ class Contender(ABC):
 
     def wait_until_reading(self) -> None:
         """Return when it has taken its slot: the start of a drain, for every contender alike."""
-        query = "SELECT FROM pg_replication_slots WHERE slot_name = %s AND active"
-        with self.source.connect() as connection:
-            wait_until(
-                lambda: connection.execute(query, [self.name]).rowcount,
-                timeout_seconds=60,
-                what=lambda: f"{self.name} to read its slot; it says:\n{self.log_tail()}",
-            )
+        wait_until_read(self.source, self.name, lambda: f"{self.name} says:\n{self.log_tail()}")
 
     def close(self) -> None:
         """Stop it and drop slot and target: the next one must not pay for them."""
         self.stop()
         self.target.drop()
-        free = "SELECT FROM pg_replication_slots WHERE slot_name = %s AND NOT active"
-        with self.source.connect() as connection:
-            wait_until(lambda: connection.execute(free, [self.name]).rowcount, what=f"slot {self.name} to be free")
-            connection.execute("SELECT pg_drop_replication_slot(%s)", [self.name])
+        drop_slot(self.source, self.name)
 
 
 class Native(Contender):

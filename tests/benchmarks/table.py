@@ -10,7 +10,8 @@ import psycopg
 from tests.servers import Database
 
 PUBLICATION: Final = "bench"
-TRANSACTION_ROWS: Final = 1_000
+TRANSACTION_UPDATES: Final = 100
+"""Of those updates that do not come alone."""
 LAST_ID: Final = 0
 """The row that the last transaction of a backlog inserts: where it is visible, everything is."""
 MARK_ID: Final = -1
@@ -25,7 +26,8 @@ CREATE TABLE item (
 INSERT: Final = "INSERT INTO item VALUES (%s, 1, 'a new item', 1.25, now(), 'written while it is watched', true)"
 
 _BACKLOG: Final = """
-CREATE PROCEDURE write_backlog(inserts int, updates int, per_transaction int, mark int) LANGUAGE plpgsql AS $$
+CREATE PROCEDURE write_backlog(inserts int, per_transaction int, updates int, together int, mark int)
+LANGUAGE plpgsql AS $$
 BEGIN
     FOR start IN 1 .. inserts BY per_transaction LOOP
         INSERT INTO item
@@ -36,14 +38,16 @@ BEGIN
     FOR number IN 1 .. updates LOOP
         UPDATE item SET quantity = quantity + 1, price = price + 1, changed_at = now()
          WHERE id = 1 + number * 7919::bigint % inserts;
-        COMMIT;
+        IF number > together OR number % {updates} = 0 THEN
+            COMMIT;
+        END IF;
         IF number = mark THEN
             INSERT INTO item (id) VALUES (-1);
             COMMIT;
         END IF;
     END LOOP;
 END $$
-"""
+""".replace("{updates}", str(TRANSACTION_UPDATES))
 
 _FINGERPRINT: Final = "SELECT count(*), sum(hashtextextended(item::text, 0)) FROM item"
 
@@ -54,13 +58,16 @@ class BenchFailed(Exception):
 
 @dataclass(frozen=True)
 class Backlog:
-    """Inserts in transactions of `TRANSACTION_ROWS`, then updates of single rows scattered over all of them.
+    """Inserts, `transaction_rows` in a transaction, then updates of single rows scattered over all of them.
 
+    together: so many of the updates come `TRANSACTION_UPDATES` in a transaction, before those that have one each.
     mark: after so many updates comes the row `MARK_ID`; 0: never.
     """
 
     inserts: int
     updates: int
+    transaction_rows: int = 1_000
+    together: int = 0
     mark: int = 0
 
     @property
@@ -73,8 +80,8 @@ class Backlog:
         with database.connect() as connection:
             connection.execute("SET synchronous_commit = off")
             connection.execute(_BACKLOG)
-            arguments = [self.inserts, self.updates, TRANSACTION_ROWS, self.mark]
-            connection.execute("CALL write_backlog(%s, %s, %s, %s)", arguments)
+            arguments = [self.inserts, self.transaction_rows, self.updates, self.together, self.mark]
+            connection.execute("CALL write_backlog(%s, %s, %s, %s, %s)", arguments)
             connection.execute("SET synchronous_commit = on")
             connection.execute(INSERT, [LAST_ID])
 

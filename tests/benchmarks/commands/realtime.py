@@ -6,12 +6,10 @@ latency is measured twice, with the clients and before there are any: they must 
 
 from __future__ import annotations
 
+import argparse
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,14 +18,16 @@ import httpx
 import msgspec
 import psycopg
 
+from tests.benchmarks.benchmark import Result
+from tests.benchmarks.children import line_of, process
 from tests.benchmarks.contenders import Usage, usage_of
+from tests.benchmarks.lab import Lab, console
 from tests.benchmarks.stream_clients import Received
 from tests.benchmarks.table import BenchFailed
 from tests.feed import FeedDaemon
-from tests.processes import kill_tree
 from tests.servers import PostgresServer
 
-_CHECKOUT: Final = Path(__file__).parents[2]
+HELP = "stream changes to a thousand WebSocket clients"
 
 _COMMITS: Final = 100
 """A second."""
@@ -58,7 +58,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class StreamResult:
+class StreamResult(Result):
     """What the clients got, and what it cost the daemon.
 
     rate: changes a second that were reached. mirror_ms, mirror_alone_ms: mean latency of the mirror, with the clients
@@ -71,6 +71,24 @@ class StreamResult:
     rate: float
     mirror_ms: float
     mirror_alone_ms: float
+
+    def title(self) -> str:
+        load = self.load
+        return (
+            f"{load.clients:,} clients, {load.channels} channels, {load.changes:,} changes at {self.rate:,.0f} a second"
+        )
+
+    def heading(self) -> tuple[str, ...]:
+        return ("", "cdc")
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        yield ("events delivered", f"{self.received.delivered:,} of {self.load.expected:,}")
+        yield ("from commit to client, p50 (ms)", f"{self.received.p50_ms:.0f}")
+        yield ("from commit to client, p99 (ms)", f"{self.received.p99_ms:.0f}")
+        yield ("mirror behind (ms)", f"{self.mirror_ms:.1f}")
+        yield ("mirror behind, without clients (ms)", f"{self.mirror_alone_ms:.1f}")
+        yield ("CPU seconds of the daemon", f"{self.usage.cpu_seconds:.1f}")
+        yield ("peak memory (MiB)", f"{self.usage.peak_rss_mb:.0f}")
 
     def as_json(self) -> dict[str, Any]:
         """With the keys that others look for."""
@@ -88,6 +106,17 @@ class StreamResult:
             "daemon_cpu_seconds": round(self.usage.cpu_seconds, 2),
             "clients_cpu_seconds": round(self.received.cpu_seconds, 2),
         }
+
+
+def add_options(_: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def run(options: argparse.Namespace, lab: Lab) -> StreamResult:
+    """Measure once."""
+    load = Load(clients=20, channels=2, rate=100, seconds=1) if options.small else Load()
+    with console.status("connecting, committing, listening"):
+        return stream(lab.source, lab.folder, load)
 
 
 def stream(server: PostgresServer, folder: Path, load: Load) -> StreamResult:
@@ -154,23 +183,3 @@ def _latency(url: str) -> tuple[float, float]:
 def _mean_ms(before: tuple[float, float], after: tuple[float, float]) -> float:
     seconds, batches = (late - early for early, late in zip(before, after, strict=True))
     return 1000 * seconds / max(batches, 1)
-
-
-@contextmanager
-def process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A module of this folder, until the block ends."""
-    command = [sys.executable, "-m", f"tests.benchmarks.{module}", *arguments]
-    with subprocess.Popen(command, cwd=_CHECKOUT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            kill_tree(process.pid)
-
-
-def line_of(process: subprocess.Popen[str]) -> str:
-    """The next line that it prints."""
-    assert process.stdout is not None
-    line = process.stdout.readline().strip()
-    if not line:
-        raise BenchFailed(f"{process.args!r} ended")
-    return line

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from tests.benchmarks.benchmark import Result, add_runs
 from tests.benchmarks.contenders import Cdc
 from tests.benchmarks.drain import Drain, Leg, drain
+from tests.benchmarks.lab import Lab, console
 from tests.benchmarks.table import Backlog, BenchFailed, create_source, require_equal
 from tests.processes import wait_until
 from tests.servers import Database, PostgresServer
+
+HELP = "what refused keys cost all others"
 
 _REFUSE: Final = """
 ALTER TABLE item ADD CONSTRAINT poison CHECK (
@@ -78,7 +83,7 @@ class Contender(Cdc):
 
 
 @dataclass(frozen=True)
-class Results:
+class Results(Result):
     """Drains without and with refused keys, in pairs."""
 
     poison: Poison
@@ -101,13 +106,22 @@ class Results:
             "steady": _compared(steady, backlog.updates - backlog.mark),
         }
 
-    def lines(self) -> list[str]:
-        """Each pair, for people."""
-        return [
-            f"{what}: {_line(drain)}; steady {_line(_steady(drain))}"
-            for pair in self.pairs
-            for what, drain in zip(("without", "with"), pair, strict=True)
-        ]
+    def title(self) -> str:
+        backlog, count = self.poison.backlog, self.poison.refused
+        return (
+            f"{backlog.rows:,} changes of {backlog.inserts:,} keys, {count} refused; medians of {len(self.pairs)} pairs"
+        )
+
+    def heading(self) -> tuple[str, ...]:
+        return ("", "without", "with", "ratio", "of the target's CPU")
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        found = self.as_json()
+        for part, of in (("", found), ("steady: ", found["steady"])):
+            target = f"{of['target_cpu_ratio']:.2f}"
+            yield (f"{part}seconds", f"{of['seconds']:.2f}", f"{of['poison_seconds']:.2f}", f"{of['ratio']:.2f}", "")
+            cpu = (f"{of['cpu_us_per_change']:.1f}", f"{of['poison_cpu_us_per_change']:.1f}", f"{of['cpu_ratio']:.2f}")
+            yield (f"{part}us of the daemon's CPU a change", *cpu, target)
 
 
 def _compared(pairs: Sequence[tuple[Leg, Leg]], rows: int) -> dict[str, float]:
@@ -126,13 +140,6 @@ def _compared(pairs: Sequence[tuple[Leg, Leg]], rows: int) -> dict[str, float]:
     }
 
 
-def _line(leg: Leg) -> str:
-    return (
-        f"{leg.seconds:.2f} s, CPU of the daemon {_daemon_cpu_seconds(leg):.2f} s,"
-        f" of the target {leg.target_cpu_seconds:.2f} s"
-    )
-
-
 def _steady(drain: Drain) -> Leg:
     assert drain.steady is not None
     return drain.steady
@@ -141,6 +148,19 @@ def _steady(drain: Drain) -> Leg:
 def _daemon_cpu_seconds(leg: Leg) -> float:
     assert leg.usage is not None
     return leg.usage.cpu_seconds
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """How often, and with how many refused keys."""
+    add_runs(parser)
+    parser.add_argument("--refused", type=int, default=1, help="keys that the mirror refuses (%(default)s)")
+
+
+def run(options: argparse.Namespace, lab: Lab) -> Results:
+    """Measure pairs."""
+    full = Backlog(inserts=10_000, updates=400_000, mark=100_000)
+    backlog = Backlog(inserts=2_000, updates=4_000, mark=2_000) if options.small else full
+    return compare(lab.source, lab.target, lab.folder, Poison(backlog, options.refused), options.runs)
 
 
 def compare(source: PostgresServer, target: PostgresServer, folder: Path, poison: Poison, runs: int) -> Results:
@@ -164,5 +184,6 @@ def compare(source: PostgresServer, target: PostgresServer, folder: Path, poison
             with closing(contender):
                 check = poison.require_healed if contender is poisoned else require_equal
                 found[contender] = drain(contender, check, marked=True)
+            console.print(f"{contender.name}: {found[contender].seconds:.2f} s, equal in the end")
         drains.append((found[plain], found[poisoned]))
     return Results(poison, drains)
