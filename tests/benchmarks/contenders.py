@@ -39,6 +39,8 @@ pg_dump = {pg_dump}
 from = "bench"
 url = {target}
 on_error = {on_error}
+[sinks.mirror.copy]
+workers = {workers}
 """
 
 
@@ -148,11 +150,18 @@ class Cdc(Contender):
     """`cdc copy` of the empty table, then `cdc run`, with default options."""
 
     def __init__(
-        self, name: str, source: Database, target_server: PostgresServer, folder: Path, *, on_error: str = "stop"
+        self,
+        name: str,
+        source: Database,
+        target_server: PostgresServer,
+        folder: Path,
+        *,
+        on_error: str = "stop",
+        workers: int = 2,
     ) -> None:
         super().__init__(name, source, target_server)
         self._log = folder / f"{name}.log"
-        self._config = self._write_config(folder, on_error)
+        self._config = self._write_config(folder, on_error, workers)
         self._process: subprocess.Popen[bytes] | None = None
 
     def prepare(self) -> None:
@@ -181,7 +190,7 @@ class Cdc(Contender):
     def log_tail(self) -> str:
         return self._log.read_text(errors="replace")[-3000:]
 
-    def _write_config(self, folder: Path, on_error: str) -> Path:
+    def _write_config(self, folder: Path, on_error: str, workers: int) -> Path:
         values = {
             "data_dir": str(folder / self.name),
             "source": self.source.url,
@@ -190,6 +199,7 @@ class Cdc(Contender):
             "pg_dump": str(self.source.server.bin_dir / "pg_dump"),
             "target": self.target.url,
             "on_error": on_error,
+            "workers": workers,
         }
         path = folder / f"{self.name}.toml"
         path.write_text(_CONFIG.format_map({key: json.dumps(value) for key, value in values.items()}))
