@@ -14,9 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rich.table import Table
-
-from tests.benchmarks.benchmark import Result, benchmarks
+from tests.benchmarks.benchmark import Result, benchmarks, show
 from tests.benchmarks.lab import Lab, console, surroundings
 from tests.benchmarks.table import BenchFailed
 from tests.servers import ServerUnavailable
@@ -37,18 +35,10 @@ def main() -> int:
         return 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    _show(result)
+    show(result)
     if options.json is not None:
         options.json.write_text(json.dumps({**result.as_json(), "surroundings": where}, indent=2) + "\n")
     return 0
-
-
-def _show(result: Result) -> None:
-    console.print(result.title(), markup=False, soft_wrap=True)
-    table = Table(*result.heading(), box=None, pad_edge=False)
-    for row in result.rows():
-        table.add_row(*row)
-    console.print(table)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,9 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, Final, Protocol, cast
 
-from tests.benchmarks.lab import Lab
+from rich.table import Table
+
+from tests.benchmarks.lab import Lab, console
 
 _COMMANDS: Final = Path(__file__).with_name("commands")
 
@@ -33,6 +35,15 @@ class Result(ABC):
     @abstractmethod
     def as_json(self) -> dict[str, Any]:
         """With the keys that others look for; units are in their names."""
+
+
+def show(result: Result) -> None:
+    """Print it for people."""
+    console.print(result.title(), markup=False, soft_wrap=True)
+    table = Table(*result.heading(), box=None, pad_edge=False)
+    for row in result.rows():
+        table.add_row(*row)
+    console.print(table)
 
 
 class Benchmark(Protocol):

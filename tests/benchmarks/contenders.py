@@ -160,6 +160,7 @@ class Cdc(Contender):
         workers: int = 2,
     ) -> None:
         super().__init__(name, source, target_server)
+        self.data_dir = folder / name
         self._log = folder / f"{name}.log"
         self._config = self._write_config(folder, on_error, workers)
         self._process: subprocess.Popen[bytes] | None = None
@@ -192,7 +193,7 @@ class Cdc(Contender):
 
     def _write_config(self, folder: Path, on_error: str, workers: int) -> Path:
         values = {
-            "data_dir": str(folder / self.name),
+            "data_dir": str(self.data_dir),
             "source": self.source.url,
             "slot": self.name,
             "publication": PUBLICATION,

@@ -17,7 +17,7 @@ from tests.servers import Database
 
 TIMEOUT_SECONDS: Final = 600
 
-_STORES: Final = ("sqlite", "postgres")
+STORES: Final = ("sqlite", "postgres")
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ def write_all(lab: Lab, backlog: Backlog, runs: int) -> Mapping[str, Sequence[Wr
     """Every run has a slot, a queue and a feed of its own, in both stores in turn; all drain the same log."""
     source = lab.source.create_database("bench_feed")
     create_source(source)
-    daemons = {(store, number): _prepare(lab, source, store, number) for number in range(runs) for store in _STORES}
+    daemons = {(store, number): _prepare(lab, source, store, number) for number in range(runs) for store in STORES}
     with console.status("writing the backlog"):
         backlog.write(source)
-    found: dict[str, list[Written]] = {store: [] for store in _STORES}
+    found: dict[str, list[Written]] = {store: [] for store in STORES}
     for (store, number), daemon in daemons.items():
         name = _name(store, number)
         with console.status(f"{name} drains it"):

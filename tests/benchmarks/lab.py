@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.servers import PostgresServer
 SETTINGS: Final = {"shared_buffers": "128MB", "track_commit_timestamp": "on"}
 """Of all servers, besides fsync: what is confirmed must survive, and that has its price."""
 
-console: Final = Console(highlight=False)
+console: Final = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class Lab:

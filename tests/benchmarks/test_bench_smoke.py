@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.copy_source import create, fingerprint, require_copied
 from tests.benchmarks.table import SCHEMA, Backlog, BenchFailed, create_source, require_equal
 from tests.servers import Database
 
@@ -24,28 +25,26 @@ def bench(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def test_drain_compares_both_and_writes_what_it_found(tmp_path: Path) -> None:
+def test_all_finds_every_number(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
-    output = bench("drain", "--small", "--runs", "1", "--json", file)
-    assert "native_backlog_1: " in output
-    assert "cdc_backlog_1: " in output
-    assert output.count("equal to its source") == 2
+    output = bench("all", "--small", "--json", file)
+    assert "All parts ended well" in output
+    assert output.count("equal to its source") >= 9  # two contenders of three backlogs, two copiers, MongoDB
+    assert output.count("every change is there") == 2
     found = json.loads(file.read_text())
-    latencies = found["latency_ms"]
-    assert sorted(latencies) == ["cdc", "native"]
-    assert all(0 < each["p50"] <= each["p99"] for each in latencies.values())
-    assert found["rows"] == 4_000
+    del found["surroundings"]
+    assert list(found) == ["1", "2", "3", "4", "5", "6", "7", "8"]
+    assert all(isinstance(number["holds"], bool) for number in found.values())
+    assert all(number["found"] != "failed" for number in found.values())
+    drain, hot = found["1"]["details"]["drain"], found["2"]["details"]["hot"]
+    assert (drain["rows"], hot["rows"]) == (4_000, 5_000)
     numbers = ("cdc_cpu_seconds", "cdc_peak_rss_mb", "cdc_seconds", "limit_seconds", "native_seconds", "ratio")
-    assert all(found[name] > 0 for name in numbers)
-
-
-def test_drain_of_hot_rows_tells_what_transactions_cost(tmp_path: Path) -> None:
-    file = tmp_path / "found.json"
-    bench("drain", "--small", "--runs", "1", "--workload", "hot", "--json", file)
-    found = json.loads(file.read_text())
-    assert found["rows"] == 5_000
-    assert sorted(found["ratio_by_transaction"]) == ["100_rows", "single_rows"]
-    assert "latency_ms" not in found
+    assert all(each[name] > 0 for name in numbers for each in (drain, hot))
+    assert all(0 < each["p50"] <= each["p99"] for each in drain["latency_ms"].values())
+    assert sorted(hot["ratio_by_transaction"]) == ["100_rows", "single_rows"]
+    assert found["4"]["details"]["copy"]["ratio"]["pg_dump"] > 0
+    assert found["6"]["details"]["mongodb"]["rows"] == 3_000
+    assert found["8"]["details"]["soak"]["samples"] > 0
 
 
 def test_limit_reads_all_of_the_backlog() -> None:
@@ -81,13 +80,12 @@ def test_what_is_lost_or_changed_is_noticed(source_db: Database, target_db: Data
 
 def test_feed_is_polled_in_both_stores(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
-    output = bench("feed", "--small", "--runs", "1", "--json", file)
-    assert output.count("every change is there") == 2
+    output = bench("feed", "--small", "--only", "polls", "--json", file)
     assert "5,000 changes" in output
     found = json.loads(file.read_text())
-    assert (found["changes"], found["rows"]) == (4_000, 5_000)
+    assert found["rows"] == 5_000
     for asked in (found["sqlite"], found["postgres"]):
-        assert all(value > 0 for name, value in asked.pop("write").items() if name != "each_seconds")
+        assert asked.pop("store_rows_per_second") > 0
         assert len(asked) == 10
         assert all(0 < each["p50_ms"] <= each["p99_ms"] for each in asked.values())
 
@@ -109,15 +107,6 @@ def test_poison_is_refused_and_everything_else_flows(tmp_path: Path) -> None:
     assert all(value >= 0 for value in steady.values())
 
 
-def test_mongodb_drains_a_backlog_and_writes_what_it_cost(tmp_path: Path) -> None:
-    file = tmp_path / "found.json"
-    output = bench("mongodb", "--small", "--runs", "1", "--json", file)
-    assert "3,000 changes" in output
-    found = json.loads(file.read_text())
-    assert found["rows"] == 3_000
-    assert all(found[name] > 0 for name in ("cpu_us_per_change", "peak_rss_mb", "seconds"))
-
-
 def test_realtime_delivers_all_and_writes_how_fast(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     output = bench("realtime", "--small", "--json", file)
@@ -126,3 +115,18 @@ def test_realtime_delivers_all_and_writes_how_fast(tmp_path: Path) -> None:
     assert found["delivered"] == found["expected"] == 1_000
     assert 0 < found["p50_ms"] <= found["p99_ms"] <= found["max_ms"]
     assert found["peak_rss_mb"] > 0
+
+
+def test_a_copy_that_lacks_something_is_noticed(source_db: Database, target_db: Database) -> None:
+    for database in (source_db, target_db):
+        create(database, 500_000)
+    expected = fingerprint(source_db)
+    require_copied(target_db, expected)
+    for damage, what in (
+        ("DELETE FROM payment WHERE order_id = 1", "payment"),
+        ("UPDATE event SET value = value + 1 WHERE id = 1", "event, payment"),
+        ("DROP INDEX event_happened_at_idx", "definitions, event, payment"),
+    ):
+        target_db.execute(damage)
+        with pytest.raises(BenchFailed, match=f"differs from its source in {what}$"):
+            require_copied(target_db, expected)

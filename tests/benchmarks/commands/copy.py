@@ -73,8 +73,15 @@ class CopyResult(Result):
 def add_options(parser: argparse.ArgumentParser) -> None:
     """How often, of how much, with how many jobs."""
     add_runs(parser)
-    parser.add_argument("--size", type=size_of, default="5GB", help="of the database, with indexes (%(default)s)")
+    add_size(parser)
     parser.add_argument("--jobs", type=int, default=2, help="of each copier (%(default)s)")
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Of how much."""
+    parser.add_argument(
+        "--size", type=size_of, default="5GB", help="of the database that is copied, with its indexes (%(default)s)"
+    )
 
 
 def size_of(text: str) -> int:

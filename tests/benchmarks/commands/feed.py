@@ -19,7 +19,7 @@ from cdc.position import Position
 from cdc.secret import Secret
 from tests.benchmarks.benchmark import Result, add_runs
 from tests.benchmarks.children import line_of, process
-from tests.benchmarks.feed_writes import Written, write_all
+from tests.benchmarks.feed_writes import STORES, Written, write_all
 from tests.benchmarks.lab import Lab, console, version_of
 from tests.benchmarks.table import BenchFailed
 from tests.benchmarks.workloads import workload
@@ -64,30 +64,36 @@ class FeedResult(Result):
     filled: Mapping[str, Filled]
 
     def title(self) -> str:
-        runs = max(map(len, self.written.values()))
-        written = f"the daemon wrote {self.changes:,} changes into the feed, medians of {runs} runs each"
-        polled = f"; of {self.rows_polled:,} changes parts were asked for, in ms p50 and p99" if self.filled else ""
-        return f"PostgreSQL {self.server}; {written}{polled}"
+        said = [f"PostgreSQL {self.server}"]
+        if self.written:
+            runs = len(self.written["sqlite"])
+            said.append(f"the daemon wrote {self.changes:,} changes into the feed, medians of {runs} runs each")
+        if self.filled:
+            said.append(f"of {self.rows_polled:,} changes parts were asked for, in ms p50 and p99")
+        return "; ".join(said)
 
     def heading(self) -> tuple[str, ...]:
-        return ("", *self.written)
+        return ("", *STORES)
 
     def rows(self) -> Iterator[tuple[str, ...]]:
-        found = [self._writes(name) for name in self.written]
-        yield ("rows/s, from source to feed", *(f"{each['rows_per_second']:,.0f}" for each in found))
-        yield ("us of the daemon's CPU a change", *(f"{each['cpu_us_per_change']:.1f}" for each in found))
-        yield ("peak memory (MiB)", *(f"{each['peak_rss_mb']:.0f}" for each in found))
+        if self.written:
+            found = [self._writes(name) for name in STORES]
+            yield ("rows/s, from source to feed", *(f"{each['rows_per_second']:,.0f}" for each in found))
+            yield ("us of the daemon's CPU a change", *(f"{each['cpu_us_per_change']:.1f}" for each in found))
+            yield ("peak memory (MiB)", *(f"{each['peak_rss_mb']:.0f}" for each in found))
         if self.filled:
-            yield ("rows/s, store alone", *(f"{self.filled[name].rows_per_second:,.0f}" for name in self.written))
+            yield ("rows/s, store alone", *(f"{self.filled[name].rows_per_second:,.0f}" for name in STORES))
             for what in self.filled["sqlite"].asked:
-                asked = [self.filled[name].asked[what] for name in self.written]
+                asked = [self.filled[name].asked[what] for name in STORES]
                 yield (what, *(f"{each.p50:.2f} {each.p99:.2f}" for each in asked))
 
     def as_json(self) -> dict[str, Any]:
-        """By store, under the name of each request, and under `write`."""
-        stores: dict[str, dict[str, Any]] = {name: {"write": self._writes(name)} for name in self.written}
+        """By store: `write` for what the daemon wrote, and each request by its name."""
+        stores: dict[str, dict[str, Any]] = {name: {} for name in STORES}
+        for name in self.written:
+            stores[name]["write"] = self._writes(name)
         for name, filled in self.filled.items():
-            stores[name]["write"]["store_rows_per_second"] = round(filled.rows_per_second)
+            stores[name]["store_rows_per_second"] = round(filled.rows_per_second)
             stores[name] |= {what: asked.as_json() for what, asked in filled.asked.items()}
         return {"changes": self.changes, "rows": self.rows_polled, **stores}
 
@@ -102,17 +108,17 @@ class FeedResult(Result):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """How often it is written, and whether it is polled."""
+    """How often it is written; or only a part of it all."""
     add_runs(parser)
-    parser.add_argument("--no-polls", dest="polls", action="store_false", help="only write")
+    parser.add_argument("--only", choices=("writes", "polls"), help="not the other")
 
 
 def run(options: argparse.Namespace, lab: Lab) -> FeedResult:
     """Let the daemon drain a backlog into each store in turn; then fill larger ones, and poll those."""
     backlog = workload("backlog", small=options.small)
-    written = write_all(lab, backlog, options.runs)
+    written = {} if options.only == "polls" else write_all(lab, backlog, options.runs)
     rows, requests = (5_000, 20) if options.small else (1_000_000, 500)
-    filled = _poll_all(lab, rows, requests) if options.polls else {}
+    filled = {} if options.only == "writes" else _poll_all(lab, rows, requests)
     return FeedResult(version_of(lab.source), backlog.rows, written, rows, filled)
 
 
