@@ -98,6 +98,9 @@ class Version:
     number: str
     made_for: Sequence[int]
 
+    def __str__(self) -> str:
+        return f"{self.number}, made for PostgreSQL {', '.join(map(str, self.made_for))}"
+
 
 def pgcopydb_version() -> Version | None:
     """Of what is installed; `None` where it is not."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
 from statistics import quantiles
 from typing import Final
 
+from tests.benchmarks.background import beside
 from tests.benchmarks.contenders import Contender
 from tests.benchmarks.table import INSERT, require_equal
 from tests.processes import wait_until
@@ -60,8 +61,7 @@ def latency(contender: Contender, *, rate: int, seconds: float) -> Latency:
     contender.target.execute(_WATCH)
     contender.start()
     contender.wait_until_reading()
-    with ThreadPoolExecutor(1, "watch") as thread:
-        seen = thread.submit(contender.target.execute, "SELECT * FROM watch(%s)", [count])
+    with beside(contender.target, lambda: contender.target.execute("SELECT * FROM watch(%s)", [count])) as seen:
         wait_until(lambda: _watching(contender.target), what="the watcher to watch")
         reached = _write(contender.source, count, rate)
         sightings = _result(seen, contender)
@@ -89,7 +89,6 @@ def _result(seen: Future[list[tuple[int, datetime]]], contender: Contender) -> l
     try:
         return seen.result(timeout=60)
     except TimeoutError:
-        contender.target.server.kill()  # ends the watcher, which would wait for ever
         raise TimeoutError(f"{contender.name} does not deliver; it says:\n{contender.log_tail()}") from None
 
 

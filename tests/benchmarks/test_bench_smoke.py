@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psycopg
 import pytest
 
+from tests.benchmarks.background import beside
 from tests.benchmarks.copy_source import create, fingerprint, require_copied
 from tests.benchmarks.table import SCHEMA, Backlog, BenchFailed, create_source, require_equal
 from tests.servers import Database
@@ -130,3 +132,12 @@ def test_a_copy_that_lacks_something_is_noticed(source_db: Database, target_db: 
         target_db.execute(damage)
         with pytest.raises(BenchFailed, match=f"differs from its source in {what}$"):
             require_copied(target_db, expected)
+
+
+def test_an_interrupted_benchmark_does_not_wait_for_its_statements(source_db: Database) -> None:
+    with (
+        pytest.raises(SystemExit),
+        beside(source_db, lambda: source_db.execute("SELECT pg_sleep(1000)")) as statement,
+    ):
+        sys.exit(143)
+    assert isinstance(statement.exception(), psycopg.OperationalError)

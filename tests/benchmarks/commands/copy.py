@@ -99,14 +99,9 @@ def run(options: argparse.Namespace, lab: Lab) -> CopyResult:
         create(source, 2_000_000 if options.small else options.size)
         expected = fingerprint(source)
     size = int(source.value("SELECT pg_database_size(current_database())"))
-    seconds: dict[str, list[float]] = {name: [] for name in _COPIERS}
-    notes: dict[str, str] = {}
     pgcopydb = pgcopydb_version()
-    if pgcopydb is None:
-        del seconds["pgcopydb"]
-        notes["pgcopydb"] = "skipped, it is not installed"
-    else:
-        notes["pgcopydb"] = f"{pgcopydb.number}, made for PostgreSQL {', '.join(map(str, pgcopydb.made_for))}"
+    notes = {"pgcopydb": "skipped, it is not installed" if pgcopydb is None else str(pgcopydb)}
+    seconds: dict[str, list[float]] = {name: [] for name in _COPIERS if name != "pgcopydb" or pgcopydb is not None}
     for number in range(1, options.runs + 1):
         for name in list(seconds) if number % 2 else list(reversed(seconds)):
             try:

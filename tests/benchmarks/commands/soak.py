@@ -6,7 +6,7 @@ import argparse
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import httpx
 
+from tests.benchmarks.background import beside
 from tests.benchmarks.benchmark import Result
 from tests.benchmarks.contenders import Cdc
 from tests.benchmarks.lab import Lab, console, version_of
@@ -109,19 +110,22 @@ def run(options: argparse.Namespace, lab: Lab) -> Soak:
     source = lab.source.create_database("bench_soak")
     create_source(source)
     load = Load(source, keys)
-    with closing(Cdc("soak", source, lab.target, lab.folder)) as daemon, ThreadPoolExecutor(1, "writer") as thread:
+    with closing(Cdc("soak", source, lab.target, lab.folder)) as daemon:
         daemon.prepare()
         load.prepare()
         daemon.start()
         daemon.wait_until_reading()
-        _wait_until_equal(daemon, load)
+        _wait_until_caught_up(daemon, load)
         with console.status("looking for the maximum rate"):
             max_rate = _max_rate(daemon, load, burst)
-        with console.status(f"soaking for {minutes:g} minutes at {max_rate / 2:,.0f} rows/s"):
-            writing = thread.submit(load.write, seconds=minutes * 60, rate=max_rate / 2)
-            samples = list(_samples(daemon, writing, interval=min(1.0, minutes * 60 / 40)))
+        rate, seconds = max_rate / 2, minutes * 60
+        with (
+            console.status(f"soaking for {minutes:g} minutes at {rate:,.0f} rows/s"),
+            beside(source, lambda: load.write(seconds=seconds, rate=rate)) as writing,
+        ):
+            samples = list(_samples(daemon, writing, interval=min(1.0, seconds / 40)))
             wrote = writing.result()
-            _wait_until_equal(daemon, load)
+            _wait_until_caught_up(daemon, load)
         require_equal(source, daemon.target)
         usage = daemon.usage()
     if not samples:
@@ -135,11 +139,11 @@ def _max_rate(daemon: Cdc, load: Load, seconds: float) -> float:
     """Rows a second that arrive while one writer writes as fast as it can: until the last of them is there."""
     started = time.monotonic()
     wrote = load.write(seconds=seconds)
-    _wait_until_equal(daemon, load)
+    _wait_until_caught_up(daemon, load)
     return wrote.rows / (time.monotonic() - started)
 
 
-def _wait_until_equal(daemon: Cdc, load: Load) -> None:
+def _wait_until_caught_up(daemon: Cdc, load: Load) -> None:
     mark = load.mark()
     with daemon.target.connect() as connection:
         wait_until(
@@ -153,17 +157,20 @@ def _samples(daemon: Cdc, writing: Future[Wrote], *, interval: float) -> Iterato
     """As long as it is written. Of an interval without any batch there is none."""
     url = (daemon.data_dir / "http").read_text()
     with httpx.Client(base_url=url) as client:
-        before = _metrics(client)
+        before = _metrics(client, daemon)
         while not writing.done():
             time.sleep(interval)
-            now = _metrics(client)
+            now = _metrics(client, daemon)
             if now["cdc_apply_seconds_count"] > before["cdc_apply_seconds_count"]:
                 yield _sample(daemon, before, now)
                 before = now
 
 
-def _metrics(client: httpx.Client) -> Mapping[str, float]:
-    answer = client.get("/metrics")
+def _metrics(client: httpx.Client, daemon: Cdc) -> Mapping[str, float]:
+    try:
+        answer = client.get("/metrics")
+    except httpx.TransportError as exc:
+        raise BenchFailed(f"/metrics: {exc}; the daemon says:\n{daemon.log_tail()}") from exc
     if answer.status_code != 200:
         raise BenchFailed(f"/metrics: {answer.status_code} {answer.text[:200]}")
     return {"cdc_apply_seconds_count": 0.0} | {name: float(value) for name, value in _SAMPLE.findall(answer.text)}
