@@ -12,6 +12,9 @@ from tests.servers import Database
 ROWS: Final = 100
 """In a transaction: an insert, a delete, and updates of all others."""
 
+FLUSHED: Final = 10
+"""Every so many transactions the writer waits for its disk, and they may be sent: one writer stands for many."""
+
 _KEPT: Final = 1_000
 """How many of the inserted rows are there at a time: the table does not grow."""
 
@@ -24,6 +27,7 @@ DECLARE
 BEGIN
     WHILE elapsed < seconds LOOP
         done := done + 1;
+        PERFORM set_config('synchronous_commit', CASE WHEN done % {FLUSHED} = 0 THEN 'on' ELSE 'off' END, true);
         UPDATE item SET quantity = quantity + 1, price = price + 1, changed_at = now()
          WHERE id IN (SELECT 1 + (done * {ROWS} + n) * 7919 % keys FROM generate_series(1, {ROWS - 2}) AS n);
         INSERT INTO item VALUES (keys + done, 1, 'a new item', 1.25, now(), md5(done::text), true);

@@ -77,8 +77,9 @@ def _feed(found: Found) -> Judged:
 
 
 def _soak(found: Found) -> Judged:
-    grew, minutes = found["soak"]["grew"], found["soak"]["minutes"]
-    return Judged(f"{', '.join(grew) or 'nothing'} grew in {minutes:g} minutes", not grew)
+    soaked = found["soak"]
+    grew = ", ".join(soaked["grew"]) or "nothing"
+    return Judged(f"{grew} grew in {soaked['minutes']:g} minutes at {soaked['share']:.2f}", not soaked["grew"])
 
 
 NUMBERS: Final = {

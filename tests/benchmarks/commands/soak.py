@@ -60,7 +60,7 @@ class Soak(Result):
     samples: Sequence[Sample]
 
     def title(self) -> str:
-        rates = f"{self.rate:,.0f} rows/s, where {self.max_rate:,.0f} is the most"
+        rates = f"{self.rate:,.0f} rows/s, {self.rate / self.max_rate:.2f} of the most"
         return f"PostgreSQL {self.server}, {self.minutes:g} minutes of {rates}; medians of {len(self.samples)} samples"
 
     def heading(self) -> tuple[str, ...]:
@@ -79,6 +79,7 @@ class Soak(Result):
             "minutes": self.minutes,
             "max_rows_per_second": round(self.max_rate),
             "rows_per_second": round(self.rate),
+            "share": round(self.rate / self.max_rate, 3),
             "samples": len(self.samples),
             "peak_rss_mb": round(self.peak_rss_mb, 1),
             **{
@@ -105,7 +106,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, lab: Lab) -> Soak:
-    """Write as fast as can be, then half as fast for a long time; the mirror is equal in the end."""
+    """Find how fast it drains, then write half as fast for a long time; the mirror is equal in the end."""
     minutes, keys, burst = (0.05, 1_000, 1.0) if options.small else (options.minutes, 100_000, 20.0)
     source = lab.source.create_database("bench_soak")
     create_source(source)
@@ -114,8 +115,7 @@ def run(options: argparse.Namespace, lab: Lab) -> Soak:
         daemon.prepare()
         load.prepare()
         daemon.start()
-        daemon.wait_until_reading()
-        _wait_until_caught_up(daemon, load)
+        _wait_for(daemon, load.mark())  # or the rows that are there from the start would be drained, but not counted
         with console.status("looking for the maximum rate"):
             max_rate = _max_rate(daemon, load, burst)
         rate, seconds = max_rate / 2, minutes * 60
@@ -125,7 +125,7 @@ def run(options: argparse.Namespace, lab: Lab) -> Soak:
         ):
             samples = list(_samples(daemon, writing, interval=min(1.0, seconds / 40)))
             wrote = writing.result()
-            _wait_until_caught_up(daemon, load)
+            _wait_for(daemon, load.mark())
         require_equal(source, daemon.target)
         usage = daemon.usage()
     if not samples:
@@ -136,15 +136,18 @@ def run(options: argparse.Namespace, lab: Lab) -> Soak:
 
 
 def _max_rate(daemon: Cdc, load: Load, seconds: float) -> float:
-    """Rows a second that arrive while one writer writes as fast as it can: until the last of them is there."""
-    started = time.monotonic()
+    """Rows a second at which it drains what was written in so many seconds while it was away; it runs then."""
+    daemon.stop()
     wrote = load.write(seconds=seconds)
-    _wait_until_caught_up(daemon, load)
+    mark = load.mark()
+    daemon.start()
+    daemon.wait_until_reading()
+    started = time.monotonic()
+    _wait_for(daemon, mark)
     return wrote.rows / (time.monotonic() - started)
 
 
-def _wait_until_caught_up(daemon: Cdc, load: Load) -> None:
-    mark = load.mark()
+def _wait_for(daemon: Cdc, mark: int) -> None:
     with daemon.target.connect() as connection:
         wait_until(
             lambda: has_row(connection, mark),
