@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from itertools import chain
-from operator import attrgetter
 from typing import Final
 
 import structlog
@@ -18,7 +16,7 @@ from cdc.position import SourcePosition, format_position
 from cdc.queue import Queue
 from cdc.retry import keep_trying
 from cdc.source import Source
-from cdc.stats import OPERATIONS, CaptureStats, State, note_waiting
+from cdc.stats import CaptureStats, State, count_changes, note_waiting
 from cdc.wishes import Wish, explained, is_allowed, restart_fact, resync_fact
 
 log = structlog.get_logger()
@@ -30,10 +28,6 @@ READ_SECONDS: Final = 0.2
 
 FULL_SECONDS: Final = 30.0
 """After so long without room the connection is closed: an idle reader keeps the server from shutting down."""
-
-
-_OPERATION = attrgetter("operation")
-_CHANGES = attrgetter("changes")
 
 
 class Capture:
@@ -211,13 +205,7 @@ class Capture:
         self._stats.received = batch.position
         if not batch.transactions:
             return
-        self._stats.transactions += sum(transaction.complete for transaction in batch.transactions)
-        self._stats.last_commit_time = batch.transactions[-1].commit_time / 1e6
+        summary = batch.summary
+        self._stats.transactions += summary.complete
+        self._stats.last_commit_time = summary.commit_time / 1e6
         count_changes(self._stats.changes, batch)
-
-
-def count_changes(counts: dict[str, int], batch: Batch) -> None:
-    """Add a batch's changes, by name of the operation."""
-    operations = bytes(map(_OPERATION, chain.from_iterable(map(_CHANGES, batch.transactions))))
-    for operation, name in enumerate(OPERATIONS):
-        counts[name] += operations.count(operation)

@@ -8,7 +8,11 @@ All types are array-like in msgpack: a batch in the queue holds no field names.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from enum import IntEnum
+from itertools import chain
+from operator import attrgetter
 from typing import Final, NamedTuple
 
 import msgspec
@@ -158,6 +162,33 @@ class Transaction(msgspec.Struct, frozen=True, array_like=True, gc=False):
     changes: list[Change]
 
 
+class Summary(NamedTuple):
+    """What can be told of the transactions of a batch without looking into them.
+
+    complete: how many of them end here; `ended`: whether the last one does.
+    counts: changes by operation, as `Operation` numbers them.
+    first, last: the positions of the first and the last one. commit_time: of the last.
+    """
+
+    complete: int
+    ended: bool
+    counts: Sequence[int]
+    first: SourcePosition
+    last: SourcePosition
+    commit_time: int
+
+
+class Summarized(Sequence[Transaction]):
+    """Transactions that know their summary, and are taken apart only for who looks at them (see `cdc.packed`)."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def summary(self) -> Summary:
+        """Costs nothing."""
+
+
 class Batch(msgspec.Struct, frozen=True, array_like=True):
     """What a source hands to the queue at once, and the queue to a sink. Can be read alone.
 
@@ -167,16 +198,44 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     """
 
     tables: tuple[Table, ...]
-    transactions: list[Transaction]
+    transactions: Sequence[Transaction]
     position: SourcePosition
     size: int
 
     @property
     def complete(self) -> bool:
         """Whether it ends between two transactions."""
-        return not self.transactions or self.transactions[-1].complete
+        transactions = self.transactions
+        if isinstance(transactions, Summarized):
+            return transactions.summary.ended
+        return not transactions or transactions[-1].complete
 
     @property
     def change_count(self) -> int:
         """Number of changes in all transactions."""
-        return sum(len(transaction.changes) for transaction in self.transactions)
+        transactions = self.transactions
+        if isinstance(transactions, Summarized):
+            return sum(transactions.summary.counts)
+        return sum(len(transaction.changes) for transaction in transactions)
+
+    @property
+    def summary(self) -> Summary:
+        """Of its transactions, of which there must be some."""
+        transactions = self.transactions
+        if isinstance(transactions, Summarized):
+            return transactions.summary
+        operations = bytes(map(_OPERATION, chain.from_iterable(map(_CHANGES, transactions))))
+        last = transactions[-1]
+        return Summary(
+            complete=sum(map(_COMPLETE, transactions)),
+            ended=last.complete,
+            counts=[operations.count(operation) for operation in Operation],
+            first=transactions[0].position,
+            last=last.position,
+            commit_time=last.commit_time,
+        )
+
+
+_OPERATION: Final = attrgetter("operation")
+_CHANGES: Final = attrgetter("changes")
+_COMPLETE: Final = attrgetter("complete")

@@ -12,7 +12,6 @@ from typing import Final, NamedTuple
 import msgspec
 import structlog
 
-from cdc.capture import count_changes
 from cdc.change import Batch
 from cdc.config import BatchBounds
 from cdc.errors import FatalError, PermanentError, ResyncRequired, TransientError
@@ -24,7 +23,7 @@ from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Queue, Stored
 from cdc.retry import keep_trying
 from cdc.sink import Applied, Halted, NeedsFilling, Refreshing, Refused, Sink
-from cdc.stats import DeliveryStats, State, note_waiting
+from cdc.stats import DeliveryStats, State, count_changes, note_waiting
 from cdc.wishes import explained
 
 log = structlog.get_logger()
@@ -334,11 +333,12 @@ class Delivery:
                 going_on = self._stats.resync not in (None, before) and time.monotonic() < until
 
     def _count(self, batches: Sequence[Batch]) -> None:
+        summaries = [batch.summary for batch in batches if batch.transactions]
         for batch in batches:
             count_changes(self._stats.changes, batch)
-            self._stats.transactions += sum(transaction.complete for transaction in batch.transactions)
-        newest = next((batch.transactions[-1] for batch in reversed(batches) if batch.transactions), None)
-        if newest is not None and newest.complete:
+        self._stats.transactions += sum(summary.complete for summary in summaries)
+        newest = summaries[-1] if summaries else None
+        if newest is not None and newest.ended:
             self._stats.last_commit_time = newest.commit_time / 1e6
             LATENCY_SECONDS.labels(self._sink.name).observe(max(time.time() - newest.commit_time / 1e6, 0.0))
 
@@ -408,9 +408,9 @@ def _select(
         return list(stored), False
     pieces: list[Stored] = []
     for item in stored:
-        every = item.batch.transactions
-        cut = bool(every) and until is not None and every[-1].position >= until  # type: ignore[operator]
-        if cut or (every and every[0].position < after):  # type: ignore[operator]
+        summary = item.batch.summary if item.batch.transactions else None
+        cut = summary is not None and until is not None and summary.last >= until  # type: ignore[operator]
+        if cut or (summary is not None and summary.first < after):  # type: ignore[operator]
             batch = _between(item.batch, after, until)
             if batch.transactions or not cut:
                 pieces.append(Stored(given_seq if cut else item.seq, batch))

@@ -21,7 +21,6 @@ import msgspec
 import structlog
 
 from cdc.admission import Admission, ParkedRows, admission, apart
-from cdc.capture import count_changes
 from cdc.change import Batch, Change, Transaction
 from cdc.config import RetryOptions
 from cdc.desk import Desk
@@ -35,7 +34,7 @@ from cdc.position import Position
 from cdc.queue import Queue, Stored
 from cdc.queue.parked import ParkedChange, payload_of
 from cdc.sink import Ahead, Applied, Halted, Parking, Sink, Subject
-from cdc.stats import DeliveryStats, note_parked
+from cdc.stats import DeliveryStats, count_changes, note_parked
 
 RETRY_SECONDS: Final = 0.1
 RELEASE_SECONDS: Final = 1.0

@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from cdc.change import Operation
+from cdc.change import Batch, Operation
 from cdc.position import SourcePosition
 from cdc.queue.parked import ParkedCount
 
@@ -188,3 +188,10 @@ def note_parked(stats: DeliveryStats, count: ParkedCount) -> None:
     """So much of a sink is parked."""
     stats.parked, stats.dead, stats.waiting = count.parked, count.dead, count.waiting
     stats.parked_oldest_at = count.oldest_at
+
+
+def count_changes(counts: dict[str, int], batch: Batch) -> None:
+    """Add a batch's changes, by name of the operation."""
+    if batch.transactions:
+        for name, count in zip(OPERATIONS, batch.summary.counts, strict=True):
+            counts[name] += count

@@ -81,6 +81,21 @@ class Assembler:
         """Whether the last message was inside a transaction."""
         return self._begin is not None
 
+    @property
+    def relations(self) -> dict[int, Table]:
+        """The tables that were described, by the OIDs that their rows carry."""
+        return self._relations
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether everything that came was given out, in whole transactions: what comes next may pass it by."""
+        return self._begin is None and not self._transactions and self._given is None
+
+    def passed(self, end: int, *, empty: bool) -> None:
+        """Transactions up to `end` have passed it by. empty: they had no changes."""
+        self.position = self._end = max(self._end, end)
+        self._passed_empty |= empty
+
     def reset(self) -> None:
         """Forget what was not given out: the stream begins again at `position`, with Relation messages."""
         given = self._given

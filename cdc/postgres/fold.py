@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable
 
 from cdc.change import INSERT, Change, Image
-from cdc.postgres.row import UNCHANGED, Row, decode_key, decode_row, merge
+from cdc.postgres.row import UNCHANGED, Row, decode_key, decode_row, first_value, merge
 
 
 class FoldError(Exception):
@@ -14,6 +14,11 @@ class FoldError(Exception):
 
 KeyOf = Callable[[Image], Hashable]
 """The key columns' values of a row, in a form that can be looked up."""
+
+Slots = tuple[
+    dict[Hashable, Image], dict[Hashable, Image], dict[Hashable, Row], dict[Hashable, list[Image]], KeyOf | None
+]
+"""Where a fold keeps inserts, updates, deletes and earlier states; and its `KeyOf`, `None` for the first column."""
 
 
 class Fold:
@@ -35,6 +40,17 @@ class Fold:
     def __bool__(self) -> bool:
         """Whether there is anything to apply."""
         return bool(self._inserts or self._updates or self._deletes)
+
+    @property
+    def slots(self) -> Slots:
+        """For the compiled twin of `add`."""
+        return (
+            self._inserts,
+            self._updates,
+            self._deletes,
+            self._earlier,
+            None if self._key_of is first_value else self._key_of,
+        )
 
     def add(self, change: Change) -> bool:
         """Take a change; False if it moves a row to another key, which only keeps its meaning by itself.
@@ -107,6 +123,11 @@ class Appends:
     def __bool__(self) -> bool:
         """Whether there is anything to apply."""
         return bool(self._rows)
+
+    @property
+    def slots(self) -> None:
+        """There is no compiled twin of `add`."""
+        return None
 
     def add(self, change: Change) -> bool:
         """Take an INSERT; False for anything else."""

@@ -6,14 +6,23 @@ import select
 import time
 from collections.abc import Sequence
 from struct import Struct
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from psycopg import pq, sql
 
 from cdc.errors import DecodeError, TransientError
 from cdc.position import Lsn, format_lsn
 from cdc.postgres.connection import Connection, result_error, translated_errors
+from cdc.postgres.frames import Frames, find_libpq
 from cdc.postgres.pgoutput import POSTGRES_EPOCH_MICROSECONDS
+
+if TYPE_CHECKING:
+    from cdc.postgres import _frames
+else:
+    try:
+        from cdc.postgres import _frames
+    except ImportError:
+        _frames = None
 
 BEHIND_BYTES: Final = 256 * 1024
 """A drain above this means that the reader is behind; below it every message is handed on at once."""
@@ -65,6 +74,8 @@ class ReplicationStream:
         self._pgconn = connection.pgconn
         self._poll = select.poll()
         self._poll.register(self._pgconn.socket, select.POLLIN)
+        self._libpq = find_libpq() if _frames is not None else None
+        self._taken: list[bytes] = []  # frames, or messages one by one
         self._behind = False
         # the server drops a reader that is silent for longer than its timeout (0: never)
         self._status_seconds = min(STATUS_SECONDS, sender_timeout_seconds / 4 or STATUS_SECONDS)
@@ -73,20 +84,20 @@ class ReplicationStream:
         self._last_status: tuple[int, int, int] = (0, 0, 0)
         self._start(_start_statement(slot, start, publications, server_version).as_bytes(connection))
 
-    def drain(self, *, max_bytes: int, timeout_seconds: float) -> list[bytes]:
-        """Return the messages that have come; what the plugin wrote starts at byte `DATA_AT` of each.
+    def drain(self, *, max_bytes: int, timeout_seconds: float) -> Frames | list[bytes]:
+        """Return the messages that have come; in a list what the plugin wrote starts at byte `DATA_AT` of each.
 
         Waits up to the time-out if nothing has come. Raises `TransientError` when the stream has ended.
         """
         if self._behind:
             time.sleep(NAP_SECONDS)
-        messages: list[bytes] = []
+        self._taken = []
         size = 0
         wait_seconds = timeout_seconds
         deadline = time.monotonic() + timeout_seconds + DRAIN_SECONDS
         with translated_errors():
             while size < max_bytes and time.monotonic() < deadline:
-                if taken := self._take(messages, max_bytes - size):
+                if taken := self._take(max_bytes - size):
                     size += taken
                 elif self._poll.poll(0 if size else wait_seconds * 1000):
                     self._pgconn.consume_input()
@@ -95,9 +106,11 @@ class ReplicationStream:
                     break
         self._behind = size >= BEHIND_BYTES and size < max_bytes
         self._check_silence(size)
-        if messages:
-            self.received = max(self.received, _DATA_HEADER(messages[-1])[0])
-        return messages
+        if self._libpq is not None:
+            return Frames(b"".join(self._taken))
+        if self._taken:
+            self.received = max(self.received, _DATA_HEADER(self._taken[-1])[0])
+        return self._taken
 
     def send_status(self, *, flushed: Lsn, applied: Lsn) -> None:
         """Report three true LSNs, if the server asked, the position moved or it is time."""
@@ -131,8 +144,22 @@ class ReplicationStream:
         if result is None or result.status != pq.ExecStatus.COPY_BOTH:
             raise result_error(result) if result is not None else TransientError("START_REPLICATION: no answer")
 
-    def _take(self, messages: list[bytes], max_bytes: int) -> int:
+    def _take(self, max_bytes: int) -> int:
         """Take what libpq holds already, up to about `max_bytes`; return its size, 0 if there is no whole message."""
+        if self._libpq is None:
+            return self._take_one_by_one(max_bytes)
+        address: int = self._pgconn.pgconn_ptr  # type: ignore[attr-defined]  # of every implementation
+        size, frames, received, others, ended = _frames.take(address, *self._libpq, max_bytes)
+        self._taken.append(frames)
+        self.received = max(self.received, Lsn(received))
+        for data in others:
+            self._take_other(data)
+        if ended:
+            self._ended()
+        return size
+
+    def _take_one_by_one(self, max_bytes: int) -> int:
+        messages = self._taken
         get, size = self._pgconn.get_copy_data, 0
         while size < max_bytes:
             length, view = get(1)

@@ -15,10 +15,11 @@ from cdc.change import Batch, Image, Table, TableName
 from cdc.config import Config, SourceConfig
 from cdc.errors import FatalError, TransientError
 from cdc.position import Lsn, SourcePosition, as_lsn
-from cdc.postgres.assembly import HEARTBEAT_PREFIX, PART_BYTES, Assembler
+from cdc.postgres.assembly import HEARTBEAT_PREFIX, PART_BYTES
 from cdc.postgres.catalog_watch import CatalogWatch
 from cdc.postgres.connection import Connection, connect, translated_errors
 from cdc.postgres.dump import SchemaDump, dump_schema
+from cdc.postgres.intake import Intake
 from cdc.postgres.publication import Publication, captured_tables, desired_publications, is_insert_only
 from cdc.postgres.publication_check import check_publications
 from cdc.postgres.publication_setup import create_publications, existing_publications, extend_publications
@@ -65,7 +66,7 @@ class PostgresSource:
         self._source = source
         self._url = source.url.reveal()
         self._facts = facts
-        self._assembler: Assembler | None = None
+        self._intake: Intake | None = None
         self._stream: ReplicationStream | None = None
         self._walsender: Connection | None = None
         self._control: Connection | None = None
@@ -91,16 +92,16 @@ class PostgresSource:
         self._check_cluster(walsender, stored)
         publications = self._publications(control, create=stored is None)
         start = self._slot_start(control, walsender, stored)
-        if self._assembler is None or self._assembler.position < start:
-            self._assembler = Assembler(start, ddl_prefixes=self._watch.prefixes)
+        if self._intake is None or self._intake.position < start:
+            self._intake = Intake(start, ddl_prefixes=self._watch.prefixes)
         else:
-            self._assembler.reset()
+            self._intake.reset()
         self._given = Lsn(start)
         self._look_at_catalog(control, tell_all=stored is not None)
         self._stream = ReplicationStream(
             walsender,
             slot=self._source.slot,
-            start=Lsn(self._assembler.position),
+            start=Lsn(self._intake.position),
             publications=publications,
             server_version=control.info.server_version,
             sender_timeout_seconds=_sender_timeout_seconds(control),
@@ -113,7 +114,7 @@ class PostgresSource:
         with connect(self._url) as control:
             if drop_lost_slot(control, self._source.slot, control.info.dbname):
                 log.info("lost slot dropped", source=self.name, slot=self._source.slot)
-        self._assembler = None
+        self._intake = None
         self._anew = {}
         try:
             return Beginning(self.open(None), self._anew)
@@ -122,16 +123,18 @@ class PostgresSource:
 
     def read(self, timeout_seconds: float) -> Batch | None:
         """Wait for changes; a batch without transactions moves the position while nothing happens."""
-        stream, assembler = self._opened()
+        stream, intake = self._opened()
         self._heartbeat()
         if self._control is not None and time.monotonic() - self._looked_at > CATALOG_SECONDS:
             self._look_at_catalog(self._control)
-        assembler.feed(stream.drain(max_bytes=PART_BYTES, timeout_seconds=timeout_seconds), DATA_AT)
-        batch = assembler.take(part=assembler.open_bytes >= PART_BYTES)
+        batch = intake.take()
+        if batch is None:
+            intake.feed(stream.drain(max_bytes=PART_BYTES, timeout_seconds=timeout_seconds), DATA_AT)
+            batch = intake.take()
         if batch is not None:
             self._gave(batch.position)
             return batch
-        return self._idle(stream, assembler)
+        return self._idle(stream, intake)
 
     def confirm(self, *, durable: SourcePosition, applied: SourcePosition | None) -> None:
         """Send a status update when one is due."""
@@ -270,21 +273,21 @@ class PostgresSource:
 
     # streaming
 
-    def _opened(self) -> tuple[ReplicationStream, Assembler]:
-        if self._stream is None or self._assembler is None:
+    def _opened(self) -> tuple[ReplicationStream, Intake]:
+        if self._stream is None or self._intake is None:
             raise TransientError(f"source {self.name} is not connected")
-        return self._stream, self._assembler
+        return self._stream, self._intake
 
-    def _idle(self, stream: ReplicationStream, assembler: Assembler) -> Batch | None:
+    def _idle(self, stream: ReplicationStream, intake: Intake) -> Batch | None:
         """Move the position by what was sent and held nothing for us, so that no WAL is kept for nothing."""
-        if assembler.in_transaction:
+        if intake.in_transaction:
             return None
-        passed_something = assembler.pass_idle(stream.idle_end)
+        passed_something = intake.pass_idle(stream.idle_end)
         due = passed_something or stream.reply_wanted or time.monotonic() - self._given_at > IDLE_SECONDS
-        if assembler.position <= self._given or not due:
+        if intake.position <= self._given or not due:
             return None
-        self._gave(assembler.position)
-        return Batch((), [], assembler.position, 0)
+        self._gave(intake.position)
+        return Batch((), [], intake.position, 0)
 
     def _gave(self, position: SourcePosition) -> None:
         self._given = as_lsn(position)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from cdc.change import DDL, TRUNCATE, Batch, Change, Image, Table, TableName
+from cdc.packed import SUMMARY_BYTES, Packed, change_at
 from cdc.postgres.copy_text import copy_text, plain_text
 from cdc.postgres.fold import Appends, Fold, FoldError, changed_columns
 from cdc.postgres.plan import TablePlan
 from cdc.postgres.row import Row
+
+if TYPE_CHECKING:
+    from cdc.postgres import _fold
+else:
+    try:
+        from cdc.postgres import _fold
+    except ImportError:
+        _fold = None
 
 Tables = tuple[Table, ...]
 
@@ -52,22 +62,39 @@ def steps(batches: Sequence[Batch], plan_of: PlanOf) -> list[Step]:
     lanes = _Lanes(plan_of)
     for batch in batches:
         by_index = lanes.of(batch.tables)
-        for transaction in batch.transactions:
-            for change in transaction.changes:
-                if change.operation < TRUNCATE:
-                    lane = by_index[change.table]
-                    if lane is None:
-                        raise FoldError
-                    if not lane.fold.add(change):
-                        lanes.flush(lane)
-                        lanes.steps.append(Alone(lane.plan, batch.tables, change))
-                elif change.operation == TRUNCATE:
-                    lanes.flush_all()
-                    lanes.steps.append(Alone(None, batch.tables, change))
-                elif change.operation == DDL:
-                    raise FoldError  # what comes behind it has another shape
+        for change in _changes(batch, by_index):
+            if change.operation < TRUNCATE:
+                lane = by_index[change.table]
+                if lane is None:
+                    raise FoldError
+                if not lane.fold.add(change):
+                    lanes.flush(lane)
+                    lanes.steps.append(Alone(lane.plan, batch.tables, change))
+            elif change.operation == TRUNCATE:
+                lanes.flush_all()
+                lanes.steps.append(Alone(None, batch.tables, change))
+            elif change.operation == DDL:
+                raise FoldError  # what comes behind it has another shape
     lanes.flush_all()
     return lanes.steps
+
+
+def _changes(batch: Batch, lanes: Sequence[_Lane | None]) -> Iterator[Change]:
+    """The changes of a batch, but for those rows that get into their lanes by themselves, packed as they are."""
+    transactions = batch.transactions
+    if _fold is None or not isinstance(transactions, Packed):
+        for transaction in transactions:
+            yield from transaction.changes
+        return
+    data, at, left = transactions.data, SUMMARY_BYTES, 0
+    while True:
+        slots = [lane.fold.slots if lane is not None else None for lane in lanes]
+        at, left = _fold.add_plain(data, at, left, slots)
+        if not left:
+            return
+        change, at = change_at(data, at)
+        left -= 1
+        yield change
 
 
 class _Lane:

@@ -32,7 +32,7 @@ class Uncopied:
         known = [roster.find(table) for table in batch.tables]
         self._note_strangers(batch, known)
         copied_at = [NEVER if table is None else table.applied_from for table in known]
-        if as_lsn(batch.transactions[0].position) >= max(copied_at, default=Lsn(0)):
+        if as_lsn(batch.summary.first) >= max(copied_at, default=Lsn(0)):
             return batch
         return msgspec.structs.replace(
             batch, transactions=[_uncopied(copied_at, transaction) for transaction in batch.transactions]

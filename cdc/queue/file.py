@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from cdc.change import Batch
-from cdc.errors import QueueCorrupt
+from cdc.errors import DecodeError, QueueCorrupt
 from cdc.failpoints import failpoint
 from cdc.position import SourcePosition
 from cdc.queue import parked as parked_rows
@@ -29,6 +29,7 @@ from cdc.queue.format import (
     corrupt,
     count,
     count_free_bytes,
+    decode,
     encode,
     load_cursors,
     load_facts,
@@ -65,8 +66,6 @@ _PRUNABLE: Final = """
     SELECT seq, position, created_at FROM batch WHERE seq > ? AND seq <= ? AND complete ORDER BY seq LIMIT ?
 """
 _DELETE: Final = "DELETE FROM batch WHERE seq IN (SELECT seq FROM batch WHERE seq <= ? ORDER BY seq LIMIT ?)"
-
-_decode = msgspec.msgpack.Decoder(Batch).decode
 
 
 class _Row(NamedTuple):
@@ -365,8 +364,8 @@ class QueueFile:
         if row.crc != checksum(row[:7], row.payload):
             raise self._corrupt(f"batch {row.seq} fails its checksum")
         try:
-            return _decode(row.payload)
-        except msgspec.DecodeError as exc:
+            return decode(row.payload)
+        except (msgspec.DecodeError, DecodeError) as exc:
             raise self._corrupt(f"batch {row.seq} is not a batch") from exc
 
     def _corrupt(self, what: str) -> QueueCorrupt:

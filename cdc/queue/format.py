@@ -7,20 +7,25 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from cdc.change import Batch
+from cdc.change import Batch, Table, Transaction
 from cdc.errors import FatalError, QueueCorrupt
+from cdc.packed import Packed
 from cdc.position import SourcePosition
 from cdc.queue import parked as parked_rows
 from cdc.queue.orders import Contents, State
 from cdc.queue.parked import ParkedId
 
-FORMAT: Final = 2
-"""Files of format 1 are brought to this one when they are opened for writing, and read as they are otherwise."""
+FORMAT: Final = 3
+"""Files of formats 1 and 2 are brought to this one when they are opened for writing, and read as they are otherwise.
+
+2: parked changes know their subjects. 3: transactions may be packed (see `cdc.packed`).
+"""
 
 APPLICATION_ID: Final = int.from_bytes(b"cdcq", "big")
 
@@ -54,7 +59,27 @@ _HINTS: Final = {
     sqlite3.SQLITE_READONLY: "the daemon's user must own data_dir",
 }
 
-encode = msgspec.msgpack.Encoder().encode
+
+class _StoredBatch(msgspec.Struct, frozen=True, array_like=True):
+    """A `Batch` as it is written."""
+
+    tables: tuple[Table, ...]
+    transactions: list[Transaction] | bytes
+    position: SourcePosition
+    size: int
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=attrgetter("data")).encode
+"""Of batches, among others: packed transactions are their bytes."""
+
+_decode = msgspec.msgpack.Decoder(_StoredBatch).decode
+
+
+def decode(payload: bytes) -> Batch:
+    """The batch that was encoded. Raises `msgspec.DecodeError` or `DecodeError` for anything else."""
+    stored = _decode(payload)
+    transactions = Packed(stored.transactions) if isinstance(stored.transactions, bytes) else stored.transactions
+    return Batch(stored.tables, transactions, stored.position, stored.size)
 
 
 def connect(path: Path, options: str) -> sqlite3.Connection:
@@ -113,7 +138,8 @@ def _format(connection: sqlite3.Connection) -> int:
 def _upgrade(connection: sqlite3.Connection) -> None:
     """All or nothing: a file is of one format or the other, whenever this is interrupted."""
     connection.execute("BEGIN IMMEDIATE")
-    parked_rows.upgrade(connection)
+    if _format(connection) < 2:
+        parked_rows.upgrade(connection)
     connection.execute(f"PRAGMA user_version = {FORMAT}")
     connection.execute("COMMIT")
 

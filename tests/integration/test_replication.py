@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,13 @@ def test_f1_keepalives_are_answered_while_nothing_is_read(impatient: Mirror) -> 
 
 def test_f1_keepalives_are_answered_in_the_middle_of_a_transaction(impatient: Mirror) -> None:
     first = wait_for(lambda: walsender(impatient), "the stream")
-    feed = impatient.source._assembler.feed  # type: ignore[union-attr]
+    take = impatient.source._intake.take  # type: ignore[union-attr]
 
-    def slow_feed(messages: Iterable[bytes], at: int = 0) -> None:
-        for message in messages:
-            time.sleep(0.0002)
-            feed([message], at)
+    def slow_take() -> Batch | None:
+        time.sleep(0.5)
+        return take()
 
-    impatient.source._assembler.feed = slow_feed  # type: ignore[union-attr, method-assign]
+    impatient.source._intake.take = slow_take  # type: ignore[union-attr, method-assign]
     impatient.source_db.execute("INSERT INTO items SELECT g, 0, repeat('x', 300) FROM generate_series(1, 5000) g")
     impatient.assert_equal("items")
     still = walsender(impatient)

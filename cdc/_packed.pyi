@@ -1,0 +1,3 @@
+from cdc.change import Transaction
+
+def unpack(data: bytes) -> list[Transaction]: ...

@@ -1,0 +1,137 @@
+"""Transactions as one run of bytes: what is handed on, stored and read again at once, and seldom looked into.
+
+A source that is behind hands on tens of thousands of rows a second. Made into objects one by one, to be written down,
+read and made again behind the queue, each costs more than all that its target does with it. Packed they are one value,
+which is taken apart only where somebody looks at the transactions as such; the rest goes by the summary.
+
+All numbers are little-endian. First the summary: how many transactions there are, how many of them end here, how many
+inserts, updates and deletes there are (u32 each), the positions of the first and the last transaction (u64), when the
+last one was committed (i64), and whether it ends (u8). Then each transaction: position, end (u64), commit time
+(i64), xid, first ordinal, number of changes (u32), whether it is complete (u8); and behind it its changes: operation
+(u8), table (u16), which parts there are (u8: 1 key, 2 before, 4 after), and each of these behind its length (u32).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from struct import Struct, error
+from typing import Final, overload
+
+from cdc.change import Change, Image, Operation, Summarized, Summary, Transaction
+from cdc.errors import DecodeError
+
+_SUMMARY: Final = Struct("<5IQQq?")
+SUMMARY_BYTES: Final = _SUMMARY.size
+"""Where the first transaction begins."""
+
+_TRANSACTION: Final = Struct("<QQqIII?")
+_CHANGE: Final = Struct("<BHB")
+_LENGTH: Final = Struct("<I")
+
+_PARTS: Final = 3
+_NEVER_PACKED: Final = (0,) * (len(Operation) - 3)
+
+_lock = threading.Lock()
+
+
+class Packed(Summarized):
+    """Transactions of a source whose positions are numbers, rows only. Equal to a list of the same.
+
+    data: as above. Whoever looks at the transactions gets the same objects every time, in whatever thread.
+    """
+
+    __slots__ = ("_count", "_summary", "_transactions", "data")
+
+    def __init__(self, data: bytes) -> None:
+        """Raises `DecodeError` where that is no summary; what follows is looked at later."""
+        try:
+            count, complete, *counts, first, last, commit_time, ended = _SUMMARY.unpack_from(data)
+        except error:
+            raise DecodeError(f"packed transactions truncated at byte {len(data)}") from None
+        self.data = data
+        self._count: int = count
+        self._summary = Summary(complete, ended, (*counts, *_NEVER_PACKED), first, last, commit_time)
+        self._transactions: list[Transaction] | None = None
+
+    @property
+    def summary(self) -> Summary:
+        """What stands at the beginning."""
+        return self._summary
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Transaction]:
+        return iter(self._unpacked())
+
+    @overload
+    def __getitem__(self, index: int) -> Transaction: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Transaction]: ...
+    def __getitem__(self, index: int | slice) -> Transaction | list[Transaction]:
+        return self._unpacked()[index]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Packed):
+            return self.data == other.data
+        return self._unpacked() == other if isinstance(other, list) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Packed({self._unpacked()!r})"
+
+    def _unpacked(self) -> list[Transaction]:
+        if self._transactions is None:
+            found = unpack(self.data)
+            if len(found) != self._count:
+                raise DecodeError(f"{self._count} packed transactions should be {len(found)}")
+            with _lock:
+                self._transactions = self._transactions or found
+        return self._transactions
+
+
+def unpack_in_python(data: bytes) -> list[Transaction]:
+    """Take packed transactions apart, behind their summary. Raises only `DecodeError`."""
+    at, found = SUMMARY_BYTES, []
+    try:
+        while at < len(data):
+            position, end, commit_time, xid, first_ordinal, count, complete = _TRANSACTION.unpack_from(data, at)
+            at += _TRANSACTION.size
+            changes = []
+            for _ in range(count):
+                change, at = change_at(data, at)
+                changes.append(change)
+            found.append(Transaction(position, end, commit_time, xid, first_ordinal, complete, changes))
+    except error:
+        raise _truncated(data) from None
+    return found
+
+
+def change_at(data: bytes, at: int) -> tuple[Change, int]:
+    """The change that begins at a byte, and where it ends."""
+    operation, table, parts = _CHANGE.unpack_from(data, at)
+    at += _CHANGE.size
+    images: list[Image | None] = [None] * _PARTS
+    for part in range(_PARTS):
+        if parts >> part & 1:
+            start = at + _LENGTH.size
+            at = start + _LENGTH.unpack_from(data, at)[0]
+            if at > len(data):
+                raise _truncated(data)
+            images[part] = data[start:at]
+    key, before, after = images
+    return Change(operation, table, key, before, after), at
+
+
+def _truncated(data: bytes) -> DecodeError:
+    return DecodeError(f"packed transactions truncated at byte {len(data)}")
+
+
+try:
+    from cdc import _packed
+except ImportError:
+    unpack = unpack_in_python
+else:
+    unpack = _packed.unpack
