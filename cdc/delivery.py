@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from typing import Final, NamedTuple
 
-import msgspec
 import structlog
 
 from cdc.change import Batch
@@ -19,6 +18,7 @@ from cdc.failpoints import failpoint
 from cdc.hold import Hold, Request
 from cdc.metrics import APPLY_SECONDS, LATENCY_SECONDS
 from cdc.parking import Parker
+from cdc.portion import Portion, bounded, select
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Queue, Stored
 from cdc.retry import keep_trying
@@ -57,7 +57,7 @@ class Delivery:
         self._parker = parker
         self._queue = queue
         self._stats = stats
-        self._bounds = bounds
+        self._portion = Portion(bounds)
         self._running = threading.Event()
         self._running.set()
         self._hold = Hold()
@@ -203,7 +203,7 @@ class Delivery:
         stored = self._read(timeout_seconds=0.01 if hurried else READ_SECONDS)
         if self._cut_short:
             return False
-        pieces, cut = _select(_bounded(stored, self._bounds.max_changes), self._given_seq, self._stored.source, until)
+        pieces, cut = select(bounded(stored, self._portion.max_changes), self._given_seq, self._stored.source, until)
         if pieces:
             self._apply(pieces, reader)
         elif not stored and not self._in_transaction:
@@ -218,17 +218,17 @@ class Delivery:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.after_seq == self._given_seq and (stored := ahead.stored.result()):
             return stored
-        return self._queue.read(self._given_seq, max_bytes=self._bounds.max_bytes, timeout_seconds=timeout_seconds)
+        return self._queue.read(self._given_seq, max_bytes=self._portion.max_bytes, timeout_seconds=timeout_seconds)
 
     def _read_ahead(self, pieces: Sequence[Stored], reader: ThreadPoolExecutor) -> None:
         """While behind, read and prepare what comes next in the time that the target is busy with `pieces`."""
-        if sum(piece.batch.size for piece in pieces) < self._bounds.max_bytes // 2:
+        if sum(piece.batch.size for piece in pieces) < self._portion.max_bytes // 2:
             return
         after_seq = pieces[-1].seq
 
         def read() -> list[Stored]:
-            found = self._queue.read(after_seq, max_bytes=self._bounds.max_bytes, timeout_seconds=0)
-            stored = _bounded(found, self._bounds.max_changes)
+            found = self._queue.read(after_seq, max_bytes=self._portion.max_bytes, timeout_seconds=0)
+            stored = bounded(found, self._portion.max_changes)
             if stored:
                 expected = stored if self._parker is None else self._parker.foresee(stored)
                 self._sink.prepare([each.batch for each in expected])
@@ -275,6 +275,7 @@ class Delivery:
                 batches, applied = self._apply_or_park(self._parker, pieces, position, reader)
             APPLY_SECONDS.labels(self._sink.name).observe(time.monotonic() - started)
             failpoint("delivery.apply.after")
+            self._portion.applied(applied)
             self._stats.missing_rows += applied.missing_rows
             self._stats.healed_rows += applied.healed_rows
             self._stats.fallbacks += applied.fallback
@@ -383,52 +384,3 @@ class _Ahead(NamedTuple):
 
     after_seq: int
     stored: Future[list[Stored]]
-
-
-def _bounded(stored: Sequence[Stored], max_changes: int) -> list[Stored]:
-    """The first of them, at least one, until there are enough changes for one target transaction."""
-    chosen: list[Stored] = []
-    changes = 0
-    for item in stored:
-        changes += item.batch.change_count
-        if chosen and changes > max_changes:
-            break
-        chosen.append(item)
-    return chosen
-
-
-def _select(
-    stored: Sequence[Stored], given_seq: int, after: SourcePosition, until: SourcePosition | None
-) -> tuple[list[Stored], bool]:
-    """Leave out what the target has already, and what commits at `until` or later; True if that was something.
-
-    A batch that is cut counts as not given: its rest comes again.
-    """
-    if not isinstance(after, int):
-        return list(stored), False
-    pieces: list[Stored] = []
-    for item in stored:
-        summary = item.batch.summary if item.batch.transactions else None
-        cut = summary is not None and until is not None and summary.last >= until  # type: ignore[operator]
-        if cut or (summary is not None and summary.first < after):  # type: ignore[operator]
-            batch = _between(item.batch, after, until)
-            if batch.transactions or not cut:
-                pieces.append(Stored(given_seq if cut else item.seq, batch))
-        else:
-            pieces.append(item)
-        if cut:
-            return pieces, True
-        given_seq = item.seq
-    return pieces, False
-
-
-def _between(batch: Batch, after: int, until: SourcePosition | None) -> Batch:
-    """The transactions that commit at `after` or later, and below `until`."""
-    kept = [
-        transaction
-        for transaction in batch.transactions
-        if transaction.position >= after and (until is None or transaction.position < until)  # type: ignore[operator]
-    ]
-    if not kept or kept[-1] is batch.transactions[-1]:
-        return msgspec.structs.replace(batch, transactions=kept)
-    return msgspec.structs.replace(batch, transactions=kept, position=kept[-1].end)

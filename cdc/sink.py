@@ -30,12 +30,14 @@ class Applied(msgspec.Struct, frozen=True):
     missing_rows: updates and deletes whose row was not there.
     healed_rows: rows put right, from the change itself or by reading the source again.
     fallback: whether the set-wise way failed and the ordered one was taken.
+    rows: written for them, where several changes of a row may be written as one; `None` if nobody has counted.
     """
 
     changes: int
     missing_rows: int = 0
     healed_rows: int = 0
     fallback: bool = False
+    rows: int | None = None
 
 
 def are_same(batches: Sequence[Batch], others: Sequence[Batch]) -> bool:

@@ -29,7 +29,7 @@ from cdc.postgres.refresh_read import Part
 from cdc.postgres.refresh_target import RefreshTarget
 from cdc.postgres.reshape import CopyAgain, Reshaper
 from cdc.postgres.roster import Plans
-from cdc.postgres.steps import Step
+from cdc.postgres.steps import Step, written_by
 from cdc.postgres.uncopied import Uncopied
 from cdc.sink import Ahead, Applied, IsFree, NeedsFilling, Refused, ResyncStatus, SinkContext, Subject, are_same
 
@@ -207,6 +207,7 @@ class PostgresSink(RefreshTarget):
             missing_rows=applier.missing - missing,
             healed_rows=applier.healed - healed,
             fallback=failure is not None,
+            rows=written_by(todo.folded) if todo.folded is not None and failure is None else None,
         )
 
     def upkeep(self, position: SourcePosition) -> None:

@@ -63,13 +63,36 @@ def add_plain(bytes data, Py_ssize_t at, uint32_t left, list slots):
         else:
             rows = inserts if key in inserts else updates
             if key in rows:
-                earlier.setdefault(key, []).append(rows[key])
+                if is_whole(d, start, end):
+                    earlier.pop(key, None)  # it says all that they said: a hot row does not pile up
+                else:
+                    earlier.setdefault(key, []).append(rows[key])
             elif key in deletes:
                 raise FoldError
             rows[key] = image
         at = end
         left -= 1
     return at, 0
+
+
+cdef bint is_whole(const unsigned char *d, Py_ssize_t at, Py_ssize_t end) noexcept nogil:
+    """Whether all columns of a row travelled."""
+    cdef int columns
+    if end - at < 2:
+        return False
+    columns = d[at] << 8 | d[at + 1]
+    at += 2
+    while columns > 0:
+        columns -= 1
+        if end - at < 1 or d[at] == c'u':
+            return False
+        if d[at] != c't':
+            at += 1
+            continue
+        if end - at < 5:
+            return False
+        at += 5 + (<Py_ssize_t> d[at + 1] << 24 | <Py_ssize_t> d[at + 2] << 16 | <Py_ssize_t> d[at + 3] << 8 | d[at + 4])
+    return at == end
 
 
 cdef object first_text(const unsigned char *d, Py_ssize_t start, Py_ssize_t end, bytes data):

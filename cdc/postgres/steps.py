@@ -57,12 +57,17 @@ class Alone(msgspec.Struct, frozen=True):
 Step = SetWise | Alone
 
 
+def written_by(found: Sequence[Step]) -> int:
+    """How many rows the steps write or delete; those of a TRUNCATE count as one."""
+    return sum(step.rows if isinstance(step, SetWise) else 1 for step in found)
+
+
 def steps(batches: Sequence[Batch], plan_of: PlanOf) -> list[Step]:
     """Fold the changes by key, table by table. Raises `FoldError` where only their order would tell their effect."""
     lanes = _Lanes(plan_of)
     for batch in batches:
         by_index = lanes.of(batch.tables)
-        for change in _changes(batch, by_index):
+        for change in unplain_changes(batch, by_index):
             if change.operation < TRUNCATE:
                 lane = by_index[change.table]
                 if lane is None:
@@ -79,8 +84,11 @@ def steps(batches: Sequence[Batch], plan_of: PlanOf) -> list[Step]:
     return lanes.steps
 
 
-def _changes(batch: Batch, lanes: Sequence[_Lane | None]) -> Iterator[Change]:
-    """The changes of a batch, but for those rows that get into their lanes by themselves, packed as they are."""
+def unplain_changes(batch: Batch, lanes: Sequence[_Lane | None]) -> Iterator[Change]:
+    """The changes of a batch, but for those rows that get into their folds by themselves, packed as they are.
+
+    Each has to be dealt with before the next one is asked for: it may leave a lane with another fold.
+    """
     transactions = batch.transactions
     if _fold is None or not isinstance(transactions, Packed):
         for transaction in transactions:

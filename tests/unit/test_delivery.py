@@ -10,9 +10,10 @@ import pytest
 
 from cdc.change import INSERT, Batch, Change, Transaction
 from cdc.config import BatchBounds
-from cdc.delivery import INCONSISTENT, Delivery, _bounded, _select
+from cdc.delivery import INCONSISTENT, Delivery
 from cdc.errors import TransientError
 from cdc.pipeline import FillThenDeliver
+from cdc.portion import MAX_FOLDING, Portion, bounded, select
 from cdc.position import Position, SourcePosition
 from cdc.queue import Queue, Stored
 from cdc.sink import Applied, NeedsFilling
@@ -43,16 +44,16 @@ QUEUE = [stored(3, 100, 110), stored(4, 120), stored(5, 130, 140)]
 
 
 def test_everything_is_new() -> None:
-    pieces, cut = _select(QUEUE, 2, 100, None)
+    pieces, cut = select(QUEUE, 2, 100, None)
     assert pieces == QUEUE
     assert not cut
 
 
 def test_what_the_target_has_is_left_out() -> None:
-    pieces, cut = _select(QUEUE, 2, 105, None)
+    pieces, cut = select(QUEUE, 2, 105, None)
     assert positions(pieces) == [(3, [110], 115), (4, [120], 125), (5, [130, 140], 145)]
     assert not cut
-    pieces, _ = _select(QUEUE, 2, 125, None)
+    pieces, _ = select(QUEUE, 2, 125, None)
     assert positions(pieces)[:2] == [(3, [], 115), (4, [], 125)]
 
 
@@ -68,33 +69,47 @@ def test_what_the_target_has_is_left_out() -> None:
     ],
 )
 def test_a_hold_cuts_before_the_first_transaction_at_its_position(until: int, expected: list[object]) -> None:
-    pieces, cut = _select(QUEUE, 2, 100, until)
+    pieces, cut = select(QUEUE, 2, 100, until)
     assert positions(pieces) == expected
     assert cut
 
 
+def test_more_is_read_where_many_changes_become_few_rows() -> None:
+    portion = Portion(BatchBounds(max_changes=100, max_bytes=1000))
+    for rows, expected in (
+        (50, 200),
+        (None, 100),
+        (1, MAX_FOLDING * 100),
+        (0, MAX_FOLDING * 100),
+        (100, 100),
+        (150, 100),
+    ):
+        portion.applied(Applied(changes=100, rows=rows))
+        assert (portion.max_changes, portion.max_bytes) == (expected, 10 * expected)
+
+
 def test_a_hold_behind_the_end_cuts_nothing() -> None:
-    assert _select(QUEUE, 2, 100, 141) == (QUEUE, False)
+    assert select(QUEUE, 2, 100, 141) == (QUEUE, False)
 
 
 def test_an_unfinished_transaction_below_the_hold_is_not_cut() -> None:
     queue = [stored(3, 100, 110, complete=False)]
-    assert _select(queue, 2, 100, 200) == (queue, False)
-    pieces, cut = _select(queue, 2, 100, 110)
+    assert select(queue, 2, 100, 200) == (queue, False)
+    pieces, cut = select(queue, 2, 100, 110)
     assert positions(pieces) == [(2, [100], 105)]
     assert pieces[0].batch.complete
     assert cut
 
 
 def test_opaque_positions_are_never_compared() -> None:
-    assert _select(QUEUE, 2, b"token", None) == (QUEUE, False)
+    assert select(QUEUE, 2, b"token", None) == (QUEUE, False)
 
 
 def test_a_target_transaction_is_bounded_but_never_empty() -> None:
-    assert _bounded(QUEUE, 1) == QUEUE[:1]
-    assert _bounded(QUEUE, 3) == QUEUE[:2]
-    assert _bounded(QUEUE, 100) == QUEUE
-    assert _bounded([], 1) == []
+    assert bounded(QUEUE, 1) == QUEUE[:1]
+    assert bounded(QUEUE, 3) == QUEUE[:2]
+    assert bounded(QUEUE, 100) == QUEUE
+    assert bounded([], 1) == []
 
 
 @pytest.fixture

@@ -9,11 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc.change import DELETE, INSERT, UPDATE, Change
+from cdc.change import DELETE, INSERT, UPDATE, Batch, Change, Transaction
 from cdc.errors import DecodeError
+from cdc.packed import Packed
 from cdc.postgres.copy_text import copy_text, plain_text, plain_text_in_python
-from cdc.postgres.fold import Appends, Fold, FoldError, changed_columns, old_row
+from cdc.postgres.fold import Appends, Fold, FoldError, KeyOf, changed_columns, old_row
 from cdc.postgres.row import UNCHANGED, Row, decode_row, encode_row, first_value, merge
+from cdc.postgres.steps import unplain_changes
+from tests.batches import TABLE
+from tests.unit.test_packed import packed
 
 
 def inserted(key: bytes, value: bytes) -> Change:
@@ -67,6 +71,50 @@ def test_folding_equals_applying_one_by_one(wishes: list[tuple[int, bytes]], dat
         assert fold.add(change)
     apply_folded(folded, fold)
     assert folded == model
+
+
+class Lane:
+    """As much of one as the fold of packed changes looks at."""
+
+    def __init__(self, key_of: KeyOf) -> None:
+        self.fold = Fold(key_of)
+
+
+def second_value(image: bytes) -> bytes:
+    value = decode_row(image)[0]
+    assert isinstance(value, bytes)
+    return value
+
+
+ROWS = [
+    *(inserted(key, value) for key in (b"1", b"2") for value in (b"a", b"b")),
+    *(updated(key, value) for key in (b"1", b"2", b"3") for value in (b"a", b"b")),
+    *(Change(UPDATE, 0, None, None, encode_row((key, b"whole", None))) for key in (b"1", b"3")),
+    *(deleted(key) for key in (b"1", b"2", b"3")),
+    Change(UPDATE, 0, encode_row((b"1", None, None)), None, encode_row((b"1", b"same key", UNCHANGED))),
+]
+
+
+@given(st.lists(st.lists(st.sampled_from(ROWS), min_size=1, max_size=6), min_size=1, max_size=4), st.booleans())
+def test_packed_changes_fold_as_others_do(wanted: list[list[Change]], first: bool) -> None:
+    transactions = [Transaction(n, n, 0, 0, 0, True, changes) for n, changes in enumerate(wanted)]
+    batch = Batch((TABLE,), Packed(packed(transactions)), 9, 9)
+    one_by_one, lane = Fold(first_value), Lane(first_value if first else second_value)
+    refused = []
+    for fold, changes in (
+        (one_by_one, (change for each in transactions for change in each.changes)),
+        (lane.fold, unplain_changes(batch, [lane])),  # type: ignore[list-item]
+    ):
+        try:
+            for change in changes:
+                assert fold.add(change)
+        except FoldError:
+            refused.append(fold)
+    assert refused in ([], [one_by_one, lane.fold])
+    for rows in (Fold.updated, Fold.inserted):
+        assert refused or list(rows(lane.fold)) == list(rows(one_by_one))
+        assert refused or [*map(lane.fold.row, rows(lane.fold))] == [*map(one_by_one.row, rows(one_by_one))]
+    assert refused or list(lane.fold.deleted()) == list(one_by_one.deleted())
 
 
 @pytest.mark.parametrize(
