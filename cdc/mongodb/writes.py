@@ -45,6 +45,21 @@ class Failure(msgspec.Struct, frozen=True):
         return server_error(self.code, text, write=True)
 
 
+class _Documents(RawBSONDocument):
+    """Documents one behind the other, as a message has them: to PyMongo one document, whose bytes it copies.
+
+    An object for each would cost more than all else that is done with them.
+    """
+
+    def __init__(self, documents: Sequence[bytes]) -> None:
+        self._joined = b"".join(documents)
+
+    @property
+    def raw(self) -> bytes:
+        """All of them."""
+        return self._joined
+
+
 class Outcome(msgspec.Struct):
     """What a command did. n: documents inserted, matched, upserted or deleted."""
 
@@ -91,7 +106,7 @@ class Writer:
             command["bypassDocumentValidation"] = True
         if not self._session.in_transaction:
             command["writeConcern"] = DURABLE.document
-        command[_ITEMS[name]] = [RawBSONDocument(item) for item in items]
+        command[_ITEMS[name]] = [_Documents(items)]
         try:
             reply = self._client[table.schema].command(command, codec_options=RAW, session=self._session)
         except OperationFailure as exc:
@@ -103,6 +118,10 @@ class Writer:
 
 
 def _chunks(items: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    if len(items) <= MAX_STATEMENTS and sum(map(len, items)) <= MAX_BYTES:
+        if items:
+            yield items
+        return
     begin = size = 0
     for index, item in enumerate(items):
         if size + len(item) > MAX_BYTES or index - begin == MAX_STATEMENTS:
