@@ -24,7 +24,8 @@ from cdc.mongodb.apply import Applier, Misfit
 from cdc.mongodb.client import Client, connect, to_cdc_error, translated_errors
 from cdc.mongodb.ddl import DdlApplier, ddl_subject
 from cdc.mongodb.equality import key_bytes
-from cdc.mongodb.fold import Folded, Segment, fold, is_through, segments
+from cdc.mongodb.fold import Segment, fold, is_through, segments
+from cdc.mongodb.folded import Folded
 from cdc.mongodb.moment import moment
 from cdc.mongodb.positions import DURABLE, CollectionState, Positions, Standing
 from cdc.mongodb.target import MongoCopyTarget
@@ -287,6 +288,8 @@ class MongodbSink(MongoCopyTarget):
         except Misfit:
             stored = self._in_order(connection, segment, final, again=not (undoable or deltas))
             return undoable or not deltas, stored
+        if len(folded) == len(work):
+            return False, undoable and final is not None
         try:
             applier.in_order((table, change) for table, change in segment.changes() if table not in folded)
         except Halted as exc:
@@ -377,7 +380,7 @@ def _adopt(connection: _Connection, segment: Segment, work: Work) -> None:
     strangers = work.keys() - connection.ddl.collections.keys()
     if not strangers:
         return
-    for tables, transaction in segment.work:
+    for tables, transaction in ((tables, each) for tables, transactions in segment.work for each in transactions):
         for change in transaction.changes:
             table = tables[change.table].qualified
             if table in strangers:

@@ -22,9 +22,10 @@ from cdc.change import DELETE, INSERT, Change, Image, Table, TableName
 from cdc.errors import PermanentError, TransientError
 from cdc.mongodb import walk
 from cdc.mongodb.client import RAW, Client
-from cdc.mongodb.delta import DeltaError, deletion, is_insertable, replacement, statements
+from cdc.mongodb.delta import DeltaError, deletion, is_insertable, replacement, replacements, statements
 from cdc.mongodb.equality import id_only, key_of
-from cdc.mongodb.fold import Folded, runs
+from cdc.mongodb.fold import runs
+from cdc.mongodb.folded import Folded
 from cdc.mongodb.positions import DURABLE
 from cdc.mongodb.writes import DUPLICATE_KEY, IMMUTABLE_FIELD, Failure, Outcome, Writer
 from cdc.sink import Halted, Reread, TableGone
@@ -96,13 +97,15 @@ class Applier:
 
     def _final_states(self, target: TableName, effect: Folded) -> None:
         deletes = [deletion(id_only(key)) for key in effect.deletes]
-        replaces = [statement for key, image in effect.replaces for statement in replacement(id_only(key), image)]
-        inserts, upserts = [], []
-        for key, image in effect.inserts:
-            if self._session.in_transaction or not is_insertable(image):  # a failure would end the transaction
-                upserts += replacement(id_only(key), image)
-            else:
-                inserts.append((key, image))
+        replaces = replacements(effect.replaces)
+        inserts: list[tuple[Image, Image]] = []
+        upserts: list[bytes] = []
+        if self._session.in_transaction:  # which a failure would end
+            upserts = replacements(effect.inserts)
+        else:
+            inserts = [document for document in effect.inserts if is_insertable(document[1])]
+            if len(inserts) < len(effect.inserts):
+                upserts = replacements(document for document in effect.inserts if not is_insertable(document[1]))
         if deletes:
             done = self._writer.delete(target, deletes, ordered=False)
             self._fits(done.failures)

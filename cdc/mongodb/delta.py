@@ -15,13 +15,14 @@ the end (by a pipeline that takes it away and sets it), and, before 6.1, that `a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Final, NamedTuple
 
 from cdc.change import Image
 from cdc.errors import CdcError, DecodeError
 from cdc.mongodb import walk
+from cdc.mongodb.equality import id_only
 
 Path = tuple[bytes | int, ...]
 """Names of fields, and indexes into arrays."""
@@ -146,12 +147,17 @@ def replacement(key: Image, image: Image) -> list[bytes]:
     return [statement, statement]
 
 
+def replacements_in_python(documents: Iterable[tuple[Image, Image]]) -> list[bytes]:
+    """The statements of many replacements, each of a document key (whatever else is in it) and a document."""
+    return [statement for key, image in documents for statement in replacement(id_only(key), image)]
+
+
 def deletion(key: Image) -> bytes:
     """The statement of the `delete` command that deletes a document."""
     return b"%b\x03q\x00%b\x10limit\x00\x01\x00\x00\x00\x00" % (walk.int32(19 + len(key)), key)
 
 
-def is_insertable(image: Image) -> bool:
+def is_insertable_in_python(image: Image) -> bool:
     """Whether the `insert` command keeps a document as it is: it puts the time into top-level timestamps of zero."""
     if not _ZERO_TIMESTAMP.search(image):
         return True
@@ -165,7 +171,7 @@ def _is_simple(image: Image) -> bool:
     # fields are looked at only where the bytes could be what is looked for
     if b"$" in image and _DOLLAR.search(image) and any(each.name[:1] == b"$" for each in walk.elements(image)):
         return False
-    return is_insertable(image)
+    return is_insertable_in_python(image)
 
 
 # reading the event
@@ -328,3 +334,11 @@ def _put(holder: Value, path: Path, value: Value | None) -> Value:
 
 def _number(number: int) -> Value:
     return walk.INT32, walk.int32(number)
+
+
+try:
+    from cdc.mongodb import _mirror
+except ImportError:
+    is_insertable, replacements = is_insertable_in_python, replacements_in_python
+else:
+    is_insertable, replacements = _mirror.is_insertable, _mirror.replacements

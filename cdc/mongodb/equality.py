@@ -60,6 +60,7 @@ def id_only(document_key: bytes) -> bytes:
     if (
         (head == _OBJECT_ID and size == 22)
         or (head == _INT32 and size == 14)
+        or (head == _INT64 and size == 18)
         or (head == _STRING and size == 14 + int.from_bytes(document_key[9:13], "little"))
     ):
         return document_key

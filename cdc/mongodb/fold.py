@@ -16,28 +16,32 @@ What may be used, and what not:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
+from itertools import chain
 from operator import attrgetter
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from cdc.change import DDL, DELETE, INSERT, MESSAGE, Batch, Change, Image, Table, TableName, Transaction
+from cdc.change import DDL, DELETE, INSERT, MESSAGE, Batch, Change, Table, TableName, Transaction
 from cdc.mongodb.equality import key_of, same_bytes
+from cdc.mongodb.folded import Folded
 
+_CHANGES: Final = attrgetter("changes")
 _OPERATION: Final = attrgetter("operation")
 
 
 class Segment(msgspec.Struct, frozen=True):
     """What lies between two barriers.
 
+    work: transactions in source order, beside the tables that their changes are of.
     ddl: the change at its end, if that is what ended it, `table` what it is about (`None`: no collection), and
         `position` its transaction's.
     through: the position of the last transaction before it, if there is one.
     whole: whether it is a transaction by itself: then it must not be repeated after what follows it.
     """
 
-    work: Sequence[tuple[tuple[Table, ...], Transaction]]
+    work: Sequence[tuple[tuple[Table, ...], Sequence[Transaction]]]
     ddl: Change | None = None
     table: TableName | None = None
     position: bytes = b""
@@ -47,18 +51,21 @@ class Segment(msgspec.Struct, frozen=True):
     @property
     def size(self) -> int:
         """The number of its changes, without that of collections as such at its end."""
-        return sum(len(transaction.changes) for _, transaction in self.work)
+        return sum(sum(map(len, map(_CHANGES, transactions))) for _, transactions in self.work)
 
     def changes(self) -> Iterator[tuple[TableName, Change]]:
         """All changes in source order."""
-        for tables, transaction in self.work:
-            for change in transaction.changes:
+        for tables, transactions in self.work:
+            for change in chain.from_iterable(map(_CHANGES, transactions)):
                 if change.operation != MESSAGE:
                     yield tables[change.table].qualified, change
 
 
-class Fold:
-    """The net effect of one collection's changes, by `_id`. To be applied as deletes, replaces, inserts, deltas."""
+class FoldInPython:
+    """The net effect of one collection's changes, by `_id`. To be applied as deletes, replaces, inserts, deltas.
+
+    `Fold` is the same, compiled where it can be.
+    """
 
     __slots__ = ("_born", "_deltas", "_died", "_last")
 
@@ -111,19 +118,22 @@ class Fold:
         return folded
 
 
-class Folded(msgspec.Struct):
-    """Final states of one collection, to be applied in this order. Only `deltas` depend on each other, and on the rest.
+def add_all_in_python(transactions: Sequence[Transaction], takers: Sequence[Fold | list[Change]]) -> None:
+    """Give each change to the fold or list of its table."""
+    adders = [taker.append if isinstance(taker, list) else taker.add for taker in takers]
+    for change in chain.from_iterable(map(_CHANGES, transactions)):
+        if change.operation != MESSAGE:
+            adders[change.table](change)
 
-    deletes: document keys, of which `expected_deletes` should be there.
-    inserts: documents that are new, if this is no replay. replaces: documents that should be there.
-    deltas: UPDATEs whose document's final state is not known, in source order for each document.
-    """
 
-    deletes: list[Image]
-    replaces: list[tuple[Image, Image]]
-    inserts: list[tuple[Image, Image]]
-    deltas: list[Change]
-    expected_deletes: int
+if TYPE_CHECKING:
+    Fold = FoldInPython
+    add_all = add_all_in_python
+else:
+    try:
+        from cdc.mongodb._mirror import Fold, add_all
+    except ImportError:
+        Fold, add_all = FoldInPython, add_all_in_python
 
 
 def segments(batches: Sequence[Batch], after: bytes | None = None) -> list[Segment]:
@@ -131,13 +141,15 @@ def segments(batches: Sequence[Batch], after: bytes | None = None) -> list[Segme
 
     after: the position of a transaction that is applied already, with all before it; ignored if it is not among these.
     """
-    work = [(batch.tables, transaction) for batch in batches for transaction in batch.transactions]
+    if after is None and not any(DDL in _operations(batch.transactions) for batch in batches):
+        return [Segment([(batch.tables, batch.transactions) for batch in batches if batch.transactions])]
+    work = [(batch.tables, [transaction]) for batch in batches for transaction in batch.transactions]
     if after is not None:
-        work = work[max((n for n, (_, each) in enumerate(work, 1) if is_through(each, after)), default=0) :]
+        work = work[max((n for n, (_, (each,)) in enumerate(work, 1) if is_through(each, after)), default=0) :]
     found: list[Segment] = []
     begin = 0
     through: bytes | None = None
-    for number, (tables, transaction) in enumerate(work):
+    for number, (tables, (transaction,)) in enumerate(work):
         changes = transaction.changes
         position = transaction.position
         assert isinstance(position, bytes)
@@ -151,11 +163,15 @@ def segments(batches: Sequence[Batch], after: bytes | None = None) -> list[Segme
             made = [change for change in changes if change.operation == DDL]
             for n, ddl in enumerate(made):
                 found.append(Segment(() if n else work[begin:number], ddl, _table(tables, ddl), position, whole=False))
-            work[number] = (tables, msgspec.structs.replace(transaction, changes=rest))
+            work[number] = (tables, [msgspec.structs.replace(transaction, changes=rest)])
             begin = number
         through = position
     found.append(Segment(work[begin:]))
     return found
+
+
+def _operations(transactions: Sequence[Transaction]) -> Iterator[int]:
+    return map(_OPERATION, chain.from_iterable(map(_CHANGES, transactions)))
 
 
 def is_through(transaction: Transaction, position: bytes) -> bool:
@@ -171,29 +187,16 @@ def fold(segment: Segment, in_order: Container[TableName]) -> dict[TableName, Fo
     """Each collection's final states; of those that are `in_order` all changes, as they came."""
     folds: dict[TableName, Fold] = {}
     ordered: dict[TableName, list[Change]] = {}
-    tables: tuple[Table, ...] | None = None
-    takers: list[Callable[[Change], None]] = []
-    for own, transaction in segment.work:
-        if own is not tables:
-            tables, takers = own, [_taker(table.qualified, folds, ordered, in_order) for table in own]
-        for change in transaction.changes:
-            if change.operation != MESSAGE:
-                takers[change.table](change)
+    for tables, transactions in segment.work:
+        names = [table.qualified for table in tables]
+        add_all(
+            transactions,
+            [ordered.setdefault(name, []) if name in in_order else folds.setdefault(name, Fold()) for name in names],
+        )
     return {
         **{table: folding.folded() for table, folding in folds.items() if folding},
         **{table: changes for table, changes in ordered.items() if changes},
     }
-
-
-def _taker(
-    table: TableName,
-    folds: dict[TableName, Fold],
-    ordered: dict[TableName, list[Change]],
-    in_order: Container[TableName],
-) -> Callable[[Change], None]:
-    if table in in_order:
-        return ordered.setdefault(table, []).append
-    return folds.setdefault(table, Fold()).add
 
 
 def runs(changes: Iterable[tuple[TableName, Change]]) -> Iterator[tuple[TableName, list[Change]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime as dt
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc.errors import DecodeError
-from cdc.mongodb.delta import DeltaError, deletion, is_insertable, replacement, statements
+from cdc.mongodb.delta import (
+    DeltaError,
+    deletion,
+    is_insertable,
+    is_insertable_in_python,
+    replacement,
+    replacements,
+    replacements_in_python,
+    statements,
+)
 from tests.mongo_model import Document, describe, execute
 
 KEY = bson.encode({"_id": 1})
@@ -158,3 +168,37 @@ def test_f72_f73_what_a_replacement_cannot_be_is_a_pipeline(odd: Document) -> No
 
 def test_a_deletion() -> None:
     assert deletion(KEY) == bson.encode({"q": {"_id": 1}, "limit": 1})
+
+
+ANY = {
+    "_id": Timestamp(0, 0), "": 1.5, "s": "$x", "d": {"a": Timestamp(0, 0)}, "l": [Timestamp(0, 0)], "b": b"\0" * 9,
+    "n": None, "o": bson.ObjectId(), "t": True, "r": bson.Regex("a", "i"), "c": bson.Code("x"),
+    "w": dt.datetime(2024, 5, 1, tzinfo=dt.UTC),
+    "i": 1, "z": Timestamp(1, 0), "long": bson.Int64(0), "dec": bson.Decimal128("1"), "min": bson.MinKey(),
+    "scoped": bson.Code("x", {"a": 1}), "x": bson.Binary(b"\x11a\0" + b"\0" * 8, 4),
+}  # fmt: skip
+
+
+@given(
+    st.lists(st.sampled_from(sorted(ANY)), max_size=6, unique=True),
+    st.sampled_from([{}, {}, {"$a": 1}, {"zero": Timestamp(0, 0)}]),
+    st.integers(0, 300),
+    st.binary(max_size=2),
+)
+def test_f72_f73_compiled_or_not_documents_are_written_alike(
+    names: list[str], odd: Document, at: int, noise: bytes
+) -> None:
+    """The same functions twice where nothing was compiled. Damaged documents are damaged for both."""
+    good = bson.encode({**{name: ANY[name] for name in names}, **odd})
+    for image in (good, good[:at] + noise + good[at + len(noise) :], good[:at]):
+        for own in (KEY, bson.encode({"_id": bson.Int64(1)}), bson.encode({"_id": "a", "shard": 1}), image):
+            documents = [(own, good), (own, image)]
+            assert tried(replacements, documents) == tried(replacements_in_python, documents)
+        assert tried(is_insertable, image) == tried(is_insertable_in_python, image)
+
+
+def tried(function: Any, argument: Any) -> Any:
+    try:
+        return function(argument)
+    except DecodeError as exc:
+        return str(exc)

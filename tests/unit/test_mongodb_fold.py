@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import bson
-from bson import Decimal128, Int64
+from bson import Decimal128, Int64, Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +14,8 @@ from cdc.change import DDL, DELETE, INSERT, MESSAGE, UPDATE, Batch, Change, Ddl,
 from cdc.change import Transaction as Tx
 from cdc.mongodb.delta import statements
 from cdc.mongodb.equality import id_only, key_of
-from cdc.mongodb.fold import Folded, fold, segments
+from cdc.mongodb.fold import Fold, FoldInPython, add_all, add_all_in_python, fold, segments
+from cdc.mongodb.folded import Folded
 from tests.mongo_model import Document, describe, execute
 
 IDS = [1, 1.0, Int64(1), Decimal128("1"), "a", {"x": 1}, {"x": 1.0}]
@@ -176,6 +177,36 @@ def test_f101_replaying_converges_from_anywhere(
     for part in (changes[begin : begin + cut], changes[begin + cut :]):
         apply_folded(target, part, history.states[-1])
     assert target == history.states[-1]
+
+
+NUMBERS = [0, -1, 2**31, -(2**63), 1.5, float("nan"), Int64(-1), Decimal128("1.5")]
+OTHERS = ["", "a\0b", None, True, b"x", bson.ObjectId(b"0" * 12), [1], Timestamp(1, 2)]
+keys = st.builds(
+    lambda value, more: bson.encode({"_id": value, **more}),
+    st.sampled_from([*IDS, *NUMBERS, *OTHERS]),
+    st.sampled_from([{}, {}, {"shard": 1}]),
+)
+documents = keys.map(lambda own: bson.encode({"_id": bson.decode(own)["_id"], "a": 1}))
+any_changes = st.lists(
+    st.builds(Change, st.sampled_from([INSERT, UPDATE, DELETE, MESSAGE]), st.integers(0, 2), keys, st.none(), documents)
+    | keys.flatmap(lambda own: st.builds(Change, st.just(UPDATE), st.just(0), st.just(own), st.none(), st.none()))
+    | keys.flatmap(lambda own: st.builds(Change, st.just(DELETE), st.just(0), st.just(own), st.none(), st.none())),
+    max_size=25,
+)
+
+
+@given(any_changes)
+def test_f68_f73_compiled_or_not_the_fold_is_the_same(changes: list[Change]) -> None:
+    """The same functions twice where nothing was compiled."""
+    work = transactions(changes)
+    ours: list[Any] = [Fold(), [], Fold()]
+    theirs: list[Any] = [FoldInPython(), [], FoldInPython()]
+    add_all(work, ours)
+    add_all_in_python(work, theirs)
+    assert ours[1] == theirs[1]
+    for one_fold, other in ((ours[0], theirs[0]), (ours[2], theirs[2])):
+        assert bool(one_fold) == bool(other)
+        assert one_fold.folded() == other.folded()
 
 
 def one(operation: int, number: int, *, table: int = 0, detail: Any = None) -> Change:
