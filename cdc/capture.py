@@ -208,4 +208,4 @@ class Capture:
         summary = batch.summary
         self._stats.transactions += summary.complete
         self._stats.last_commit_time = summary.commit_time / 1e6
-        count_changes(self._stats.changes, batch)
+        count_changes(self._stats, summary)

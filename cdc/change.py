@@ -216,7 +216,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
         transactions = self.transactions
         if isinstance(transactions, Summarized):
             return sum(transactions.summary.counts)
-        return sum(len(transaction.changes) for transaction in transactions)
+        return sum(map(len, map(_CHANGES, transactions)))
 
     @property
     def summary(self) -> Summary:
@@ -227,7 +227,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
         operations = bytes(map(_OPERATION, chain.from_iterable(map(_CHANGES, transactions))))
         last = transactions[-1]
         return Summary(
-            complete=sum(map(_COMPLETE, transactions)),
+            complete=len(transactions) - (not last.complete),
             ended=last.complete,
             counts=[operations.count(operation) for operation in Operation],
             first=transactions[0].position,
@@ -238,4 +238,3 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
 
 _OPERATION: Final = attrgetter("operation")
 _CHANGES: Final = attrgetter("changes")
-_COMPLETE: Final = attrgetter("complete")

@@ -335,9 +335,9 @@ class Delivery:
 
     def _count(self, batches: Sequence[Batch]) -> None:
         summaries = [batch.summary for batch in batches if batch.transactions]
-        for batch in batches:
-            count_changes(self._stats.changes, batch)
-        self._stats.transactions += sum(summary.complete for summary in summaries)
+        for summary in summaries:
+            count_changes(self._stats, summary)
+            self._stats.transactions += summary.complete
         newest = summaries[-1] if summaries else None
         if newest is not None and newest.ended:
             self._stats.last_commit_time = newest.commit_time / 1e6

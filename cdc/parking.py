@@ -328,7 +328,7 @@ class Parker:
             self._rows.remove(row)
             self._schedule.forget(row.id)
         for batch in batches:
-            count_changes(self._stats.changes, batch)
+            count_changes(self._stats, batch.summary)
         self._log.info("applied parked changes", changes=len(rows), left=len(self._rows))
 
     def _failed_again(self, row: ParkedChange, error: PermanentError) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from cdc.change import Batch, Operation
+from cdc.change import Operation, Summary
 from cdc.position import SourcePosition
 from cdc.queue.parked import ParkedCount
 
@@ -190,8 +190,7 @@ def note_parked(stats: DeliveryStats, count: ParkedCount) -> None:
     stats.parked_oldest_at = count.oldest_at
 
 
-def count_changes(counts: dict[str, int], batch: Batch) -> None:
+def count_changes(stats: CaptureStats | DeliveryStats, summary: Summary) -> None:
     """Add a batch's changes, by name of the operation."""
-    if batch.transactions:
-        for name, count in zip(OPERATIONS, batch.summary.counts, strict=True):
-            counts[name] += count
+    for name, count in zip(OPERATIONS, summary.counts, strict=True):
+        stats.changes[name] += count

@@ -1,9 +1,11 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""`array_items` of `cdc.mongodb.walk` and `take_plain` of `cdc.mongodb.plain_events`, compiled.
+"""`array_items` and `Items` of `cdc.mongodb.walk` and `take_plain` of `cdc.mongodb.plain_events`, compiled.
 
 Built where a C compiler is there when the package is installed; without it everything works the same, but slower.
 """
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcmp
 
@@ -29,68 +31,106 @@ cdef struct Plain:
     Part token, after, namespace, key, description  # start is 0 where there is none
 
 
+cdef class Items:
+    """See `cdc.mongodb.walk.array_items_in_python`: an item becomes an object when it is asked for."""
+
+    cdef bytes data
+    cdef Part *parts
+    cdef Py_ssize_t count
+
+    def __cinit__(self, bytes data not None, Py_ssize_t at):
+        cdef const unsigned char *d = data
+        cdef Py_ssize_t length = len(data), last, start, capacity = 0
+        cdef const void *found
+        cdef uint32_t size
+        self.data = data
+        if at < 0 or length - at < SMALLEST or at + <Py_ssize_t> u32(d + at) > length or u32(d + at) < SMALLEST:
+            raise DecodeError(f"BSON array truncated at byte {at}")
+        last = at + <Py_ssize_t> u32(d + at) - 1
+        if d[last] != 0:
+            raise DecodeError(f"BSON array at byte {at} is not ended by a zero")
+        at += 4
+        while at < last:
+            if d[at] != 3:
+                raise DecodeError(f"array item at byte {at} is no document but of type 0x{d[at]:02x}")
+            found = memchr(d + at + 1, 0, last - at - 1)
+            if found is NULL:
+                raise DecodeError(f"BSON array truncated at byte {at}")
+            start = <const unsigned char *> found - d + 1
+            if last - start < SMALLEST:
+                raise DecodeError(f"BSON array truncated at byte {at}")
+            size = u32(d + start)
+            at = start + <Py_ssize_t> size
+            if size < SMALLEST or at > last:
+                raise DecodeError(f"BSON document at byte {start}: its length is said to be {size}")
+            if self.count == capacity:
+                capacity = self._grow(capacity)
+            self.parts[self.count].start = start
+            self.parts[self.count].end = at
+            self.count += 1
+
+    cdef Py_ssize_t _grow(self, Py_ssize_t capacity) except -1:
+        capacity = 2 * capacity + 64
+        cdef Part *larger = <Part *> PyMem_Realloc(self.parts, capacity * sizeof(Part))
+        if larger is NULL:
+            raise MemoryError
+        self.parts = larger
+        return capacity
+
+    def __dealloc__(self):
+        PyMem_Free(self.parts)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, Py_ssize_t index):
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return part_of(<const unsigned char *> PyBytes_AS_STRING(self.data), &self.parts[index])
+
+
 def array_items(bytes data, Py_ssize_t at=0):
     """See `cdc.mongodb.walk.array_items`."""
-    cdef const unsigned char *d = data
-    cdef Py_ssize_t length = len(data), last, start
-    cdef const void *found
-    cdef uint32_t size
-    cdef list items = []
-    if at < 0 or length - at < SMALLEST or at + <Py_ssize_t> u32(d + at) > length or u32(d + at) < SMALLEST:
-        raise DecodeError(f"BSON array truncated at byte {at}")
-    last = at + <Py_ssize_t> u32(d + at) - 1
-    if d[last] != 0:
-        raise DecodeError(f"BSON array at byte {at} is not ended by a zero")
-    at += 4
-    while at < last:
-        if d[at] != 3:
-            raise DecodeError(f"array item at byte {at} is no document but of type 0x{d[at]:02x}")
-        found = memchr(d + at + 1, 0, last - at - 1)
-        if found is NULL:
-            raise DecodeError(f"BSON array truncated at byte {at}")
-        start = <const unsigned char *> found - d + 1
-        if last - start < SMALLEST:
-            raise DecodeError(f"BSON array truncated at byte {at}")
-        size = u32(d + start)
-        at = start + <Py_ssize_t> size
-        if size < SMALLEST or at > last:
-            raise DecodeError(f"BSON document at byte {start}: its length is said to be {size}")
-        items.append(data[start:at])
-    return items
+    return list(Items(data, at))
 
 
 def take_plain(events, Py_ssize_t at, Py_ssize_t room, dict table_of, list transactions):
     """See `cdc.mongodb.plain_events.take_plain_in_python`."""
-    cdef Py_ssize_t count = len(events), size = 0, namespace_size = -1
+    cdef Py_ssize_t count = len(events), size = 0, namespace_size = -1, length
     cdef const unsigned char *d
     cdef const unsigned char *known = NULL
+    cdef Items items = events if type(events) is Items else None
     cdef Plain plain
     cdef bytes raw, namespace = b"", token = None
     cdef object table = None, after, detail, commit_time
     while at < count and size < room:
-        raw = events[at]
-        d = raw
-        if not read(d, len(raw), &plain):
+        if items is not None:
+            d = <const unsigned char *> PyBytes_AS_STRING(items.data) + items.parts[at].start
+            length = items.parts[at].end - items.parts[at].start
+        else:
+            raw = events[at]
+            d, length = raw, len(raw)
+        if not read(d, length, &plain):
             break
         if plain.namespace.end - plain.namespace.start != namespace_size or memcmp(
             d + plain.namespace.start, known, namespace_size
         ):
-            namespace = raw[plain.namespace.start:plain.namespace.end]
+            namespace = part_of(d, &plain.namespace)
             known, namespace_size = namespace, len(namespace)
             table = table_of.get(namespace)
         if table is None:
             break
-        token = raw[plain.token.start:plain.token.end]
+        token = part_of(d, &plain.token)
         at += 1
         if table < 0:
             continue
-        size += len(raw)
-        after = raw[plain.after.start:plain.after.end] if plain.after.start else None
-        detail = Delta(raw[plain.description.start:plain.description.end]) if plain.operation == UPDATE else None
+        size += length
+        after = part_of(d, &plain.after) if plain.after.start else None
+        detail = Delta(part_of(d, &plain.description)) if plain.operation == UPDATE else None
         change = Change(
             UPDATE if plain.operation == REPLACE else plain.operation,
             table,
-            raw[plain.key.start:plain.key.end],
+            part_of(d, &plain.key),
             None,
             after,
             detail,
@@ -98,6 +138,10 @@ def take_plain(events, Py_ssize_t at, Py_ssize_t room, dict table_of, list trans
         commit_time = plain.milliseconds  # a Python number before it grows: a hostile one must not wrap around
         transactions.append(Transaction(token, token, commit_time * 1000, 0, 0, True, [change]))
     return at, size, token
+
+
+cdef inline bytes part_of(const unsigned char *d, const Part *part):
+    return PyBytes_FromStringAndSize(<const char *> d + part.start, part.end - part.start)
 
 
 cdef bint read(const unsigned char *d, Py_ssize_t length, Plain *plain) noexcept nogil:

@@ -188,7 +188,7 @@ class ChangeStream:
         try:
             cursor = walk.fields(raw, outer[b"cursor"][1])
             cursor_id = walk.int64_at(raw, cursor[b"id"][1])
-            events = walk.array_items(raw, cursor[batch][1])
+            events = walk.items(raw, cursor[batch][1])
             _, start, end = cursor[b"ns"]
         except KeyError as exc:
             raise DecodeError(f"a cursor's reply has no {exc.args[0].decode()}") from None

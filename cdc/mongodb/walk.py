@@ -7,7 +7,7 @@ raised. (BSON specification, version 1.1: https://bsonspec.org/spec.html)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from struct import Struct, error
 from typing import Final, NamedTuple
 
@@ -155,7 +155,10 @@ def get_document(data: bytes, name: bytes) -> bytes | None:
 
 
 def array_items_in_python(data: bytes, at: int = 0) -> list[bytes]:
-    """The documents in an array of nothing else, such as a cursor's batch. Where `at` is the array's start."""
+    """The documents in an array of nothing else, such as a cursor's batch. Where `at` is the array's start.
+
+    `items` is the same as a sequence that, compiled, makes a document's object only where it is asked for.
+    """
     last = document_end(data, at) - 1
     at += 4
     items: list[bytes] = []
@@ -247,9 +250,10 @@ def _unpacked(unpack: object, data: bytes, start: int) -> int:
     return int(number)
 
 
+items: Callable[[bytes, int], Sequence[bytes]]
 try:
     from cdc.mongodb import _events
 except ImportError:
-    array_items = array_items_in_python
+    array_items = items = array_items_in_python
 else:
-    array_items = _events.array_items
+    array_items, items = _events.array_items, _events.Items

@@ -81,7 +81,8 @@ def test_nothing_but_decode_errors(data: bytes) -> None:
     for read in (walk.fields, lambda data: list(walk.elements(data)), walk.array_items, lambda d: walk.find(d, b"a")):
         with suppress(DecodeError):
             read(data)
-    assert items_or_none(walk.array_items, data) == items_or_none(walk.array_items_in_python, data)
+    for compiled in (walk.array_items, lambda data: list(walk.items(data, 0))):
+        assert items_or_none(compiled, data) == items_or_none(walk.array_items_in_python, data)
 
 
 def items_or_none(read: Callable[[bytes], list[bytes]], data: bytes) -> list[bytes] | None:
@@ -93,10 +94,13 @@ def items_or_none(read: Callable[[bytes], list[bytes]], data: bytes) -> list[byt
 def test_array_items_are_the_documents_themselves() -> None:
     inner = [bson.encode({"n": number, "x": "y" * number}) for number in range(12)]
     data = bson.encode({"batch": [RawBSONDocument(document) for document in inner]})
-    for read in (walk.array_items, walk.array_items_in_python):
-        assert read(data, walk.fields(data)[b"batch"][1]) == inner
+    for read in (walk.array_items, walk.array_items_in_python, walk.items):
+        found = read(data, walk.fields(data)[b"batch"][1])
+        assert (len(found), list(found), found[11]) == (12, inner, inner[11])
+        with pytest.raises(IndexError):
+            found[12]
         with pytest.raises(DecodeError, match="no document"):
-            read(bson.encode({"0": 1}))
+            read(bson.encode({"0": 1}), 0)
 
 
 def test_values() -> None:

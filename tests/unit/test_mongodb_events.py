@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import bson
@@ -144,7 +146,7 @@ def test_malformed_events_are_refused(raw: bytes, message: str) -> None:
 anything = st.sampled_from([*EVENTS, *OTHERS])
 
 
-def plain(take: Any, events: list[bytes], room: int, tables: dict[bytes, int]) -> tuple[Any, list[Transaction]]:
+def plain(take: Any, events: Sequence[bytes], room: int, tables: dict[bytes, int]) -> tuple[Any, list[Transaction]]:
     """What is taken, and how far it went."""
     transactions: list[Transaction] = []
     return take(events, 0, room, tables, transactions), transactions
@@ -178,7 +180,25 @@ def test_plain_events_are_taken_up_to_the_first_that_is_not(take: Any) -> None:
 def test_compiled_or_not_the_same_is_taken(parts: list[tuple[bytes, int, bytes]], room: int) -> None:
     damaged = [raw[:at] + other + raw[at + len(other) :] for raw, at, other in parts]
     tables = {bson.encode({"db": "shop", "coll": "orders"}): 0}
-    assert plain(take_plain, damaged, room, tables) == plain(take_plain_in_python, damaged, room, tables)
+    expected = plain(take_plain_in_python, damaged, room, tables)
+    assert plain(take_plain, damaged, room, tables) == expected
+    with suppress(DecodeError):  # what does not tell its own length cannot be in a reply
+        assert plain(take_plain, walk.items(array_of(damaged), 0), room, tables) == expected
+
+
+def array_of(documents: list[bytes]) -> bytes:
+    """An array of these bytes, whatever they are."""
+    return walk.joined(walk.element(walk.DOCUMENT, b"%d" % number, raw) for number, raw in enumerate(documents))
+
+
+@given(st.lists(st.sampled_from(EVENTS + OTHERS), max_size=9), st.integers(0, 9), st.integers(1, 2000))
+def test_events_are_taken_out_of_a_reply_as_from_a_list(events: list[bytes], at: int, room: int) -> None:
+    tables = {bson.encode({"db": "shop", "coll": "orders"}): 0}
+    found = []
+    for each in (events, walk.items(array_of(events), 0)):
+        transactions: list[Transaction] = []
+        found.append((take_plain(each, min(at, len(events)), room, tables, transactions), transactions))
+    assert found[0] == found[1]
 
 
 @given(anything.flatmap(lambda raw: st.tuples(st.just(raw), st.integers(0, len(raw) - 1))))
