@@ -34,7 +34,7 @@ def run_in_loop(main: Coroutine[Any, Any, T]) -> T:
     _share_arenas()
     _collect_garbage_rarely()
     sys.setswitchinterval(SWITCH_SECONDS)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(main)
 
 
@@ -71,7 +71,8 @@ def _collect_garbage_rarely() -> None:
     gc.set_threshold(10_000, 20, 20)
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """What makes event loops of the fastest kind there is; `None`: asyncio itself."""
     try:
         import uvloop  # noqa: PLC0415 - not on every platform
     except ImportError:

@@ -39,10 +39,12 @@ cdef class Fold:
     def __bool__(self):
         return bool(self.last or self.deltas)
 
-    cpdef add(self, change):
+    def add(self, change):
         """Take a change."""
+        self.take(change, change.operation)
+
+    cdef take(self, change, int operation):
         cdef object key = key_of(change.key)
-        cdef int operation = change.operation
         if operation != DELETE and change.after is None:
             self.deltas.setdefault(key, []).append(change)
             return
@@ -85,16 +87,18 @@ cdef class Fold:
 def add_all(transactions, list takers):
     """See `cdc.mongodb.fold.add_all_in_python`."""
     cdef Py_ssize_t table
+    cdef int operation
     for transaction in transactions:
         for change in transaction.changes:
-            if change.operation == MESSAGE:
+            operation = change.operation
+            if operation == MESSAGE:
                 continue
             table = change.table
             if not 0 <= table < len(takers):
                 raise IndexError(table)
             taker = takers[table]
             if type(taker) is Fold:
-                (<Fold> taker).add(change)
+                (<Fold> taker).take(change, operation)
             else:
                 taker.append(change)
 

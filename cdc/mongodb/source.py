@@ -34,6 +34,7 @@ from cdc.mongodb.scope import scope_of
 from cdc.mongodb.snapshot import MongoSnapshot, estimate_size
 from cdc.mongodb.stream import ChangeStream, Reply, Start, start_at, stream_options, stream_pipeline
 from cdc.position import SourcePosition
+from cdc.process import loop_factory
 from cdc.source import Beginning, Estimate, Facts
 from cdc.stats import CaptureStats, OplogStatus, State
 
@@ -90,7 +91,7 @@ class MongoSource:
         Batches that were given out by this object count, even where they are not durable yet.
         """
         self.close()
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner(loop_factory=loop_factory())
         return self._run(self._open(position))
 
     def restart(self) -> Beginning:
