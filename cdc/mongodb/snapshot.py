@@ -20,13 +20,14 @@ import bson
 import structlog
 from bson.raw_bson import RawBSONDocument
 from bson.timestamp import Timestamp
+from pymongo.errors import OperationFailure
 from pymongo.read_concern import ReadConcern
 
 from cdc.change import TableName
 from cdc.errors import TransientError
 from cdc.mongodb import walk
 from cdc.mongodb.client import RAW, Client, connect, translated_errors
-from cdc.mongodb.collections import CollectionInfo, read_collections
+from cdc.mongodb.collections import Catalog, CollectionInfo, read_collections
 from cdc.mongodb.moment import encode_moment, moment
 from cdc.source import Chunk, Estimate
 
@@ -43,6 +44,7 @@ _RESUMES: Final = 10
 BLOCK_BYTES: Final = 256 * 1024
 
 _BY_ID: Final = {"_id": 1}
+_NAMESPACE_NOT_FOUND: Final = 26
 
 IdRange = tuple[bytes | None, bytes | None]
 """From a document `{_id: value}` to before another one, in the order of the index on `_id`; `None` is open."""
@@ -58,9 +60,7 @@ class MongoSnapshot:
 
     def chunks(self, table: TableName, chunk_bytes: int) -> Sequence[Chunk]:
         """Split by ranges of `_id`. A capped collection is one part: its order is that of its documents."""
-        collection = self._collections.get(table)
-        if collection is None:
-            raise TransientError(f"{table} is no longer at the source")
+        collection = self._collections[table]
         estimate = estimate_size(self._client, table)
         wanted = min(max(1, -(-estimate.size // chunk_bytes)), MAX_CHUNKS, max(1, estimate.rows))
         bounds = [] if wanted == 1 or collection.capped else split_points(self._client, table, wanted)
@@ -69,7 +69,16 @@ class MongoSnapshot:
         return [Chunk(table, (collection.uuid, *ids), rows, size) for ids in ranges]
 
     def check_schema(self, schema: object, tables: Collection[TableName]) -> None:
-        """Documents have no schema."""
+        """Raise `TransientError` if collections are no longer those that `dump_schema` has described.
+
+        The mirror's, and what a killed copy has finished of them, are of those.
+        """
+        assert isinstance(schema, Catalog)
+        described = {each.name: each.uuid for each in schema.collections}
+        for table in tables:
+            found = self._collections.get(table)
+            if found is None or found.uuid != described[table]:
+                raise TransientError(f"{table} was renamed, dropped or made anew while its copy began")
 
     def binary_columns(self, table: TableName) -> dict[str, str]:  # noqa: ARG002 - the protocol's
         """Documents have no columns."""
@@ -205,11 +214,20 @@ def _gossiped(reply: Mapping[str, Any]) -> Timestamp | None:
 
 
 def estimate_size(client: Client, table: TableName) -> Estimate:
-    """How many documents there are, and their bytes without indexes and compression, as the server believes."""
+    """How many documents there are, and their bytes without indexes and compression, as the server believes.
+
+    None where there is no collection: one may go at any time after it was listed.
+    """
     pipeline: list[dict[str, Any]] = [{"$collStats": {"storageStats": {}}}]
     collection = client[table.schema].get_collection(table.name, codec_options=RAW, read_concern=ReadConcern("local"))
-    with translated_errors(), collection.aggregate(pipeline) as found:  # which has no majority to wait for
-        stats = [bson.decode(shard.raw).get("storageStats", {}) for shard in found]
+    with translated_errors():
+        try:
+            with collection.aggregate(pipeline) as found:  # which has no majority to wait for
+                stats = [bson.decode(shard.raw).get("storageStats", {}) for shard in found]
+        except OperationFailure as exc:
+            if exc.code != _NAMESPACE_NOT_FOUND:
+                raise
+            stats = []
     return Estimate(
         rows=sum(int(each.get("count", 0)) for each in stats), size=sum(int(each.get("size", 0)) for each in stats)
     )

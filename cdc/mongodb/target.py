@@ -162,8 +162,6 @@ class MongoCopyTarget:
                 split = chunks()
                 positions = Positions(client, self.database, self.name)
                 state = positions.collections()[table]
-                if split[0].part[0] != state.uuid:
-                    raise TransientError(f"{table} was made anew at the source")
                 positions.put([msgspec.structs.replace(state, copied_from=position)])
                 if table in self._kept:
                     with connect(self._source_url, application_name="cdc-copy") as source:

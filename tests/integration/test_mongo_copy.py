@@ -253,6 +253,16 @@ def test_f117_a_sink_that_leads_to_its_source_is_refused(copying: Copying) -> No
         copying.copy(target=MongoCopyTarget(config))
 
 
+def change(database: MongoDatabase, what: str) -> None:
+    """Rename or drop `orders`, or make it anew."""
+    if what == "rename":
+        database.orders.rename("archive")
+    else:
+        database.orders.drop()
+    if what != "drop":
+        database.orders.insert_one({"_id": "new"})
+
+
 @pytest.mark.parametrize("what", ["rename", "drop", "drop and create"])
 def test_f65_f66_a_collection_that_is_not_what_it_was_is_copied_again(
     copying: Copying, what: str, monkeypatch: pytest.MonkeyPatch
@@ -262,17 +272,42 @@ def test_f65_f66_a_collection_that_is_not_what_it_was_is_copied_again(
     record = target.chunk_copied
 
     def chunk_copied(chunk: Any, rows: int) -> None:
-        if what == "rename":
-            copying.db.orders.rename("archive")
-        else:
-            copying.db.orders.drop()
-        if what != "drop":
-            copying.db.orders.insert_one({"_id": "new"})
+        change(copying.db, what)
         record(chunk, rows)
 
     monkeypatch.setattr(target, "chunk_copied", chunk_copied)
     with pytest.raises(TransientError, match="orders was renamed, dropped or made anew"):
         copying.copy(target=target)
+    assert copying.name("orders") not in target.copied()
+    assert copying.copy().complete
+    copying.assert_equal(*(table.name for table in copying.source.tables()))
+
+
+@pytest.mark.parametrize("what", ["rename", "drop", "drop and create"])
+@pytest.mark.parametrize("when", ["described", "begun"])
+@pytest.mark.parametrize("killed", [True, False])
+def test_f65_f66_a_collection_that_goes_when_its_copy_is_to_begin_is_copied_again(
+    copying: Copying, what: str, when: str, monkeypatch: pytest.MonkeyPatch, *, killed: bool
+) -> None:
+    """Before there is a snapshot, or after; an earlier copy may have planned its ranges, and finished some."""
+    copying.db.orders.insert_many([{"_id": n, "text": "x" * 100} for n in range(100)])
+    target = copying.target()
+    if killed:
+        kill_after(target, 3, monkeypatch)
+        with pytest.raises(Interrupted):
+            copying.copy(target=target, chunk_bytes=2_000, workers=1)
+        monkeypatch.undo()
+    owner, step = (copying.source, "snapshot") if when == "described" else (target, "pending")
+    go_on = getattr(owner, step)
+
+    def lose(*args: Any) -> Any:
+        change(copying.db, what)
+        return go_on(*args)
+
+    monkeypatch.setattr(owner, step, lose)
+    with pytest.raises(TransientError, match="orders was renamed, dropped or made anew"):
+        copying.copy(target=target)
+    monkeypatch.undo()
     assert copying.name("orders") not in target.copied()
     assert copying.copy().complete
     copying.assert_equal(*(table.name for table in copying.source.tables()))

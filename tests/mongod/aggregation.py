@@ -73,6 +73,9 @@ def _raw_match(request: Request) -> bytes:
 def _coll_stats(state: State, collection: Collection, options: dict[str, Any]) -> bytes:
     parts: dict[str, Any] = {"ns": collection.namespace, "host": state.host, "localTime": _now()}
     if "storageStats" in options:
+        if state.catalog.get(collection.db, collection.name) is not collection:
+            missing = f"Collection [{collection.namespace}] not found."
+            raise CommandError(26, f"Unable to retrieve storageStats in $collStats stage :: caused by :: {missing}")
         parts["storageStats"] = storage_stats(collection)
     if "count" in options:
         parts["count"] = len(collection.documents)
