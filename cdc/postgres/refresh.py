@@ -9,43 +9,33 @@ is written when the mirror has applied all of those, between two transactions of
 - rows of the mirror that the snapshot has not are deleted;
 - touched rows belong to the stream, but for columns that no change carried (see `cdc.postgres.touched`).
 
-So what has been refreshed is right from then on. A snapshot holds up VACUUM and DDL at the source, hence a round of
-parts is short, and the next one goes on behind the last key. How far each table is stands on the target, and is stored
-with the part: see `cdc.postgres.refresh_marks`. Whatever breaks a round, the next one does again only what was not
-stored.
+So what has been refreshed is right from then on. The parts of a round share a snapshot, and are read ahead until the
+mirror has come to its position: many small tables wait together for a mirror that is behind, not one after the other. A
+snapshot holds up VACUUM and DDL at the source, hence a round is short, and the next one goes on behind the last key.
+How far each table is stands on the target, and is stored with the part: see `cdc.postgres.refresh_marks`. Whatever
+breaks a round, the next one does again only what was not stored.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
-from time import monotonic
 from typing import Final
 
 import msgspec
-import psycopg
 import structlog
 
 from cdc.change import Batch, TableName
 from cdc.config import SinkConfig, SourceConfig
-from cdc.errors import CdcError, PermanentError, TransientError
+from cdc.errors import PermanentError
 from cdc.position import Lsn
-from cdc.postgres.conflicts import checked_late
-from cdc.postgres.connection import Connection, connect
-from cdc.postgres.digest import nudge
+from cdc.postgres.connection import Connection
 from cdc.postgres.refresh_marks import RefreshMark, RefreshMarks
-from cdc.postgres.refresh_read import KeyedTable, Part, RangeReader, keyed
+from cdc.postgres.refresh_read import Part
+from cdc.postgres.refresh_rounds import Begun, Ended, Planned, RoundReader
 from cdc.postgres.refresh_write import Written, write_part
-from cdc.postgres.schema import SchemaTable, read_tables
-from cdc.postgres.snapshot import open_snapshot
 from cdc.postgres.touched import Touched
 from cdc.stats import ResyncStatus
-
-ROUND_SECONDS: Final = 30.0
-"""How long a snapshot is held, once the mirror has come to it."""
 
 MAX_TOUCHED: Final = 100_000
 """More keys than that are not kept in memory: the round ends early, and another one begins."""
@@ -53,38 +43,13 @@ MAX_TOUCHED: Final = 100_000
 MAX_REFUSED: Final = 100
 """So many rows of a table are looked for by themselves among those that the mirror refuses; then parts count as one."""
 
-_PARTS_AHEAD: Final = 2
 _FIRST_RETRY_SECONDS: Final = 1.0
 _MAX_RETRY_SECONDS: Final = 300.0
 """Between two attempts at tables of which rows are refused: each reads them again from the first of those rows on."""
 
-_MAX_WAIT_SECONDS: Final = 30.0
 _MOST_TOLD: Final = 200
-_POLL_SECONDS: Final = 0.1
 
 log = structlog.get_logger()
-
-
-class _Planned(msgspec.Struct, frozen=True):
-    """A round is to have these tables, each of about so many rows. Its snapshot is taken when they are watched."""
-
-    tables: Mapping[TableName, KeyedTable]
-    rows: Mapping[TableName, int]
-
-
-class _Begun(msgspec.Struct, frozen=True):
-    """The round has its snapshot."""
-
-    position: Lsn
-
-
-class _Ended(msgspec.Struct, frozen=True):
-    """The round is over. unusable: tables without a key that they could be refreshed by."""
-
-    unusable: tuple[TableName, ...] = ()
-
-
-_Item = _Planned | _Begun | Part | _Ended
 
 
 class Refresh:
@@ -109,7 +74,7 @@ class Refresh:
         self._refused: Counter[TableName] = Counter()
         self._refusals: dict[TableName, str] = {}  # also of the attempt before this
         self._attempts = 0
-        self._reader = _Reader(sink, source)
+        self._reader = RoundReader(sink, source)
         self._reader.plan(self._reading)
 
     def observe(self, batches: Sequence[Batch]) -> None:
@@ -124,20 +89,13 @@ class Refresh:
 
         Raises `Unusable` for tables that can only be copied again.
         """
-        if not self._parts and (part := self._receive()) is not None:
-            self._parts.append(part)
-        if not self._parts or position < self._position:
-            return None
-        self._reader.reached.set()
-        part = self._parts.pop()
-        assert self._touched is not None
-        self._touched.fold(self._position)
-        if part.table.name in self._touched.void:
-            self._reader.end_round.set()  # emptied, or altered: it is read again from another snapshot
-        if self._reader.end_round.is_set():
-            self._parts.clear()
-            return None
-        return part
+        while (part := self._next(position)) is not None:
+            assert self._touched is not None
+            self._touched.fold()
+            if part.table.name not in self._touched.void:
+                return part
+            self._reader.leave(part.table.name)  # emptied, or altered: it is read again from another snapshot
+        return None
 
     def write(self, connection: Connection, part: Part) -> RefreshMark:
         """Write a part in the open transaction, and how far its table is with it; returns that."""
@@ -230,18 +188,31 @@ class Refresh:
         """End. The round at hand is lost, what was stored of it is not."""
         self._reader.close()
 
+    def _next(self, position: Lsn) -> Part | None:
+        if self._reader.end_round.is_set():
+            self._parts.clear()
+        while not self._parts and (part := self._receive()) is not None:
+            if not self._reader.end_round.is_set():
+                self._parts.append(part)
+        if not self._parts or position < self._position:
+            return None
+        self._reader.reached.set()
+        return self._parts.pop()
+
     def _receive(self) -> Part | None:
         while (item := self._reader.take()) is not None:
             match item:
                 case Part():
                     return item
-                case _Planned(tables, rows):
+                case Planned(tables, rows):
                     self._touched = Touched({name: table.key for name, table in tables.items()})
                     self._expected = rows
                     self._reader.begin()
-                case _Begun(position):
+                case Begun(position):
+                    assert self._touched is not None
                     self._position = position
-                case _Ended(unusable):
+                    self._touched.begin(position)
+                case Ended(unusable):
                     self._touched = None
                     self.error = self._reader.error
                     if unusable:
@@ -264,123 +235,3 @@ class Unusable(Exception):
     def __init__(self, tables: tuple[TableName, ...]) -> None:
         super().__init__(", ".join(map(str, tables)))
         self.tables = tables
-
-
-class _Reader:
-    """The other thread: reads rounds of parts, each when it is told to."""
-
-    def __init__(self, sink: SinkConfig, source: SourceConfig) -> None:
-        assert sink.url is not None
-        assert source.url is not None
-        self.error: str | None = None
-        self.end_round, self.reached = threading.Event(), threading.Event()
-        self._sink, self._target_url, self._source_url = sink, sink.url.reveal(), source.url.reveal()
-        self._items: queue.Queue[_Item] = queue.Queue(_PARTS_AHEAD)
-        self._marks: Mapping[TableName, RefreshMark] = {}
-        self._after_seconds = 0.0
-        self._planning, self._beginning = threading.Semaphore(0), threading.Semaphore(0)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"refresh:{sink.name}", daemon=True)
-        self._thread.start()
-
-    # for the delivery's thread
-
-    def plan(self, marks: Mapping[TableName, RefreshMark], *, after_seconds: float = 0.0) -> None:
-        """Let a round begin."""
-        self._after_seconds = after_seconds
-        self.end_round.clear()
-        self.reached.clear()
-        self._marks = dict(marks)
-        self._planning.release()
-
-    def begin(self) -> None:
-        """Let it go on: its tables are watched."""
-        self._beginning.release()
-
-    def take(self) -> _Item | None:
-        """What has come, if anything has."""
-        try:
-            return self._items.get_nowait()
-        except queue.Empty:
-            return None
-
-    def close(self) -> None:
-        """End soon: at the latest when a snapshot has come that is being waited for."""
-        self._stop.set()
-        self.end_round.set()
-        self._planning.release()
-        self._beginning.release()
-        self._thread.join(1.0)
-
-    # the thread itself
-
-    def _run(self) -> None:
-        failures = 0
-        while True:
-            self._planning.acquire()
-            if self._stop.wait(self._after_seconds):
-                return
-            unusable: tuple[TableName, ...] = ()
-            try:
-                unusable = self._round()
-                failures, self.error = 0, None
-            except (CdcError, psycopg.Error) as exc:
-                failures += 1
-                self.error = str(exc)
-                seconds = min(0.1 * 2**failures, _MAX_WAIT_SECONDS)
-                log.warning("resync interrupted", sink=self._sink.name, error=str(exc), retry_in_seconds=seconds)
-                self._stop.wait(seconds)
-            self._put(_Ended(unusable))
-
-    def _round(self) -> tuple[TableName, ...]:
-        tables, schema, unusable = self._plan()
-        if unusable or not tables:
-            return unusable
-        self._put(_Planned(tables, {name: table.rows for name, table in schema.items()}))
-        self._beginning.acquire()
-        if self._stop.is_set():
-            return ()
-        until: float | None = None
-        with closing(open_snapshot(self._source_url, schema)) as snapshot:
-            with connect(self._source_url) as connection:
-                nudge(connection)
-            self._put(_Begun(snapshot.position))
-            for name, table in tables.items():
-                with closing(RangeReader(snapshot, self._target_url, table)) as reader:
-                    for part in reader.parts(self._marks[name].done_key):
-                        self._put(part)
-                        if until is None and self.reached.is_set():
-                            until = monotonic() + ROUND_SECONDS
-                        if self.end_round.is_set() or (until is not None and monotonic() > until):
-                            return ()
-        return ()
-
-    def _plan(self) -> tuple[dict[TableName, KeyedTable], dict[TableName, SchemaTable], tuple[TableName, ...]]:
-        tables: dict[TableName, KeyedTable] = {}
-        schema: dict[TableName, SchemaTable] = {}
-        unusable: list[TableName] = []
-        not_yet: list[str] = []
-        with connect(self._source_url) as source, connect(self._target_url) as target:
-            at_source, on_target = read_tables(source), read_tables(target)
-            for name in self._marks:
-                if name not in at_source:
-                    not_yet.append(f"{name} is no longer at the source")
-                    continue
-                there = on_target.get(self._sink.target_name(name))
-                table = keyed(source, self._sink, at_source[name], there)
-                if there is None or table is None or checked_late(target, table.target):
-                    unusable.append(name)
-                elif lacking := set(table.columns) - {column.name for column in there.columns}:
-                    # the stream brings them, maybe long after the source has got them
-                    not_yet.append(f"{there.name} has no column {', '.join(sorted(lacking))} yet")
-                else:
-                    tables[name], schema[name] = table, at_source[name]
-        if not_yet and not tables and not unusable:
-            raise TransientError("; ".join(not_yet))
-        return tables, schema, tuple(unusable)
-
-    def _put(self, item: _Item) -> None:
-        while not self._stop.is_set():
-            with suppress(queue.Full):
-                self._items.put(item, timeout=_POLL_SECONDS)
-                return

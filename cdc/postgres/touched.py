@@ -40,7 +40,7 @@ class _Event(NamedTuple):
 
 
 class Touched:
-    """Collects, from a moment before the snapshot is taken on; which changes it holds is known only afterwards.
+    """Collects, from a moment before the snapshot is taken on; which changes it holds is known once it has begun.
 
     keys: the columns that name a row, of each table that is watched.
     """
@@ -50,11 +50,17 @@ class Touched:
         self.void: set[TableName] = set()
         self._keys = keys
         self._events: list[_Event] = []
+        self._since = Lsn(0)
         self._pickers: dict[Table, Callable[[Row], Key] | None] = {}
 
     def __len__(self) -> int:
         """About as many keys as are kept."""
         return len(self._events) + sum(map(len, self.rows.values()))
+
+    def begin(self, since: Lsn) -> None:
+        """The snapshot is of this position: what commits before it is forgotten, and no longer looked at."""
+        self._since = since
+        self.fold()
 
     def observe(self, batches: Iterable[Batch]) -> None:
         """Take note of changes that are applied, each of them once."""
@@ -64,15 +70,17 @@ class Touched:
                 continue
             for transaction in batch.transactions:
                 position = as_lsn(transaction.position)
+                if position < self._since:
+                    continue
                 for change in transaction.changes:
                     if change.operation == TRUNCATE or (change.table >= 0 and watched[change.table]):
                         self._events += self._events_of(batch.tables, change, position)
 
-    def fold(self, since: Lsn) -> None:
-        """Sort what was observed into `rows` and `void`, without what commits before the snapshot at `since`."""
+    def fold(self) -> None:
+        """Sort what was observed into `rows` and `void`, without what commits before the snapshot."""
         events, self._events = self._events, []
         for event in events:
-            if event.position < since or event.table not in self.rows:
+            if event.position < self._since or event.table not in self.rows:
                 continue
             if event.old is None and event.new is None:
                 self.void.add(event.table)

@@ -13,7 +13,7 @@ import pytest
 from psycopg.errors import SerializationFailure, UniqueViolation
 
 from cdc.change import Batch, TableName
-from cdc.postgres import ddl_capture, refresh, refresh_read
+from cdc.postgres import ddl_capture, refresh_read, refresh_rounds
 from cdc.postgres.apply import Applier
 from cdc.postgres.connection import connect
 from tests.mirror import Mirror, filled_mirror, running_mirror
@@ -39,7 +39,8 @@ BIG = 3000
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many rounds of many parts, each between two batches, though there are few rows."""
     monkeypatch.setattr(refresh_read, "PART_ROWS", 40)
-    monkeypatch.setattr(refresh, "ROUND_SECONDS", 0.3)
+    monkeypatch.setattr(refresh_rounds, "AHEAD_ROWS", 80)
+    monkeypatch.setattr(refresh_rounds, "ROUND_SECONDS", 0.3)
     monkeypatch.setattr("cdc.delivery.REFRESH_SECONDS", 0.0)
 
 

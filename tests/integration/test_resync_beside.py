@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cdc.change import TableName
-from cdc.postgres import refresh_read
+from cdc.postgres import refresh_read, refresh_rounds
 from tests.mirror import Mirror, running_mirror
 from tests.processes import wait_until
 from tests.servers import Database
@@ -20,6 +20,7 @@ ROWS = 200
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refresh_read, "PART_ROWS", 40)
+    monkeypatch.setattr(refresh_rounds, "AHEAD_ROWS", 80)
 
 
 @pytest.fixture
