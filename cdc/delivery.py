@@ -39,6 +39,9 @@ INCONSISTENT: Final = "the mirror is catching up or being resynced: what it has 
 REFRESH_SECONDS: Final = 0.25
 """So long tables are put right between two batches, as far as it is known by then what is to be written."""
 
+MAX_REFRESH_SECONDS: Final = 5.0
+"""At most, after a batch that took long: half as long as the batch, or the end of a resync might never come."""
+
 READ_SECONDS: Final = 0.2
 """Longest wait for batches. A pause, a hold and a stop wake the queue and need not wait so long."""
 
@@ -67,6 +70,7 @@ class Delivery:
         self._given_seq = 0
         self._ahead: _Ahead | None = None
         self._upkeep_at = 0.0
+        self._apply_seconds = 0.0  # of the batch before
         self._refused_seq = 0  # up to here changes are looked at one by one
         self._fill_wanted = threading.Event()
         self._cut_short = False  # what is at hand will not be completed
@@ -273,7 +277,8 @@ class Delivery:
                 applied = self._sink.apply(batches, position)
             else:
                 batches, applied = self._apply_or_park(self._parker, pieces, position, reader)
-            APPLY_SECONDS.labels(self._sink.name).observe(time.monotonic() - started)
+            self._apply_seconds = time.monotonic() - started
+            APPLY_SECONDS.labels(self._sink.name).observe(self._apply_seconds)
             failpoint("delivery.apply.after")
             self._portion.applied(applied)
             self._stats.missing_rows += applied.missing_rows
@@ -326,7 +331,9 @@ class Delivery:
             return
         if isinstance(self._sink, Refreshing):
             self._wait_prepared()
-            until = time.monotonic() + REFRESH_SECONDS
+            seconds = max(REFRESH_SECONDS, min(self._apply_seconds / 2, MAX_REFRESH_SECONDS))
+            until = time.monotonic() + seconds
+            self._apply_seconds = 0.0
             going_on = True
             while going_on:
                 before, self._stats.resync = self._stats.resync, self._sink.refresh(position)
