@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
+from itertools import groupby
 
 import msgspec
 import psycopg
@@ -315,9 +316,10 @@ class PostgresSink(RefreshTarget):
         return _Todo(plans, batches, wanted, few, None)
 
     def _slowly(self, connection: Connection, applier: Applier, todo: _Todo, *, late: bool) -> None:
-        """Apply what the fast way has refused as a whole: transaction by transaction, with care for those that need it.
+        """Apply what the fast way has refused as a whole: in the runs between transactions that need care for certain.
 
-        Care for all would take so long, where one is large, that the stream may never catch up.
+        Only where such a run is refused as well, it goes transaction by transaction, with care for those that need it.
+        Care for all, or each by itself, would take so long that the stream may never catch up.
         """
         parts = [
             msgspec.structs.replace(batch, transactions=[transaction])
@@ -328,10 +330,15 @@ class PostgresSink(RefreshTarget):
         if todo.few or len(parts) == 1:
             self._carefully(connection, applier, todo.wanted, late=late)
             return
-        for part in parts:
-            own = self._todo(applier, [part], [part])
-            if self._apply_fast(connection, applier, own) is not None:
-                self._carefully(connection, applier, own.wanted, late=late)
+        for needs_care, run in groupby(parts, applier.needs_care):
+            together = list(run)
+            whole = needs_care or len(together) == len(parts)  # which is what has been tried
+            if not whole and self._apply_fast(connection, applier, self._todo(applier, together, together)) is None:
+                continue
+            for part in together:
+                own = self._todo(applier, [part], [part])
+                if needs_care or self._apply_fast(connection, applier, own) is not None:
+                    self._carefully(connection, applier, own.wanted, late=late)
 
     def _carefully(self, connection: Connection, applier: Applier, wanted: Sequence[Batch], *, late: bool) -> None:
         try:

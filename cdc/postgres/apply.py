@@ -6,7 +6,7 @@ up on anything unusual (`FoldError`, or the server's error); the third is always
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -94,7 +94,7 @@ class Applier:
 
     def send(self, batches: Sequence[Batch]) -> Sent:
         """Send every change as a prepared statement, inside a pipeline of the caller's; `check` afterwards."""
-        if self.stale and any(self._moves_in_part(*each) for each in self._planned(batches)):
+        if self._move_in_part(batches):
             raise FoldError
         sent = [
             (change, self._execute(statement))
@@ -121,11 +121,14 @@ class Applier:
         except FoldError:
             return None
 
-    def many(self, folded: Iterable[Step], *, complete: bool) -> None:
+    def many(self, folded: Sequence[Step], *, complete: bool) -> None:
         """Write each table's net effect in a few statements. Raises `FoldError` if a row was not there.
 
         complete: whether they end with a source transaction.
         """
+        alone = [step for step in folded if not isinstance(step, SetWise)]
+        if any(step.plan is not None and self._moves_in_part(step.plan, step.change) for step in alone):
+            raise FoldError
         for step in folded:
             if isinstance(step, SetWise):
                 self._set_wise(step)
@@ -148,6 +151,13 @@ class Applier:
     def reload(self) -> None:
         """Note that the bookkeeping has changed."""
         self._reshaper.reload()
+
+    def needs_care(self, batch: Batch) -> bool:
+        """Whether it is certain that only `carefully` will do."""
+        try:
+            return self._move_in_part([batch])
+        except FoldError:
+            return False
 
     def rolled_back(self) -> None:
         """Forget what a rollback to the savepoint has undone."""
@@ -219,6 +229,9 @@ class Applier:
                     if change.operation == UPDATE:
                         yield self.plan(batch.tables[change.table]), change
 
+    def _move_in_part(self, batches: Sequence[Batch]) -> bool:
+        return bool(self.stale) and any(self._moves_in_part(*each) for each in self._planned(batches))
+
     def _moves_in_part(self, plan: TablePlan, change: Change) -> bool:
         """Whether a row that may be stale gets another key, perhaps among rows that are right, but not all columns."""
         if plan.target.name not in self.stale or change.operation != UPDATE:
@@ -227,8 +240,6 @@ class Applier:
         return UNCHANGED in decode_row(change.after) and _moves(plan, change)
 
     def _alone(self, plan: TablePlan, change: Change) -> None:
-        if self._moves_in_part(plan, change):
-            raise FoldError
         statement = plan.update(change) if change.operation == UPDATE else plan.delete(change)
         if statement is not None and self._execute(statement).rowcount == 0:
             raise FoldError

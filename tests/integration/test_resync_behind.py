@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -13,18 +14,20 @@ from cdc.change import TableName
 from cdc.postgres import refresh_rounds
 from cdc.postgres.schema import SchemaTable
 from cdc.postgres.snapshot import PostgresSnapshot, open_snapshot
+from sinks.postgres import PostgresSink
 from tests.mirror import Mirror, running_mirror
 from tests.processes import wait_until
 from tests.servers import Database
 
 TABLES = [f"small_{n:02}" for n in range(12)]
 SCHEMA = "; ".join(f"CREATE TABLE {table} (id int PRIMARY KEY, n int)" for table in ["written", *TABLES])
+BIG = "CREATE TABLE moved (id int PRIMARY KEY, big text); ALTER TABLE moved ALTER big SET STORAGE EXTERNAL"
 SPOIL = "DELETE FROM {0} WHERE id = 7; UPDATE {0} SET n = -1 WHERE id < 5; INSERT INTO {0} VALUES (1000, 0)"
 
 
 @pytest.fixture
 def mirror(source_db: Database, target_db: Database, tmp_path: Path, pg_dump: Path) -> Iterator[Mirror]:
-    with running_mirror(source_db, target_db, tmp_path, pg_dump, SCHEMA) as mirror:
+    with running_mirror(source_db, target_db, tmp_path, pg_dump, SCHEMA, BIG) as mirror:
         for table in TABLES:
             source_db.execute(f"INSERT INTO {table} SELECT g, g FROM generate_series(1, 20) g")
         mirror.assert_equal("written", *TABLES)
@@ -100,3 +103,31 @@ def test_a_table_that_is_emptied_does_not_keep_others_from_being_put_right(
     resynced = [entry["table"] for entry in logs if entry["event"] == "table resynced"]
     assert resynced[-1] == f"public.{TABLES[2]}"
     assert snapshots.opened == 2
+
+
+def test_what_comes_beside_transactions_that_need_care_is_applied_together(
+    mirror: Mirror, source_db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by itself, many small ones would take longer than the source takes to write as many."""
+    source_db.execute("INSERT INTO moved SELECT g, repeat('x', 3000) FROM generate_series(1, 5) g")
+    mirror.sync()
+    mirror.stop()
+    update = f"UPDATE {TABLES[0]} SET n = n + 1 WHERE id = i % 20"
+    many = f"DO $$ BEGIN FOR i IN 1..200 LOOP {update}; COMMIT; END LOOP; END $$"
+    for statement in (many, "UPDATE moved SET id = -id WHERE id = 1", many):
+        source_db.execute(statement)
+    end = source_db.value("SELECT pg_current_wal_lsn() - '0/0'")
+    mirror.start(delivery=False)
+    wait_until(lambda: mirror.error or (mirror.queue.position or 0) >= end, what="all to be captured")
+    attempts: list[object] = []
+    apply_fast = PostgresSink._apply_fast
+
+    def noted(sink: PostgresSink, *args: Any) -> Any:
+        attempts.append(args)
+        return apply_fast(sink, *args)
+
+    monkeypatch.setattr(PostgresSink, "_apply_fast", noted)
+    resync(mirror)
+    wait_until_right(mirror)
+    mirror.assert_equal("moved")
+    assert len(attempts) < 40
