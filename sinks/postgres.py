@@ -6,9 +6,10 @@ by the last. How changes become statements is in `cdc.postgres.apply`; the initi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from itertools import groupby
+from typing import Final
 
 import msgspec
 import psycopg
@@ -24,6 +25,7 @@ from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Settled
 from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
 from cdc.postgres.fold import FoldError
 from cdc.postgres.parking import SubjectFinder, read_uniqueness, with_ends
+from cdc.postgres.prepared import Statement
 from cdc.postgres.refresh import Refresh, Unusable
 from cdc.postgres.refresh_marks import RefreshMark, RefreshMarks
 from cdc.postgres.refresh_read import Part
@@ -43,6 +45,12 @@ FIND_BY_INDEX = "SET enable_seqscan = off; SET random_page_cost = 0.1; SET seq_p
 for each batch, or, by a plan made while it was empty, for each row. (JIT: scans that are "off" look expensive to it.)
 """
 
+
+_BEGIN: Final[Statement] = b"BEGIN", ()
+
+_MOVE: Final = b"""
+UPDATE cdc.positions SET queue_id = $1, seq = $2, position = $3, updated_at = now() WHERE sink = $4 AND position = $5
+"""
 
 log = structlog.get_logger()
 
@@ -121,6 +129,11 @@ class PostgresSink(RefreshTarget):
         todo, self._ahead = self._ahead, None
         if todo is None or todo.plans is not applier.plans or not are_same(todo.batches, batches):
             todo = self._look_at(applier, batches)
+        if todo.few and batches[-1].complete and not self._begun:
+            with translated_errors():
+                applied = self._at_once(connection, applier, todo, position)
+            if applied is not None:
+                return applied
         with self._all_or_nothing(connection, applier):
             applied = self._do(connection, applier, todo)
         with translated_errors():
@@ -201,14 +214,51 @@ class PostgresSink(RefreshTarget):
             raise failure
         if failure is not None:
             self._slowly(connection, applier, todo, late=late)
+        return self._done(
+            todo,
+            missing=applier.missing - missing,
+            healed=applier.healed - healed,
+            fallback=failure is not None,
+            rows=written_by(todo.folded) if todo.folded is not None and failure is None else None,
+        )
+
+    def _at_once(self, connection: Connection, applier: Applier, todo: _Todo, position: Position) -> Applied | None:
+        """Apply a few changes in a target transaction of their own; `None`, and nothing done, where that does not do.
+
+        The position moves first: that locks it, as a transaction's first statement has to, and compares it.
+        """
+        missing = applier.missing
+        try:
+            _, moved = applier.few(todo.wanted, before=[_BEGIN, self._move(position)])
+        except (PermanentError, FoldError):
+            moved = 0
+        if not moved:
+            connection.execute("ROLLBACK")
+            applier.missing = missing
+            return None
+        failpoint("target.commit.before")
+        applier.commit()
+        failpoint("target.commit.after")
+        self._position = as_lsn(position.source)
+        return self._done(todo, missing=applier.missing - missing)
+
+    def _move(self, position: Position) -> Statement:
+        """Move the position in the target, if it is where it should be."""
+        assert self._position is not None, "`open` reads it"
+        lsns = format_lsn(as_lsn(position.source)), self.name, format_lsn(self._position)
+        return _MOVE, [value.encode() for value in (position.queue_id, str(position.seq), *lsns)]
+
+    def _done(
+        self, todo: _Todo, *, missing: int, healed: int = 0, fallback: bool = False, rows: int | None = None
+    ) -> Applied:
         if self._refresh is not None:  # not before: what is refused comes again, in pieces
             self._refresh.observe(todo.batches)
         return Applied(
             changes=sum(batch.change_count for batch in todo.batches),
-            missing_rows=applier.missing - missing,
-            healed_rows=applier.healed - healed,
-            fallback=failure is not None,
-            rows=written_by(todo.folded) if todo.folded is not None and failure is None else None,
+            missing_rows=missing,
+            healed_rows=healed,
+            fallback=fallback,
+            rows=rows,
         )
 
     def upkeep(self, position: SourcePosition) -> None:
@@ -265,7 +315,7 @@ class PostgresSink(RefreshTarget):
         """Write a part, and how far its table is, in one transaction that leaves the position as it is."""
         try:
             with translated_errors():
-                self._begin(connection)()
+                self._begin(connection)
                 mark = refresh.write(connection, part)
                 self._end(connection)
         except PermanentError as exc:
@@ -353,19 +403,16 @@ class PostgresSink(RefreshTarget):
     def _apply_fast(self, connection: Connection, applier: Applier, todo: _Todo) -> PermanentError | FoldError | None:
         """Try the fast way that suits. Where it does not work all of it is undone, and the reason returned."""
         failure: PermanentError | FoldError = FoldError()
-        unchecked: Callable[[], None] | None = None
+        self._begin(connection)
         try:
-            with connection.pipeline():
-                check = unchecked = self._begin(connection)
-                sent = applier.send(todo.wanted) if todo.few else ()
-            check()
-            unchecked = None
             if todo.few:
-                applier.check(sent)
+                applier.few(todo.wanted)
                 return None
             if todo.folded is not None:
                 applier.many(todo.folded, complete=todo.wanted[-1].complete)
                 return None
+        except PermanentError as exc:
+            failure = exc
         except psycopg.Error as exc:
             error = to_cdc_error(exc)
             if connection.closed or not isinstance(error, PermanentError):
@@ -374,31 +421,26 @@ class PostgresSink(RefreshTarget):
         except FoldError:
             pass
         self._undo(connection, applier)
-        if unchecked is not None:
-            unchecked()  # what is refused may be there already
         return failure
 
-    def _begin(self, connection: Connection) -> Callable[[], None]:
-        """Send BEGIN, if no transaction is open, and a savepoint. Call the result when they have been executed."""
+    def _begin(self, connection: Connection) -> None:
+        """Begin a target transaction, if none is open, and set a savepoint."""
         if self._begun:
             connection.execute("RELEASE SAVEPOINT batch")
             connection.execute("SAVEPOINT batch")
-            return lambda: None
+            return
         self._begun = True
-        connection.execute("BEGIN")
-        locked = connection.execute(
-            "SELECT position::text FROM cdc.positions WHERE sink = %s FOR UPDATE", [self.name], prepare=True
-        )
-        connection.execute("SAVEPOINT batch")
-
-        def check() -> None:
-            # an old connection of ours may have committed after we read the position
-            row = locked.fetchone()
-            found, expected = row[0] if row else None, format_position(self._position)
-            if found != expected:
-                raise TransientError(f"the target stands at {found}, not at {expected}: someone else wrote there")
-
-        return check
+        with connection.pipeline():
+            connection.execute("BEGIN")
+            locked = connection.execute(
+                "SELECT position::text FROM cdc.positions WHERE sink = %s FOR UPDATE", [self.name]
+            )
+            connection.execute("SAVEPOINT batch")
+        # an old connection of ours may have committed after we read the position
+        row = locked.fetchone()
+        found, expected = row[0] if row else None, format_position(self._position)
+        if found != expected:
+            raise TransientError(f"the target stands at {found}, not at {expected}: someone else wrote there")
 
     def _commit(self, connection: Connection, position: Position) -> None:
         reached = as_lsn(position.source)
@@ -406,7 +448,6 @@ class PostgresSink(RefreshTarget):
             connection.execute(
                 "UPDATE cdc.positions SET queue_id = %s, seq = %s, position = %s, updated_at = now() WHERE sink = %s",
                 [position.queue_id, position.seq, format_lsn(reached), self.name],
-                prepare=True,
             )
             failpoint("target.commit.before")
             self._end(connection)

@@ -7,7 +7,7 @@ up on anything unusual (`FoldError`, or the server's error); the third is always
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import psycopg
@@ -37,14 +37,16 @@ from cdc.postgres.conflicts import UniqueIndex, remove_conflicts, unique_indexes
 from cdc.postgres.connection import Connection, to_cdc_error
 from cdc.postgres.copy_text import copy_text
 from cdc.postgres.fold import FoldError, old_row
-from cdc.postgres.plan import Statement, TablePlan, truncate
+from cdc.postgres.plan import TablePlan, truncate
+from cdc.postgres.prepared import Prepared, Statement
 from cdc.postgres.reshape import Reshaper
 from cdc.postgres.roster import Plans, Unfit
 from cdc.postgres.row import UNCHANGED, decode_row, encode_row
 from cdc.postgres.steps import Effect, SetWise, Step, Tables, steps
 from cdc.sink import Refused, Reread
 
-Sent = Sequence[tuple[Change, psycopg.Cursor[Any]]]
+_COMMIT: Final[Statement] = b"COMMIT", ()
+_CHECK_DEFERRED: Final[Statement] = b"SET CONSTRAINTS ALL IMMEDIATE", ()
 
 
 class Applier:
@@ -68,7 +70,7 @@ class Applier:
         self._reread = reread
         self._unique: dict[TableName, Sequence[UniqueIndex]] = {}
         self._staging = _Staging(connection)
-        connection.prepared_max = 1000
+        self._prepared = Prepared(connection)
         connection.adapters.register_dumper(bytes, _TextDumper)
         self._deferrable = bool(
             connection.execute("SELECT EXISTS (SELECT FROM pg_catalog.pg_constraint WHERE condeferrable)").fetchall()[
@@ -92,27 +94,28 @@ class Applier:
                     if change.operation < TRUNCATE:
                         plans.of(batch.tables[change.table])
 
-    def send(self, batches: Sequence[Batch]) -> Sent:
-        """Send every change as a prepared statement, inside a pipeline of the caller's; `check` afterwards."""
+    def few(self, batches: Sequence[Batch], *, before: Sequence[Statement] = ()) -> Sequence[int]:
+        """Execute what comes `before`, then every change, in one round trip; returns what rows the former touched.
+
+        Raises `FoldError` if a row was not there for its update: it is healed the careful way.
+        """
         if self._move_in_part(batches):
             raise FoldError
-        sent = [
-            (change, self._execute(statement))
+        planned = [
+            (change, statement)
             for batch in batches
             for transaction in batch.transactions
             for change in transaction.changes
             if (statement := self._statement(batch.tables, change)) is not None
         ]
-        self._check_deferred(complete=batches[-1].complete)
-        return sent
-
-    def check(self, sent: Sent) -> None:
-        """Raise `FoldError` if a row was not there for its update: it is healed the careful way."""
-        for change, cursor in sent:
-            if cursor.rowcount == 0 and change.operation == UPDATE:
+        after = [_CHECK_DEFERRED] if self._deferrable and batches[-1].complete else []
+        counts = self._prepared.run([*before, *(statement for _, statement in planned), *after])
+        for (change, _), count in zip(planned, counts[len(before) :], strict=False):
+            if count == 0 and change.operation == UPDATE:
                 raise FoldError
-            if cursor.rowcount == 0 and change.operation == DELETE:
+            if count == 0 and change.operation == DELETE:
                 self.missing += 1
+        return counts[: len(before)]
 
     def fold(self, batches: Sequence[Batch]) -> list[Step] | None:
         """What `many` is to do; `None` where only `carefully` will do. Needs no connection, from whatever thread."""
@@ -162,7 +165,13 @@ class Applier:
     def rolled_back(self) -> None:
         """Forget what a rollback to the savepoint has undone."""
         self._staging.drop()
+        self._prepared.forget()
         self._reshaper.rolled_back()
+
+    def commit(self) -> None:
+        """Commit the target transaction."""
+        self._prepared.run([_COMMIT])
+        self.committed()
 
     def committed(self) -> None:
         """Note that the target transaction has ended: staging tables are empty again."""
@@ -194,12 +203,12 @@ class Applier:
 
     def _execute(self, statement: Statement) -> psycopg.Cursor[Any]:
         query, parameters = statement
-        return self._connection.execute(query, parameters or None, prepare=bool(parameters))
+        return psycopg.RawCursor(self._connection).execute(query, parameters or None)
 
     def _check_deferred(self, *, complete: bool) -> None:
         """Check what would otherwise fail at COMMIT, outside the savepoint."""
         if self._deferrable and complete:
-            self._connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+            self._execute(_CHECK_DEFERRED)
 
     # set-wise
 

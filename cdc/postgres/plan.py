@@ -12,15 +12,13 @@ from psycopg import sql
 from cdc.change import Change, Image, Table, TableName
 from cdc.errors import PermanentError
 from cdc.postgres.fold import KeyOf, old_row
+from cdc.postgres.prepared import Statement
 from cdc.postgres.row import UNCHANGED, Row, Value, decode_row, decode_row_at, first_value
 from cdc.postgres.schema import SchemaTable
 
 Values = tuple[Value, ...]
 
 _PARAMETER: Final = "\0"
-
-Statement = tuple[bytes, Values]
-"""A query with `%s` placeholders, and its parameters as text."""
 
 
 class TablePlan:
@@ -158,9 +156,8 @@ class TablePlan:
         """Composing costs more than executing."""
         query = self._queries.get(kind)
         if query is None:
-            # a per cent sign in a name must not look like a placeholder; a NUL cannot be in a name
-            text = compose().as_bytes().replace(b"%", b"%%").replace(_PARAMETER.encode(), b"%s")
-            query = self._queries[kind] = text
+            text, *rest = compose().as_bytes().split(_PARAMETER.encode())  # a NUL cannot be in a name
+            query = self._queries[kind] = text + b"".join(b"$%d%b" % each for each in enumerate(rest, 1))
         return query
 
     def _insert(self, *, upsert: bool) -> sql.Composed:
