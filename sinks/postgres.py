@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from itertools import groupby
-from typing import Final
 
 import msgspec
 import psycopg
@@ -18,14 +17,12 @@ import structlog
 from cdc.change import Batch, Change, Table, TableName
 from cdc.config import SinkConfig
 from cdc.errors import PermanentError, TransientError
-from cdc.failpoints import failpoint
-from cdc.position import Lsn, Position, SourcePosition, as_lsn, format_lsn, format_position
+from cdc.position import Lsn, Position, SourcePosition, as_lsn
 from cdc.postgres.apply import Applier
 from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Settled
 from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
 from cdc.postgres.fold import FoldError
 from cdc.postgres.parking import SubjectFinder, read_uniqueness, with_ends
-from cdc.postgres.prepared import Statement
 from cdc.postgres.refresh import Refresh, Unusable
 from cdc.postgres.refresh_marks import RefreshMark, RefreshMarks
 from cdc.postgres.refresh_read import Part
@@ -33,6 +30,7 @@ from cdc.postgres.refresh_target import RefreshTarget
 from cdc.postgres.reshape import CopyAgain, Reshaper
 from cdc.postgres.roster import Plans
 from cdc.postgres.steps import Step, written_by
+from cdc.postgres.target_transaction import TargetTransaction
 from cdc.postgres.uncopied import Uncopied
 from cdc.sink import Ahead, Applied, IsFree, NeedsFilling, Refused, ResyncStatus, SinkContext, Subject, are_same
 
@@ -45,12 +43,6 @@ FIND_BY_INDEX = "SET enable_seqscan = off; SET random_page_cost = 0.1; SET seq_p
 for each batch, or, by a plan made while it was empty, for each row. (JIT: scans that are "off" look expensive to it.)
 """
 
-
-_BEGIN: Final[Statement] = b"BEGIN", ()
-
-_MOVE: Final = b"""
-UPDATE cdc.positions SET queue_id = $1, seq = $2, position = $3, updated_at = now() WHERE sink = $4 AND position = $5
-"""
 
 log = structlog.get_logger()
 
@@ -80,10 +72,8 @@ class PostgresSink(RefreshTarget):
         self._source = context.source
         self._connection: Connection | None = None
         self._applier: Applier | None = None
-        self._position: Lsn | None = None
         self._asked: set[int] = set()
         self._uncopied = Uncopied(config.name)
-        self._begun = False
         self._finished = False
         self._subjects: SubjectFinder | None = None
         self._ahead: _Todo | None = None
@@ -104,10 +94,10 @@ class PostgresSink(RefreshTarget):
             position = self.stored_position()
             if position is None:
                 return None
-            self._position = as_lsn(position.source)
+            transaction = TargetTransaction(connection, self.name, as_lsn(position.source))
             Bookkeeping(connection, self.name).create()  # one of an older version is completed
             reshaper = Reshaper(connection, self.config, self._source, self.read_shapes, self._asked)
-            self._applier = applier = Applier(connection, reshaper, self._reread)
+            self._applier = applier = Applier(connection, transaction, reshaper, self._reread)
             if self.config.parks:
                 Settled(connection, self.name).create()
                 mirrored = {table.name for table in applier.plans.roster if table.applied_from != FORGOTTEN}
@@ -129,16 +119,16 @@ class PostgresSink(RefreshTarget):
         todo, self._ahead = self._ahead, None
         if todo is None or todo.plans is not applier.plans or not are_same(todo.batches, batches):
             todo = self._look_at(applier, batches)
-        if todo.few and batches[-1].complete and not self._begun:
+        if todo.few and batches[-1].complete and not applier.transaction.is_open:
             with translated_errors():
-                applied = self._at_once(connection, applier, todo, position)
+                applied = self._at_once(applier, todo, position)
             if applied is not None:
                 return applied
-        with self._all_or_nothing(connection, applier):
+        with self._all_or_nothing(applier):
             applied = self._do(connection, applier, todo)
         with translated_errors():
             if batches[-1].complete:
-                self._commit(connection, position)
+                applier.transaction.commit(position)
                 applier.committed()
         return applied
 
@@ -169,7 +159,7 @@ class PostgresSink(RefreshTarget):
         """Apply within the target transaction that `apply` commits."""
         connection, applier = self._opened()
         todo = self._look_at(applier, with_ends(batches, last_ends=False))
-        with self._all_or_nothing(connection, applier):
+        with self._all_or_nothing(applier):
             return self._do(connection, applier, todo)
 
     def apply_parked(self, batches: Sequence[Batch]) -> Applied:
@@ -178,19 +168,19 @@ class PostgresSink(RefreshTarget):
         todo = self._look_at(applier, with_ends(batches, last_ends=True))
         changes = [(as_lsn(each.position), each.first_ordinal) for batch in batches for each in batch.transactions]
         try:
-            with self._all_or_nothing(connection, applier):
+            with self._all_or_nothing(applier):
                 applied = self._do(connection, applier, todo, late=True)
                 Settled(connection, self.name).replace(changes)
-                self._end(connection)
+                applier.transaction.end()
                 applier.committed()
         except PermanentError:
             with translated_errors():
-                self._end(connection)
+                applier.transaction.end()
             raise
         return applied
 
     @contextmanager
-    def _all_or_nothing(self, connection: Connection, applier: Applier) -> Iterator[None]:
+    def _all_or_nothing(self, applier: Applier) -> Iterator[None]:
         """What is refused is undone, and the sink is as it was."""
         missing, healed = applier.missing, applier.healed
         try:
@@ -198,7 +188,7 @@ class PostgresSink(RefreshTarget):
                 yield
         except PermanentError as exc:
             with translated_errors():
-                self._undo(connection, applier)
+                applier.undo()
             applier.missing, applier.healed = missing, healed
             change = exc.change if isinstance(exc, Refused) else None
             raise Refused(str(exc), hint=exc.hint, change=change, undone=True) from exc
@@ -222,31 +212,17 @@ class PostgresSink(RefreshTarget):
             rows=written_by(todo.folded) if todo.folded is not None and failure is None else None,
         )
 
-    def _at_once(self, connection: Connection, applier: Applier, todo: _Todo, position: Position) -> Applied | None:
-        """Apply a few changes in a target transaction of their own; `None`, and nothing done, where that does not do.
-
-        The position moves first: that locks it, as a transaction's first statement has to, and compares it.
-        """
+    def _at_once(self, applier: Applier, todo: _Todo, position: Position) -> Applied | None:
+        """Apply a few changes in a target transaction of their own; `None`, and nothing done, where that fails."""
         missing = applier.missing
         try:
-            _, moved = applier.few(todo.wanted, before=[_BEGIN, self._move(position)])
+            with applier.transaction.at_once(position) as (before, after):
+                applier.few(todo.wanted, before=before, after=after)
         except (PermanentError, FoldError):
-            moved = 0
-        if not moved:
-            connection.execute("ROLLBACK")
-            applier.missing = missing
+            applier.transaction.roll_back()
             return None
-        failpoint("target.commit.before")
-        applier.commit()
-        failpoint("target.commit.after")
-        self._position = as_lsn(position.source)
+        applier.committed()
         return self._done(todo, missing=applier.missing - missing)
-
-    def _move(self, position: Position) -> Statement:
-        """Move the position in the target, if it is where it should be."""
-        assert self._position is not None, "`open` reads it"
-        lsns = format_lsn(as_lsn(position.source)), self.name, format_lsn(self._position)
-        return _MOVE, [value.encode() for value in (position.queue_id, str(position.seq), *lsns)]
 
     def _done(
         self, todo: _Todo, *, missing: int, healed: int = 0, fallback: bool = False, rows: int | None = None
@@ -273,7 +249,7 @@ class PostgresSink(RefreshTarget):
         connection, applier = self._opened()
         if applier.plans is not self._refreshed_with:
             self._begin_round(connection, applier)
-        if self._replaying_until is not None and self._replaying_until <= (self._position or 0):
+        if self._replaying_until is not None and self._replaying_until <= applier.transaction.position:
             RefreshMarks(connection, self.name).replayed()
             self._replaying_until = None
             self._note_refreshed()
@@ -299,7 +275,7 @@ class PostgresSink(RefreshTarget):
             with suppress(psycopg.Error):
                 self._connection.close()
         self._connection = self._applier = self._ahead = self._subjects = self._refreshed_with = None
-        self._begun = self._finished = False  # tables may be copied before it is opened again
+        self._finished = False  # tables may be copied before it is opened again
 
     def _begin_round(self, connection: Connection, applier: Applier) -> None:
         """Tables may have been altered: what was read of them before does not fit, and they may have other names."""
@@ -315,13 +291,12 @@ class PostgresSink(RefreshTarget):
         """Write a part, and how far its table is, in one transaction that leaves the position as it is."""
         try:
             with translated_errors():
-                self._begin(connection)
+                applier.transaction.begin()
                 mark = refresh.write(connection, part)
-                self._end(connection)
+                applier.transaction.end()
         except PermanentError as exc:
             with translated_errors():
-                connection.execute("ROLLBACK")
-            self._begun = False
+                applier.transaction.roll_back()
             refresh.refused(part, exc)
         else:
             refresh.wrote(mark)
@@ -394,8 +369,7 @@ class PostgresSink(RefreshTarget):
         try:
             applier.carefully(wanted, late=late)
         except CopyAgain as again:
-            connection.execute("ROLLBACK")
-            self._begun = False
+            applier.transaction.roll_back()
             self._copy_again(connection, [again.table])
             log.warning("table is copied again", sink=self.name, table=str(again.table), reason=str(again))
             raise NeedsFilling(str(again)) from again
@@ -403,7 +377,7 @@ class PostgresSink(RefreshTarget):
     def _apply_fast(self, connection: Connection, applier: Applier, todo: _Todo) -> PermanentError | FoldError | None:
         """Try the fast way that suits. Where it does not work all of it is undone, and the reason returned."""
         failure: PermanentError | FoldError = FoldError()
-        self._begin(connection)
+        applier.transaction.begin()
         try:
             if todo.few:
                 applier.few(todo.wanted)
@@ -420,47 +394,5 @@ class PostgresSink(RefreshTarget):
             failure = error
         except FoldError:
             pass
-        self._undo(connection, applier)
+        applier.undo()
         return failure
-
-    def _begin(self, connection: Connection) -> None:
-        """Begin a target transaction, if none is open, and set a savepoint."""
-        if self._begun:
-            connection.execute("RELEASE SAVEPOINT batch")
-            connection.execute("SAVEPOINT batch")
-            return
-        self._begun = True
-        with connection.pipeline():
-            connection.execute("BEGIN")
-            locked = connection.execute(
-                "SELECT position::text FROM cdc.positions WHERE sink = %s FOR UPDATE", [self.name]
-            )
-            connection.execute("SAVEPOINT batch")
-        # an old connection of ours may have committed after we read the position
-        row = locked.fetchone()
-        found, expected = row[0] if row else None, format_position(self._position)
-        if found != expected:
-            raise TransientError(f"the target stands at {found}, not at {expected}: someone else wrote there")
-
-    def _commit(self, connection: Connection, position: Position) -> None:
-        reached = as_lsn(position.source)
-        with connection.pipeline():
-            connection.execute(
-                "UPDATE cdc.positions SET queue_id = %s, seq = %s, position = %s, updated_at = now() WHERE sink = %s",
-                [position.queue_id, position.seq, format_lsn(reached), self.name],
-            )
-            failpoint("target.commit.before")
-            self._end(connection)
-        failpoint("target.commit.after")
-        self._position = reached
-
-    def _end(self, connection: Connection) -> None:
-        connection.execute("COMMIT")
-        self._begun = False
-
-    def _undo(self, connection: Connection, applier: Applier) -> None:
-        """Go back to the savepoint, and behind what cleaning up after that takes: it is not to be undone as well."""
-        connection.execute("ROLLBACK TO SAVEPOINT batch")
-        applier.rolled_back()
-        connection.execute("RELEASE SAVEPOINT batch")
-        connection.execute("SAVEPOINT batch")

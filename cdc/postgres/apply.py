@@ -38,14 +38,14 @@ from cdc.postgres.connection import Connection, to_cdc_error
 from cdc.postgres.copy_text import copy_text
 from cdc.postgres.fold import FoldError, old_row
 from cdc.postgres.plan import TablePlan, truncate
-from cdc.postgres.prepared import Prepared, Statement
+from cdc.postgres.prepared import Statement, strict
 from cdc.postgres.reshape import Reshaper
 from cdc.postgres.roster import Plans, Unfit
 from cdc.postgres.row import UNCHANGED, decode_row, encode_row
 from cdc.postgres.steps import Effect, SetWise, Step, Tables, steps
+from cdc.postgres.target_transaction import TargetTransaction
 from cdc.sink import Refused, Reread
 
-_COMMIT: Final[Statement] = b"COMMIT", ()
 _CHECK_DEFERRED: Final[Statement] = b"SET CONSTRAINTS ALL IMMEDIATE", ()
 
 
@@ -59,18 +59,19 @@ class Applier:
     def __init__(
         self,
         connection: Connection,
+        transaction: TargetTransaction,
         reshaper: Reshaper,
         reread: Reread | None,
     ) -> None:
         self.stale: set[TableName] = set()
         self.missing = 0
         self.healed = 0
+        self.transaction = transaction
         self._connection = connection
         self._reshaper = reshaper
         self._reread = reread
         self._unique: dict[TableName, Sequence[UniqueIndex]] = {}
         self._staging = _Staging(connection)
-        self._prepared = Prepared(connection)
         connection.adapters.register_dumper(bytes, _TextDumper)
         self._deferrable = bool(
             connection.execute("SELECT EXISTS (SELECT FROM pg_catalog.pg_constraint WHERE condeferrable)").fetchall()[
@@ -94,28 +95,26 @@ class Applier:
                     if change.operation < TRUNCATE:
                         plans.of(batch.tables[change.table])
 
-    def few(self, batches: Sequence[Batch], *, before: Sequence[Statement] = ()) -> Sequence[int]:
-        """Execute what comes `before`, then every change, in one round trip; returns what rows the former touched.
+    def few(
+        self, batches: Sequence[Batch], *, before: Sequence[Statement] = (), after: Sequence[Statement] = ()
+    ) -> None:
+        """Send every change, and what comes before and after them, in one round trip. What is refused is not undone.
 
-        Raises `FoldError` if a row was not there for its update: it is healed the careful way.
+        Raises `PermanentError` also if a row was not there for its update: it is healed the careful way.
         """
         if self._move_in_part(batches):
             raise FoldError
         planned = [
-            (change, statement)
+            (change.operation, strict(statement) if change.operation == UPDATE else statement)
             for batch in batches
             for transaction in batch.transactions
             for change in transaction.changes
             if (statement := self._statement(batch.tables, change)) is not None
         ]
-        after = [_CHECK_DEFERRED] if self._deferrable and batches[-1].complete else []
-        counts = self._prepared.run([*before, *(statement for _, statement in planned), *after])
-        for (change, _), count in zip(planned, counts[len(before) :], strict=False):
-            if count == 0 and change.operation == UPDATE:
-                raise FoldError
-            if count == 0 and change.operation == DELETE:
-                self.missing += 1
-        return counts[: len(before)]
+        checks = [_CHECK_DEFERRED] if self._deferrable and batches[-1].complete else []
+        counts = self.transaction.prepared.run([*before, *(statement for _, statement in planned), *checks, *after])
+        found = zip(planned, counts[len(before) :], strict=False)
+        self.missing += sum(operation == DELETE and not touched for (operation, _), touched in found)
 
     def fold(self, batches: Sequence[Batch]) -> list[Step] | None:
         """What `many` is to do; `None` where only `carefully` will do. Needs no connection, from whatever thread."""
@@ -162,16 +161,13 @@ class Applier:
         except FoldError:
             return False
 
-    def rolled_back(self) -> None:
-        """Forget what a rollback to the savepoint has undone."""
+    def undo(self) -> None:
+        """Go back to the savepoint, and behind what cleaning up after that takes: it is not to be undone as well."""
+        self.transaction.undo()
         self._staging.drop()
-        self._prepared.forget()
+        self.transaction.prepared.forget()
         self._reshaper.rolled_back()
-
-    def commit(self) -> None:
-        """Commit the target transaction."""
-        self._prepared.run([_COMMIT])
-        self.committed()
+        self.transaction.keep()
 
     def committed(self) -> None:
         """Note that the target transaction has ended: staging tables are empty again."""

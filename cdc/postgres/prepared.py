@@ -24,6 +24,12 @@ _MOST: Final = 1000
 """So many stay prepared: each keeps its plan in the server's memory."""
 
 
+def strict(statement: Statement) -> Statement:
+    """The same UPDATE, INSERT or DELETE, but refused (division by zero) where it touches no row."""
+    query, parameters = statement
+    return b"WITH done AS (%b RETURNING 1) SELECT 1 / count(*) FROM done" % query, parameters
+
+
 class Prepared:
     """The prepared statements of one connection, by their text."""
 

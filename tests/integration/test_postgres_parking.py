@@ -14,6 +14,7 @@ import pytest
 from cdc.errors import TransientError
 from cdc.parking_schedule import Clock
 from cdc.position import Position
+from cdc.postgres.target_transaction import TargetTransaction
 from cdc.sink import SinkContext, Subject
 from sinks.postgres import PostgresSink
 from tests.command import Cdc
@@ -348,13 +349,18 @@ class Load:
 class Interrupted:
     """Cuts the connection to the target before or after the n-th step of a sink, or of what is parked in its queue."""
 
-    def __init__(self, mirror: Mirror) -> None:
+    def __init__(self, mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left = -1
         self.cut = 0
         self._sink = mirror.sink
-        for holder, names in ((mirror.sink, ("_begin", "_apply_fast", "_end")), (mirror.queue, ("park", "unpark"))):
+        steps: dict[object, Sequence[str]] = {
+            mirror.sink: ("_apply_fast", "_at_once"),
+            TargetTransaction: ("begin", "end"),
+            mirror.queue: ("park", "unpark"),
+        }
+        for holder, names in steps.items():
             for name in names:
-                setattr(holder, name, self.wrapped(getattr(holder, name)))
+                monkeypatch.setattr(holder, name, self.wrapped(getattr(holder, name)))
 
     def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -375,7 +381,7 @@ class Interrupted:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_f89_f90_f94_at_random(
-    source_db: Database, target_db: Database, tmp_path: Path, pg_dump: Path, seed: int
+    source_db: Database, target_db: Database, tmp_path: Path, pg_dump: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused rows among all that may depend on them, interrupted anywhere: in the end all is equal, and once only."""
     load = Load(seed)
@@ -388,7 +394,7 @@ def test_f89_f90_f94_at_random(
         if seed % 2:
             mirror.target_db.execute(CHECK_ALWAYS)
         parked = 0
-        interrupted = Interrupted(mirror)
+        interrupted = Interrupted(mirror, monkeypatch)
         for _ in range(8):
             interrupted.left = load.choose.randrange(1, 80)
             for _ in range(load.choose.randrange(1, 30)):
@@ -399,7 +405,7 @@ def test_f89_f90_f94_at_random(
             now[0] += load.choose.choice([0, 1, 400])
             if load.choose.random() < 0.3:
                 mirror.restart()
-                interrupted = Interrupted(mirror)
+                interrupted = Interrupted(mirror, monkeypatch)
         interrupted.left = -1
         assert parked
         for table in TABLES:

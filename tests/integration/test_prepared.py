@@ -9,7 +9,7 @@ import pytest
 from cdc.errors import PermanentError, TransientError
 from cdc.postgres import prepared as prepared_module
 from cdc.postgres.connection import Connection, connect, translated_errors
-from cdc.postgres.prepared import Prepared
+from cdc.postgres.prepared import Prepared, strict
 from tests.servers import Database
 
 INSERT = b"INSERT INTO a VALUES ($1, $2)"
@@ -52,6 +52,16 @@ def test_what_could_not_be_prepared_is_prepared_the_next_time(connection: Connec
         prepared.run([(query, (b"1",)), (INSERT, (b"1", None))])
     connection.execute("CREATE TABLE later (id int)")
     assert prepared.run([(query, (b"1",)), (INSERT, (b"1", None))]) == [1, 1]
+
+
+def test_what_has_to_touch_a_row_is_refused_where_it_does_not(connection: Connection) -> None:
+    prepared = Prepared(connection)
+    one = strict((UPDATE, (b"1", b"uno")))
+    assert prepared.run([(b"BEGIN", ()), (INSERT, (b"1", None)), one, (b"COMMIT", ())])[1:3] == [1, 1]
+    with pytest.raises(PermanentError, match="division by zero"):
+        prepared.run([(b"BEGIN", ()), (INSERT, (b"2", None)), strict((UPDATE, (b"3", None))), (b"COMMIT", ())])
+    connection.execute("ROLLBACK")
+    assert rows(connection) == [(1, "uno")]
 
 
 def test_parameters_have_new_types_once_they_are_forgotten(connection: Connection) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from cdc.change import Batch
 from cdc.errors import ResyncRequired, TransientError
-from cdc.position import Position, as_lsn, format_lsn
+from cdc.position import as_lsn, format_lsn
+from cdc.postgres.apply import Applier
 from cdc.postgres.source import PostgresSource
-from sinks.postgres import PostgresSink
+from cdc.postgres.target_transaction import TargetTransaction
 from tests.mirror import Mirror, running_mirror, wait_for
 from tests.servers import Database, PostgresServer
 
@@ -211,26 +212,30 @@ def test_f14_a_dropped_publication_stops_the_source(mirror: Mirror) -> None:
     assert "publication cdc_shop" in str(mirror.failure())
 
 
+@pytest.mark.parametrize(
+    ("rows", "owner", "way"), [(200, TargetTransaction, "commit"), (1, Applier, "few")], ids=["many", "few"]
+)
 @pytest.mark.parametrize("committed", [True, False])
 def test_f94_the_target_decides_when_the_outcome_of_a_commit_is_unknown(
-    mirror: Mirror, monkeypatch: pytest.MonkeyPatch, committed: bool
+    mirror: Mirror, monkeypatch: pytest.MonkeyPatch, committed: bool, rows: int, owner: type, way: str
 ) -> None:
-    commit = PostgresSink._commit
-    cut: list[Position] = []
+    commit = getattr(owner, way)
+    cut: list[object] = []
 
-    def break_around_commit(sink: PostgresSink, connection: Any, position: Position) -> None:
+    def break_around_commit(self: Any, what: object, **around: object) -> None:
         if len(cut) < 3:
-            cut.append(position)
+            cut.append(what)
             if committed:
-                commit(sink, connection, position)
-            connection.close()
+                commit(self, what, **around)
+            self._connection.close()
             raise TransientError("connection lost")
-        commit(sink, connection, position)
+        commit(self, what, **around)
 
-    monkeypatch.setattr(PostgresSink, "_commit", break_around_commit)
+    monkeypatch.setattr(owner, way, break_around_commit)
     for n in range(4):
-        mirror.source_db.execute(f"INSERT INTO log SELECT {n}, 'x' FROM generate_series(1, 200)")
+        mirror.source_db.execute(f"INSERT INTO log SELECT {n}, 'x' FROM generate_series(1, {rows})")
         mirror.sync()
+    assert len(cut) == 3
     mirror.assert_equal("log")
     assert len(cut) == 3
 
