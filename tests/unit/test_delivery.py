@@ -240,7 +240,8 @@ class Stale(MemorySink):
 def test_a_resync_and_the_stream_share_the_time(
     queue: Queue, monkeypatch: pytest.MonkeyPatch, seconds: float, log: list[str]
 ) -> None:
-    monkeypatch.setattr("cdc.delivery.REFRESH_SECONDS", seconds)
+    for bound in ("REFRESH_SECONDS", "MAX_REFRESH_SECONDS"):
+        monkeypatch.setattr(f"cdc.delivery.{bound}", seconds)
     for number in range(1, 6):
         queue.append(batch(number, size=1000))
     sink = Stale()

@@ -213,7 +213,7 @@ class TestPosition:
         self, queue: Queue, open_queue: OpenQueue
     ) -> None:
         mixed = batch(3, complete=False)
-        mixed = msgspec.structs.replace(mixed, transactions=batch(2).transactions + mixed.transactions)
+        mixed = msgspec.structs.replace(mixed, transactions=[*batch(2).transactions, *mixed.transactions])
         fill(queue, [batch(1), mixed, idle(end_of(2)), batch(3, part=1, complete=False)])
         assert queue.position == end_of(1)
         assert [stored.seq for stored in read_all(queue)] == [1, 2, 3]
