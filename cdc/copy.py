@@ -89,7 +89,7 @@ class Copy:
         ]
 
     def run(self, stop: threading.Event | None = None) -> CopyResult:
-        """Copy what is not copied yet, build keys and set sequences; build the rest if the mirror is consistent then.
+        """Copy what is not copied yet, set sequences and build keys; build the rest if the mirror is consistent then.
 
         Does not touch the source if nothing is left to copy. Ends within a block once `stop` is set. Raises
         `TransientError` where another run may succeed (the snapshot is lost, a connection is): it goes on with the
@@ -109,8 +109,6 @@ class Copy:
         copied = self._copied()
         done = tuple(table for table in missing if table in copied)
         complete = len(copied) == len(self._tables)
-        if complete:
-            self._mirror.build_keys()
         if done:
             self._mirror.set_sequences(self._source.sequences())
         return CopyResult(
@@ -128,7 +126,10 @@ class Copy:
     def _finish(self, positions: set[SourcePosition]) -> bool:
         """Tables of different snapshots are not consistent with each other until the stream has passed the latest."""
         position, *others = positions
-        return not others and self._mirror.finish_copy(position)
+        if others:
+            self._mirror.build_keys()
+            return False
+        return self._mirror.finish_copy(position)
 
     def _copy_tables(self, snapshot: Snapshot, tables: Iterable[TableName], stop: threading.Event) -> None:
         run = _Run(snapshot, self._mirror, self.progress, stop)

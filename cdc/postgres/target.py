@@ -5,10 +5,9 @@ All that must survive a crash is in the target: see `cdc.postgres.bookkeeping`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final, TypeVar, cast
+from typing import TypeVar, cast
 
 import psycopg
 import structlog
@@ -19,10 +18,11 @@ from cdc.change import TableName
 from cdc.config import SinkConfig
 from cdc.errors import FatalError, TransientError
 from cdc.position import Lsn, Position, SourcePosition, as_lsn
-from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, PendingEntry, changed_tables
+from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, changed_tables
+from cdc.postgres.building import Builder
 from cdc.postgres.connection import Connection, connect, translated_errors, while_doing
 from cdc.postgres.dump import KEY_KINDS, SchemaDump
-from cdc.postgres.preparation import ANALYZE, FOREIGN_KEY, Preparation, mirrored_columns, rename_relations, renames
+from cdc.postgres.preparation import Preparation, mirrored_columns
 from cdc.postgres.refresh_marks import RefreshMarks
 from cdc.postgres.renaming import Renaming
 from cdc.postgres.schema import SchemaTable, database_identity, read_tables
@@ -53,6 +53,7 @@ class CopyTarget:
         self.read_shapes = cast("Callable[[Collection[int]], Sequence[TableShape]] | None", shapes)
         self._columns: dict[TableName, dict[str, str]] = {}
         self._warned = False
+        self._builder = Builder(config, self._session, jobs=config.copy.workers)
 
     def stored_position(self) -> Position | None:
         """The position in the target; `None` if it was never written to."""
@@ -147,7 +148,8 @@ class CopyTarget:
 
     def loader(self) -> PostgresLoader:
         """Open a connection for a copy worker; from any thread."""
-        connection = connect(self.url, application_name="cdc-copy")
+        # what `table_copied` commits later waits for the disk, and for all that was written before
+        connection = connect(self.url, application_name="cdc-copy", synchronous_commit="off")
         self.silence_triggers(connection)
         return PostgresLoader(connection, self.config, self._columns)
 
@@ -165,18 +167,14 @@ class CopyTarget:
 
     def build_keys(self) -> None:
         """Build primary keys and identity indexes. Killed in the middle, it goes on where it was."""
-        with self._session() as connection:
-            self._build(connection, KEY_KINDS)
+        self._builder.build(KEY_KINDS)
 
     def finish_copy(self, position: SourcePosition) -> bool:
         """Build all that has waited, in order; `False` while a table is incomplete or ahead of `position`."""
-        with self._session() as connection:
-            self._build(connection, KEY_KINDS)
-            with translated_errors():
-                if Bookkeeping(connection, self.name).waiting(as_lsn(position)):
-                    return False
-            self._build(connection)
-        return True
+        with self._session() as connection, translated_errors():
+            waiting = Bookkeeping(connection, self.name).waiting(as_lsn(position))
+        self._builder.build(KEY_KINDS if waiting else None)
+        return not waiting
 
     def set_sequences(self, sequences: object) -> None:
         """Set every sequence that the target has to where the source's stands; log those that cannot be."""
@@ -250,61 +248,6 @@ class CopyTarget:
         types = {column.name: column.base_type_name for column in present[self.config.target_name(table.name)].columns}
         return {column.name: types[column.name] for column in mirrored_columns(self.config, table)}
 
-    def _build(self, connection: Connection, kinds: Sequence[str] | None = None) -> None:
-        """Run pending entries in order, each in a transaction that also records that it is done."""
-        bookkeeping = Bookkeeping(connection, self.name)
-        with translated_errors():
-            pending = [entry for entry in bookkeeping.pending() if kinds is None or entry.kind in kinds]
-        for number, entry in enumerate(pending, 1):
-            started = time.monotonic()
-            with while_doing(f"building {entry.kind} {entry.name} on the target"), connection.transaction():
-                self._run_entry(connection, entry)
-                bookkeeping.built(entry)
-            seconds = round(time.monotonic() - started, 3)
-            log.info(
-                "built", sink=self.name, kind=entry.kind, name=entry.name, seconds=seconds, of=len(pending), n=number
-            )
-
-    def _run_entry(self, connection: Connection, entry: PendingEntry) -> None:
-        """Run SQL that has the source's names: renamed tables get those back until the end of the transaction."""
-        if entry.kind == FOREIGN_KEY:
-            self._restore(connection, entry)
-            return
-        pairs = [] if entry.kind == ANALYZE else renames(self.config, entry.relations)
-        rename_relations(connection, [(target, source) for source, target in pairs])
-        try:
-            with connection.transaction():
-                connection.execute(entry.sql.encode())
-        except psycopg.errors.DuplicateTable:
-            self._make_way(connection, entry)
-            connection.execute(entry.sql.encode())
-        rename_relations(connection, pairs)
-
-    def _make_way(self, connection: Connection, entry: PendingEntry) -> None:
-        """Rename an index of a table of ours that has the entry's name: at the source it has it no longer."""
-        marks = Bookkeeping(connection, self.name).marks()
-        ours = {self.config.target_name(name) for name, mark in marks.items() if mark.made}
-        for schema, table, index, oid in connection.execute(_INDEXES).fetchall():
-            if TableName(schema, table) in ours and f" {entry.name}".endswith(f" {index}"):
-                rename = sql.SQL("ALTER INDEX {} RENAME TO {}")
-                new_name = f"{index[:40]}_{oid}"
-                connection.execute(rename.format(sql.Identifier(schema, index), sql.Identifier(new_name)))
-                log.info("index renamed, another has its name", sink=self.name, index=index, new_name=new_name)
-
-    def _restore(self, connection: Connection, entry: PendingEntry) -> None:
-        """A foreign key that was taken away. The stream can do without, and the source may have dropped it since."""
-        try:
-            with connection.transaction():
-                connection.execute(entry.sql.encode())
-        except (psycopg.ProgrammingError, psycopg.IntegrityError) as exc:
-            log.warning(
-                "foreign key left out: it no longer fits",
-                sink=self.name,
-                name=entry.name,
-                sql=entry.sql,
-                error=exc.diag.message_primary,
-            )
-
 
 class PostgresLoader:
     """`cdc.sink.Loader`: one worker's connection."""
@@ -338,12 +281,3 @@ class PostgresLoader:
 def _database_name(url: str) -> str:
     given = conninfo_to_dict(url)
     return str(given.get("dbname") or given.get("user") or "")
-
-
-_INDEXES: Final = """
-SELECT n.nspname, c.relname, i.relname, i.oid::bigint
-  FROM pg_index x
-  JOIN pg_class i ON i.oid = x.indexrelid
-  JOIN pg_class c ON c.oid = x.indrelid
-  JOIN pg_namespace n ON n.oid = c.relnamespace
-"""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -715,6 +716,30 @@ def test_building_goes_on_after_an_error_and_repeats_nothing(source_db: Database
     assert mirror.finish_copy(5)
     assert target_db.value("SELECT to_regclass('last')") is not None
     assert mirror.finish_copy(5)
+
+
+def test_a_table_that_is_in_use_keeps_no_other_from_being_built(source_db: Database, target_db: Database) -> None:
+    source_db.execute(
+        """
+        CREATE TABLE a (id int PRIMARY KEY, x int UNIQUE);
+        CREATE INDEX ON a (x, id);
+        CREATE TABLE b (id int PRIMARY KEY, a_id int REFERENCES a);
+        CREATE INDEX ON b (a_id)
+        """
+    )
+    mirror, source = target(target_db), TableSource(source_db.url)
+    mirror.prepare_copy(source.tables(), START, source.dump_schema())
+    for table in source.tables():
+        mirror.table_copied(table, 5, 0)
+    about_a = """SELECT count(*) FROM cdc.post_data
+                  WHERE NOT done AND kind <> 'ANALYZE' AND relations = '[["public", "a"]]'"""
+    with ThreadPoolExecutor(1) as thread, target_db.connect() as user:
+        with user.transaction():
+            user.execute("INSERT INTO b VALUES (1, NULL)")
+            finished = thread.submit(mirror.finish_copy, 5)
+            wait_until(lambda: target_db.value(about_a) == 0)
+            assert not finished.done()
+        assert finished.result()
 
 
 # pg_dump, passwords, privileges
