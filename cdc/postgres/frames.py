@@ -5,13 +5,9 @@ Each message is behind its length (u32, little-endian), and without XLogData's h
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from struct import Struct
-from typing import Any, Final, NamedTuple
-
-from psycopg import pq
+from typing import Final
 
 _LENGTH: Final = Struct("<I")
 
@@ -40,28 +36,3 @@ def messages(data: bytes, at: int, end: int) -> Iterator[bytes]:
         start = at + LENGTH_BYTES
         at = start + _LENGTH.unpack_from(data, at)[0]
         yield data[start:at]
-
-
-class Libpq(NamedTuple):
-    """Addresses of two functions of the very libpq that psycopg is linked with."""
-
-    get_copy_data: int
-    free: int
-
-
-def find_libpq() -> Libpq | None:
-    """`None` where psycopg is not compiled."""
-    module = sys.modules.get(pq.PGconn.__module__)
-    if pq.__impl__ == "python" or module is None or module.__file__ is None:
-        return None
-    try:
-        library = ctypes.CDLL(module.__file__)  # it is loaded: this finds what it is linked with
-        return Libpq(_address(library.PQgetCopyData), _address(library.PQfreemem))
-    except (OSError, AttributeError):
-        return None
-
-
-def _address(function: Any) -> int:
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    assert address is not None
-    return address

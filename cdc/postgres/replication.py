@@ -13,7 +13,8 @@ from psycopg import pq, sql
 from cdc.errors import DecodeError, TransientError
 from cdc.position import Lsn, format_lsn
 from cdc.postgres.connection import Connection, result_error, translated_errors
-from cdc.postgres.frames import Frames, find_libpq
+from cdc.postgres.frames import Frames
+from cdc.postgres.libpq import find_libpq
 from cdc.postgres.pgoutput import POSTGRES_EPOCH_MICROSECONDS
 
 if TYPE_CHECKING:

@@ -8,19 +8,19 @@ LSN that is merely asked for, as `pg_current_wal_lsn()`, can be matched with a s
 from __future__ import annotations
 
 import secrets
-import selectors
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Final
 
 import msgspec
 import structlog
-from psycopg import pq, sql
+from psycopg import sql
 
 from cdc.change import TableName
 from cdc.errors import CdcError, TransientError
 from cdc.position import Lsn, parse_lsn
-from cdc.postgres.connection import Connection, connect, result_error, translated_errors, while_doing
+from cdc.postgres.connection import Connection, connect, translated_errors, while_doing
+from cdc.postgres.copy_out import copy_out
 from cdc.postgres.dump import SchemaDump
 from cdc.postgres.schema import SchemaTable
 from cdc.postgres.shape import read_shapes
@@ -28,8 +28,6 @@ from cdc.postgres.slot import blockers_logged
 from cdc.source import Chunk
 
 log = structlog.get_logger()
-
-BLOCK_BYTES: Final = 256 * 1024
 
 _LOCK_TIMEOUT: Final = "60s"
 _READ_LOCK_TIMEOUT: Final = "1s"
@@ -147,10 +145,10 @@ class PostgresReader:
         self._filters = filters
 
     def read(self, chunk: Chunk, *, columns: Sequence[str], binary: bool) -> Iterator[bytes]:
-        """Yield the chunk's rows in blocks of `BLOCK_BYTES`, as one stream in COPY's binary or text format."""
+        """Yield the chunk's rows in large blocks, as one stream in COPY's binary or text format."""
         query = copy_query(chunk, columns, self._filters.get(chunk.table), binary=binary)
         with while_doing(f"reading {chunk.table}"):
-            yield from _copy_out(self._connection.pgconn, query.as_bytes(self._connection))
+            yield from copy_out(self._connection.pgconn, query.as_bytes(self._connection))
 
     def close(self) -> None:
         """Disconnect. Safe to call twice."""
@@ -221,48 +219,6 @@ def _enter(connection: Connection, snapshot: str) -> None:
     with translated_errors():
         connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(snapshot))
-
-
-def _copy_out(pgconn: pq.abc.PGconn, query: bytes) -> Iterator[bytes]:
-    """Yield COPY data in large blocks.
-
-    Non-blocking throughout: libpq's own waits would hold the GIL, and with it all other workers. (psycopg's `Copy`
-    costs half as much again for each row.)
-    """
-    with selectors.DefaultSelector() as selector:
-        selector.register(pgconn.socket, selectors.EVENT_READ)
-        pgconn.send_query(query)
-        while pgconn.flush():
-            selector.select(0.01)
-        _expect(pgconn, selector, pq.ExecStatus.COPY_OUT)
-        rows: list[bytes | memoryview] = []
-        size = 0
-        while (length := (got := pgconn.get_copy_data(1))[0]) >= 0:
-            if length == 0:
-                selector.select()
-                pgconn.consume_input()
-                continue
-            rows.append(got[1])
-            size += length
-            if size >= BLOCK_BYTES:
-                yield b"".join(rows)
-                rows.clear()
-                size = 0
-        _expect(pgconn, selector, pq.ExecStatus.COMMAND_OK)
-        while pgconn.get_result() is not None:
-            pass
-    if rows:
-        yield b"".join(rows)
-
-
-def _expect(pgconn: pq.abc.PGconn, selector: selectors.BaseSelector, status: pq.ExecStatus) -> None:
-    while pgconn.is_busy():
-        selector.select()
-        pgconn.consume_input()
-    result = pgconn.get_result()
-    assert result is not None, "libpq has no result for a query under way"
-    if result.status != status:
-        raise result_error(result)
 
 
 _LEAVES: Final = """
