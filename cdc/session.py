@@ -17,14 +17,18 @@ from cdc.letter import DeadLetters
 from cdc.mirroring import Mirroring
 from cdc.offline import letters_on_disk, offline_status, opened_letters
 from cdc.position import SourcePosition, parse_position
+from cdc.sink import Sink
 from cdc.status import DaemonStatus
 
 
 class Session:
     """What a command works with; the configuration is read when it is first needed."""
 
-    def __init__(self, load: Callable[[], Config], *, debug: bool) -> None:
+    def __init__(
+        self, load: Callable[[], Config], build_sink: Callable[[Config, SinkConfig], Sink], *, debug: bool
+    ) -> None:
         self._load = load
+        self._build_sink = build_sink
         self._debug = debug
         self._config: Config | None = None
 
@@ -71,6 +75,10 @@ class Session:
         if name is not None and not chosen[0].is_mirror:
             raise FatalError(f"{name} is no mirror, but a sink of kind {chosen[0].kind}", hint="name a mirror")
         return [sink for sink in chosen if sink.is_mirror]
+
+    def build_sink(self, sink: SinkConfig) -> Sink:
+        """The sink itself, not yet open."""
+        return self._build_sink(self.config, sink)
 
     def client(self) -> Client:
         """The running daemon. Raises `DaemonUnreachable` where there is none."""
