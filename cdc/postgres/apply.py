@@ -7,7 +7,7 @@ up on anything unusual (`FoldError`, or the server's error); the third is always
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import psycopg
@@ -33,15 +33,15 @@ from cdc.change import (
 )
 from cdc.errors import PermanentError
 from cdc.position import Lsn, as_lsn, format_position
-from cdc.postgres.conflicts import UniqueIndex, remove_conflicts, unique_indexes
 from cdc.postgres.connection import Connection, to_cdc_error
-from cdc.postgres.copy_text import copy_text
-from cdc.postgres.fold import FoldError, old_row
+from cdc.postgres.fold import FoldError
 from cdc.postgres.plan import TablePlan, truncate
-from cdc.postgres.prepared import Statement, strict
+from cdc.postgres.prepared import Statement, execute, strict
 from cdc.postgres.reshape import Reshaper
 from cdc.postgres.roster import Plans, Unfit
-from cdc.postgres.row import UNCHANGED, decode_row, encode_row
+from cdc.postgres.row import UNCHANGED, decode_row
+from cdc.postgres.staging import Staging, copy_in
+from cdc.postgres.stale import StaleRows
 from cdc.postgres.steps import Effect, SetWise, Step, Tables, steps
 from cdc.postgres.target_transaction import TargetTransaction
 from cdc.sink import Refused, Reread
@@ -52,7 +52,6 @@ _CHECK_DEFERRED: Final[Statement] = b"SET CONSTRAINTS ALL IMMEDIATE", ()
 class Applier:
     """Applies changes on one connection.
 
-    stale: tables of the mirror that may hold rows which the source has no longer: these give way to others.
     missing: updates and deletes whose row was not there; healed: rows put right. Both only grow.
     """
 
@@ -63,21 +62,29 @@ class Applier:
         reshaper: Reshaper,
         reread: Reread | None,
     ) -> None:
-        self.stale: set[TableName] = set()
         self.missing = 0
         self.healed = 0
         self.transaction = transaction
         self._connection = connection
         self._reshaper = reshaper
         self._reread = reread
-        self._unique: dict[TableName, Sequence[UniqueIndex]] = {}
-        self._staging = _Staging(connection)
+        self._stale = StaleRows(connection, reread)
+        self._staging = Staging(connection)
         connection.adapters.register_dumper(bytes, _TextDumper)
         self._deferrable = bool(
             connection.execute("SELECT EXISTS (SELECT FROM pg_catalog.pg_constraint WHERE condeferrable)").fetchall()[
                 0
             ][0]
         )
+
+    @property
+    def stale(self) -> set[TableName]:
+        """Tables of the mirror that may hold rows which the source has no longer: these give way to others."""
+        return self._stale.tables
+
+    @stale.setter
+    def stale(self, tables: set[TableName]) -> None:
+        self._stale.tables = tables
 
     @property
     def plans(self) -> Plans:
@@ -129,13 +136,13 @@ class Applier:
         complete: whether they end with a source transaction.
         """
         alone = [step for step in folded if not isinstance(step, SetWise)]
-        if any(step.plan is not None and self._moves_in_part(step.plan, step.change) for step in alone):
+        if any(step.plan is not None and self._stale.moves_in_part(step.plan, step.change) for step in alone):
             raise FoldError
         for step in folded:
             if isinstance(step, SetWise):
                 self._set_wise(step)
             elif step.plan is None:
-                self._execute(self._truncate(step.tables, step.change))
+                execute(self._connection, self._truncate(step.tables, step.change))
             else:
                 self._alone(step.plan, step.change)
         self._check_deferred(complete=complete)
@@ -197,24 +204,21 @@ class Applier:
         names = [self.plans.target_name(tables[index]) for index in detail.tables]
         return truncate(names, restart_identity=detail.restart_identity).as_bytes(), ()
 
-    def _execute(self, statement: Statement) -> psycopg.Cursor[Any]:
-        query, parameters = statement
-        return psycopg.RawCursor(self._connection).execute(query, parameters or None)
-
     def _check_deferred(self, *, complete: bool) -> None:
         """Check what would otherwise fail at COMMIT, outside the savepoint."""
         if self._deferrable and complete:
-            self._execute(_CHECK_DEFERRED)
+            execute(self._connection, _CHECK_DEFERRED)
 
     # set-wise
 
     def _set_wise(self, step: SetWise) -> None:
         plan = step.plan
         if step.effect is Effect.INSERT:
-            self._copy(plan.copy_in(), step.text)
+            copy_in(self._connection, plan.copy_in(), step.text)
             return
         name = self._staging.table(plan, step.columns)
-        self._copy(
+        copy_in(
+            self._connection,
             sql.SQL("COPY {} ({}) FROM STDIN").format(sql.Identifier("pg_temp", name), plan.names(step.columns)),
             step.text,
         )
@@ -222,10 +226,6 @@ class Applier:
             self.missing += step.rows - self._connection.execute(plan.delete_staged(name)).rowcount
         elif self._connection.execute(plan.update_staged(name, step.columns)).rowcount != step.rows:
             raise FoldError
-
-    def _copy(self, query: sql.Composed, text: bytes) -> None:
-        with self._connection.cursor() as cursor, cursor.copy(query) as copy:
-            copy.write(text)
 
     def _planned(self, batches: Sequence[Batch]) -> Iterator[tuple[TablePlan, Change]]:
         for batch in batches:
@@ -235,18 +235,11 @@ class Applier:
                         yield self.plan(batch.tables[change.table]), change
 
     def _move_in_part(self, batches: Sequence[Batch]) -> bool:
-        return bool(self.stale) and any(self._moves_in_part(*each) for each in self._planned(batches))
-
-    def _moves_in_part(self, plan: TablePlan, change: Change) -> bool:
-        """Whether a row that may be stale gets another key, perhaps among rows that are right, but not all columns."""
-        if plan.target.name not in self.stale or change.operation != UPDATE:
-            return False
-        assert change.after is not None
-        return UNCHANGED in decode_row(change.after) and _moves(plan, change)
+        return bool(self.stale) and any(self._stale.moves_in_part(*each) for each in self._planned(batches))
 
     def _alone(self, plan: TablePlan, change: Change) -> None:
         statement = plan.update(change) if change.operation == UPDATE else plan.delete(change)
-        if statement is not None and self._execute(statement).rowcount == 0:
+        if statement is not None and execute(self._connection, statement).rowcount == 0:
             raise FoldError
 
     # one by one
@@ -269,7 +262,7 @@ class Applier:
         And what a row that moves does not bring along is read again.
         """
         plan = self.plan(tables[change.table]) if change.table >= 0 and change.after is not None else None
-        if plan is None or not self._may_collide(plan, change):
+        if plan is None or not self._stale.may_collide(plan, change):
             self._one(tables, change)
             return
         self._connection.execute("SAVEPOINT one")
@@ -277,54 +270,11 @@ class Applier:
             self._one(tables, change)
         except psycopg.errors.UniqueViolation:
             self._connection.execute("ROLLBACK TO SAVEPOINT one")
-            self._give_way(plan, change)
+            self._stale.give_way(plan, change)
             self._one(tables, change)
         self._connection.execute("RELEASE SAVEPOINT one")
-        if self._moves_in_part(plan, change):
-            self._complete(plan, change)
-
-    def _may_collide(self, plan: TablePlan, change: Change) -> bool:
-        """Whether a stale row could be in the way: a row that keeps its key only meets others in further indexes."""
-        if plan.target.name not in self.stale:
-            return False
-        return bool(self._unique_indexes(plan.target.name)) or (change.operation == UPDATE and _moves(plan, change))
-
-    def _complete(self, plan: TablePlan, change: Change) -> None:
-        """Take the columns that did not travel as the source has them now. Gone from there, more is on its way."""
-        assert change.after is not None
-        image = self._reread(plan.source, change.after) if self._reread is not None else None
-        if image is None:
-            return
-        row, now = decode_row(change.after), decode_row(image)
-        patch = tuple(
-            now[index] if value is UNCHANGED else value if index in plan.key else UNCHANGED
-            for index, value in enumerate(row)
-        )
-        statement = plan.update(msgspec.structs.replace(change, key=None, before=None, after=encode_row(patch)))
-        if statement is not None:
-            self._execute(statement)
-
-    def _give_way(self, plan: TablePlan, change: Change) -> None:
-        """Delete what has the key that a row moves to, or a unique value that it gets; not the row itself."""
-        assert change.after is not None
-        row, old = decode_row(change.after), old_row(change)
-        rows = [tuple(None if row[index] is UNCHANGED else row[index] for index in plan.columns)]
-        if change.operation == UPDATE and _moves(plan, change):
-            self._execute(plan.delete(msgspec.structs.replace(change, key=None, before=None)))
-            rows.append(tuple(old[index] if index in plan.key else None for index in plan.columns))
-        self._connection.execute(plan.staging("cdc_right", plan.columns))
-        stage = sql.Identifier("pg_temp", "cdc_right")
-        self._copy(sql.SQL("COPY {} FROM STDIN").format(stage), copy_text(rows))
-        key = [plan.source.columns[index].name for index in plan.key]
-        indexes = self._unique_indexes(plan.target.name)
-        nulls_known = len(rows) == 1 and UNCHANGED not in row
-        remove_conflicts(self._connection, plan.target.name, key, indexes, stage, nulls_known=nulls_known)
-        self._connection.execute(sql.SQL("DROP TABLE {}").format(stage))
-
-    def _unique_indexes(self, table: TableName) -> Sequence[UniqueIndex]:
-        if table not in self._unique:
-            self._unique[table] = unique_indexes(self._connection, table)
-        return self._unique[table]
+        if self._stale.moves_in_part(plan, change):
+            self._stale.complete(plan, change)
 
     def _fit(self, tables: Tables, change: Change, position: Lsn) -> None:
         """Let the mirror's table follow what has happened to the source's, before the change."""
@@ -349,10 +299,10 @@ class Applier:
     def _one(self, tables: Tables, change: Change) -> None:
         if change.operation == INSERT:
             assert change.after is not None
-            self._execute(self.plan(tables[change.table]).insert(change.after, upsert=True))
+            execute(self._connection, self.plan(tables[change.table]).insert(change.after, upsert=True))
             return
         statement = self._statement(tables, change)
-        if statement is None or self._execute(statement).rowcount != 0 or change.operation == TRUNCATE:
+        if statement is None or execute(self._connection, statement).rowcount != 0 or change.operation == TRUNCATE:
             return
         self.missing += 1
         if change.operation == UPDATE:
@@ -374,41 +324,11 @@ class Applier:
                 )
             image = self._reread(plan.source, image)
         if image is not None:
-            if plan.target.name in self.stale and self._unique_indexes(plan.target.name):
-                self._give_way(plan, msgspec.structs.replace(change, operation=INSERT, after=image))
-            self._execute(plan.insert(image, upsert=True))
+            whole = msgspec.structs.replace(change, operation=INSERT, after=image)
+            if self._stale.may_collide(plan, whole):
+                self._stale.give_way(plan, whole)
+            execute(self._connection, plan.insert(image, upsert=True))
             self.healed += 1
-
-
-class _Staging:
-    """Temporary tables of the session, one for each set of columns, empty outside a target transaction."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._names: dict[tuple[TablePlan, tuple[int, ...]], str] = {}
-        self._filled: set[str] = set()
-
-    def table(self, plan: TablePlan, columns: tuple[int, ...]) -> str:
-        """An empty temporary table with these columns of the plan's table."""
-        name = self._names.get((plan, columns))
-        if name is None:
-            name = self._names[plan, columns] = f"cdc_stage_{len(self._names)}"
-            self._connection.execute(plan.staging(name, columns))
-        elif name in self._filled:
-            self._connection.execute(sql.SQL("TRUNCATE {}").format(sql.Identifier("pg_temp", name)))
-        self._filled.add(name)
-        return name
-
-    def emptied(self) -> None:
-        """The transaction has committed."""
-        self._filled.clear()
-
-    def drop(self) -> None:
-        """Start over: a rollback may have undone the creation of some of them."""
-        for name in self._names.values():
-            self._connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier("pg_temp", name)))
-        self._names.clear()
-        self._filled.clear()
 
 
 class _TextDumper(Dumper):
@@ -419,13 +339,6 @@ class _TextDumper(Dumper):
 
     def dump(self, obj: Buffer) -> Buffer:
         return obj
-
-
-def _moves(plan: TablePlan, change: Change) -> bool:
-    """Whether an update gives its row another key."""
-    assert change.after is not None
-    row, old = decode_row(change.after), old_row(change)
-    return any(row[index] != old[index] for index in plan.key)
 
 
 def _refused(error: psycopg.Error, tables: Tables, transaction: Transaction, index: int) -> Exception:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
-from typing import Final, cast
+from typing import Any, Final, cast
 
-from psycopg import generators, pq
+from psycopg import Cursor, RawCursor, generators, pq
 from psycopg.abc import PQGen
 from psycopg.pq.abc import PGresult
 
@@ -28,6 +28,12 @@ def strict(statement: Statement) -> Statement:
     """The same UPDATE, INSERT or DELETE, but refused (division by zero) where it touches no row."""
     query, parameters = statement
     return b"WITH done AS (%b RETURNING 1) SELECT 1 / count(*) FROM done" % query, parameters
+
+
+def execute(connection: Connection, statement: Statement) -> Cursor[Any]:
+    """Execute one by itself, unprepared: for what is too rare to be kept."""
+    query, parameters = statement
+    return RawCursor(connection).execute(query, parameters or None)
 
 
 class Prepared:
