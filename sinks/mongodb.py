@@ -9,26 +9,27 @@ one transaction, if the target has such. How changes become writes is in `cdc.mo
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Final
 
 import msgspec
 import structlog
 from pymongo.client_session import ClientSession
-from pymongo.errors import OperationFailure, PyMongoError
+from pymongo.errors import PyMongoError
 
 from cdc.change import DDL, INSERT, Batch, Change, Ddl, Table, TableName
 from cdc.config import SinkConfig
 from cdc.errors import PermanentError, ResyncRequired, TransientError
 from cdc.mongodb.apply import Applier, Misfit
-from cdc.mongodb.client import Client, connect, to_cdc_error, translated_errors
+from cdc.mongodb.client import Client, connect, translated_errors
 from cdc.mongodb.ddl import DdlApplier, ddl_subject
 from cdc.mongodb.equality import key_bytes
 from cdc.mongodb.fold import Segment, fold, is_through, segments
 from cdc.mongodb.folded import Folded
 from cdc.mongodb.moment import moment
-from cdc.mongodb.positions import DURABLE, CollectionState, Positions, Standing
+from cdc.mongodb.positions import CollectionState, Positions, Standing
 from cdc.mongodb.target import MongoCopyTarget
+from cdc.mongodb.target_transaction import counting, target_transaction
 from cdc.position import Position, SourcePosition
 from cdc.sink import Ahead, Applied, Halted, IsFree, SinkContext, Subject, are_same, never_free
 
@@ -71,6 +72,10 @@ class _Connection(msgspec.Struct):
     standing: Standing
     transactions: bool
     latest: int
+
+    def transaction(self, final: Position | None) -> AbstractContextManager[None]:
+        """The target transaction of a segment. final: the position to store with it, if it ends with one."""
+        return target_transaction(self.session, self.positions, self.applier, final)
 
 
 class MongodbSink(MongoCopyTarget):
@@ -283,7 +288,7 @@ class MongodbSink(MongoCopyTarget):
         try:
             if deltas and not undoable:
                 raise Misfit
-            with _transaction(connection, final) if undoable else _counting(applier):
+            with connection.transaction(final) if undoable else counting(applier):
                 applier.folded(folded)
         except Misfit:
             stored = self._in_order(connection, segment, final, again=not (undoable or deltas))
@@ -299,7 +304,7 @@ class MongodbSink(MongoCopyTarget):
     def _in_order(self, connection: _Connection, segment: Segment, final: Position | None, *, again: bool) -> bool:
         """Apply one change after the other; whether `final` is stored with them."""
         if final is not None and connection.transactions and segment.size <= MAX_IN_TRANSACTION:
-            with suppress(Misfit), _transaction(connection, final):
+            with suppress(Misfit), connection.transaction(final):
                 connection.applier.in_order(segment.changes(), again=again)
                 return True
         connection.applier.in_order(segment.changes(), again=again)
@@ -309,39 +314,6 @@ class MongodbSink(MongoCopyTarget):
 def _key(change: Change) -> bytes:
     assert change.key is not None
     return key_bytes(change.key)
-
-
-@contextmanager
-def _counting(applier: Applier) -> Iterator[None]:
-    """What did not work counts nothing."""
-    missing, healed = applier.missing, applier.healed
-    try:
-        yield
-    except BaseException:
-        applier.missing, applier.healed = missing, healed
-        raise
-
-
-@contextmanager
-def _transaction(connection: _Connection, position: Position | None) -> Iterator[None]:
-    """One transaction, that also stores a position. Raises `Misfit` where what failed may do without it."""
-    session = connection.session
-    session.start_transaction(write_concern=DURABLE)
-    try:
-        with _counting(connection.applier):
-            if position is not None:
-                connection.positions.move(position, session)  # first: an older writer ends here
-            yield
-            session.commit_transaction()
-    except OperationFailure as exc:
-        if isinstance(error := to_cdc_error(exc), TransientError):
-            raise error from exc
-        log.debug("transaction refused", code=exc.code)
-        raise Misfit from exc
-    finally:
-        if session.in_transaction:
-            with suppress(PyMongoError):
-                session.abort_transaction()
 
 
 def _may_be_in_the_way(segment: Segment, folded: Mapping[TableName, Folded]) -> bool:
