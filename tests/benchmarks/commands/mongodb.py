@@ -114,7 +114,8 @@ def run(options: argparse.Namespace, lab: Lab) -> MongoResult:
 def drain_mongodb(url: str, folder: Path, *, inserts: int, updates: int) -> MongoDrain:
     """Fill an empty mirror, write the backlog while the daemon is away, and let it drain that.
 
-    The clock runs from the daemon's start, before it has read anything, until the mirror has the last change.
+    Time and CPU count from the daemon's log line `started` (the interpreter and its imports come before) until the
+    mirror has the last change.
     """
     with pymongo.MongoClient[dict[str, Any]](url) as client:
         for name in ("bench", "bench_backup"):
