@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from typing import Final, NamedTuple
+from typing import Final
 
 import structlog
 
@@ -21,6 +20,7 @@ from cdc.parking import Parker
 from cdc.portion import Portion, bounded, select
 from cdc.position import Position, SourcePosition, format_position
 from cdc.queue import Queue, Stored
+from cdc.read_ahead import ReadAhead
 from cdc.retry import keep_trying
 from cdc.sink import Applied, Halted, NeedsFilling, Refreshing, Refused, Sink
 from cdc.stats import DeliveryStats, State, count_changes, note_waiting
@@ -61,6 +61,7 @@ class Delivery:
         self._queue = queue
         self._stats = stats
         self._portion = Portion(bounds)
+        self._reading = ReadAhead(sink, queue, self._portion, parker)
         self._running = threading.Event()
         self._running.set()
         self._hold = Hold()
@@ -68,7 +69,6 @@ class Delivery:
         # where the target stands, and the last batch given to it: further only inside a large transaction
         self._stored = Position("", 0, 0)
         self._given_seq = 0
-        self._ahead: _Ahead | None = None
         self._upkeep_at = 0.0
         self._apply_seconds = 0.0  # of the batch before
         self._refused_seq = 0  # up to here changes are looked at one by one
@@ -113,10 +113,10 @@ class Delivery:
 
         Retries for ever what is transient; raises what is not.
         """
-        with ThreadPoolExecutor(1, f"read-ahead:{self._sink.name}") as reader, closing(self._sink):
+        with self._reading.in_thread(), closing(self._sink):
             while not stop.is_set() and not self._fill_wanted.is_set():
                 if self._running.is_set():
-                    keep_trying(lambda: self._session(stop, reader), stop, self._waiting)
+                    keep_trying(lambda: self._session(stop), stop, self._waiting)
                 else:
                     self._stats.state = State.PAUSED
                     stop.wait(READ_SECONDS)
@@ -125,7 +125,7 @@ class Delivery:
         self._cut_short = False
         return wanted
 
-    def _session(self, stop: threading.Event, reader: ThreadPoolExecutor) -> None:
+    def _session(self, stop: threading.Event) -> None:
         """One connection to the target: until stopped, paused, to be filled, or broken after it got somewhere."""
         self._open()
         first_seq = self._stored.seq
@@ -133,7 +133,7 @@ class Delivery:
         def wanted() -> bool:
             """Also asked while the target is held: so whoever waits for the parker is served in any case."""
             if self._parker is not None and self._parker.asked:
-                self._wait_prepared()
+                self._reading.wait()
                 self._parker.serve()
             return self._running.is_set() and not stop.is_set()
 
@@ -142,7 +142,7 @@ class Delivery:
                 request = self._hold_request()
                 self._retry_parked(request)
                 self._refresh(request)
-                if self._step(request, reader) and request is not None:
+                if self._step(request) and request is not None:
                     self._stats.state = State.HELD
                     self._hold.stand(request, request.until or self._stored.source, wanted)
                     self._running_state()
@@ -160,7 +160,7 @@ class Delivery:
         finally:
             if self._parker is not None:
                 self._parker.close()
-            self._wait_prepared()
+            self._reading.wait()
             self._sink.close()
 
     def _hold_request(self) -> Request | None:
@@ -188,7 +188,7 @@ class Delivery:
         self._queue.advance(self._sink.name, after, stored.source)  # what comes after it must be kept
         self._stored = Position(self._queue.queue_id, after, stored.source)
         self._given_seq = after
-        self._ahead = None
+        self._reading.forget()
         self._upkeep_at = 0.0
         self._stats.position, self._stats.seq = stored.source, after
         self._running_state()
@@ -197,53 +197,25 @@ class Delivery:
             self._parker.open(self._stored)
         self._log.info("delivering", position=format_position(stored.source))
 
-    def _step(self, hold: Request | None, reader: ThreadPoolExecutor) -> bool:
+    def _step(self, hold: Request | None) -> bool:
         """Apply what the queue holds next, within bounds. True where the hold wants the target to stand still."""
         until = hold.until if hold else None
         if hold and until is None and not self._in_transaction:
             return True
         captured = self._queue.position  # read before the batches, so that it is not ahead of them
         hurried = hold is not None or self._stats.resync is not None
-        stored = self._read(timeout_seconds=0.01 if hurried else READ_SECONDS)
+        stored = self._reading.read(self._given_seq, timeout_seconds=0.01 if hurried else READ_SECONDS)
         if self._cut_short:
             return False
         pieces, cut = select(bounded(stored, self._portion.max_changes), self._given_seq, self._stored.source, until)
         if pieces:
-            self._apply(pieces, reader)
+            self._apply(pieces)
         elif not stored and not self._in_transaction:
             self._idle(captured)
         self._upkeep()
         if hold is None or until is None or self._in_transaction:
             return False
         return self._stands_at(hold, until, captured, cut=cut or not stored)
-
-    def _read(self, timeout_seconds: float) -> list[Stored]:
-        """What comes after the last batch given to the sink, read ahead or now."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.after_seq == self._given_seq and (stored := ahead.stored.result()):
-            return stored
-        return self._queue.read(self._given_seq, max_bytes=self._portion.max_bytes, timeout_seconds=timeout_seconds)
-
-    def _read_ahead(self, pieces: Sequence[Stored], reader: ThreadPoolExecutor) -> None:
-        """While behind, read and prepare what comes next in the time that the target is busy with `pieces`."""
-        if sum(piece.batch.size for piece in pieces) < self._portion.max_bytes // 2:
-            return
-        after_seq = pieces[-1].seq
-
-        def read() -> list[Stored]:
-            found = self._queue.read(after_seq, max_bytes=self._portion.max_bytes, timeout_seconds=0)
-            stored = bounded(found, self._portion.max_changes)
-            if stored:
-                expected = stored if self._parker is None else self._parker.foresee(stored)
-                self._sink.prepare([each.batch for each in expected])
-            return stored
-
-        self._ahead = _Ahead(after_seq, reader.submit(read))
-
-    def _wait_prepared(self) -> None:
-        """While the sink prepares, nothing but `apply` may happen to it."""
-        if self._ahead is not None:
-            wait([self._ahead.stored])
 
     @property
     def _in_transaction(self) -> bool:
@@ -265,7 +237,7 @@ class Delivery:
             return False
         return cut and captured >= until
 
-    def _apply(self, pieces: Sequence[Stored], reader: ThreadPoolExecutor) -> None:
+    def _apply(self, pieces: Sequence[Stored]) -> None:
         batches: Sequence[Batch] = [piece.batch for piece in pieces]
         last = pieces[-1]
         position = Position(self._queue.queue_id, last.seq, last.batch.position)
@@ -273,10 +245,10 @@ class Delivery:
             failpoint("delivery.apply.before")
             started = time.monotonic()
             if self._parker is None:
-                self._read_ahead(pieces, reader)
+                self._reading.begin(pieces)
                 applied = self._sink.apply(batches, position)
             else:
-                batches, applied = self._apply_or_park(self._parker, pieces, position, reader)
+                batches, applied = self._apply_or_park(self._parker, pieces, position)
             self._apply_seconds = time.monotonic() - started
             APPLY_SECONDS.labels(self._sink.name).observe(self._apply_seconds)
             failpoint("delivery.apply.after")
@@ -294,14 +266,14 @@ class Delivery:
                 self._parker.passed(position)
 
     def _apply_or_park(
-        self, parker: Parker, pieces: Sequence[Stored], position: Position, reader: ThreadPoolExecutor
+        self, parker: Parker, pieces: Sequence[Stored], position: Position
     ) -> tuple[Sequence[Batch], Applied]:
         """Apply what does not have to wait; returns that. Where it has to be, the sink is opened once more."""
         try:
             refused: PermanentError | None = None
             if pieces[0].seq > self._refused_seq:
                 batches = [each.batch for each in parker.admit(pieces)]
-                self._read_ahead(pieces, reader)  # behind what waits of these
+                self._reading.begin(pieces)  # behind what waits of these
                 try:
                     return batches, self._sink.apply(batches, position)
                 except Halted as exc:
@@ -311,7 +283,7 @@ class Delivery:
                         raise
                     refused = exc
                 self._log.info("looking for the change that is refused", error=str(refused))
-                self._wait_prepared()
+                self._reading.wait()
             kept, applied = parker.carefully(pieces, position, refused)
             return [each.batch for each in kept], applied
         except PermanentError as exc:
@@ -321,7 +293,7 @@ class Delivery:
     def _retry_parked(self, hold: Request | None) -> None:
         """Between two transactions, and not while somebody waits for the target to stand still."""
         if self._parker is not None and hold is None and not self._in_transaction and self._parker.due:
-            self._wait_prepared()
+            self._reading.wait()
             self._parker.retry()
 
     def _refresh(self, hold: Request | None) -> None:
@@ -330,7 +302,7 @@ class Delivery:
         if self._sink.consistent or hold is not None or self._in_transaction or position is None:
             return
         if isinstance(self._sink, Refreshing):
-            self._wait_prepared()
+            self._reading.wait()
             seconds = max(REFRESH_SECONDS, min(self._apply_seconds / 2, MAX_REFRESH_SECONDS))
             until = time.monotonic() + seconds
             self._apply_seconds = 0.0
@@ -361,7 +333,7 @@ class Delivery:
         seconds = UPKEEP_SECONDS if self._sink.consistent else CATCHING_UP_SECONDS
         if now - self._upkeep_at < seconds or self._in_transaction or self._stats.position is None:
             return
-        self._wait_prepared()
+        self._reading.wait()
         self._sink.upkeep(self._stats.position)
         self._running_state()
         self._upkeep_at = time.monotonic()
@@ -384,10 +356,3 @@ class Delivery:
 
 class _Reopen(Exception):
     """The target refuses something of a batch, it is not known yet what, and the sink is to be opened before it is."""
-
-
-class _Ahead(NamedTuple):
-    """What is being read from behind a batch, and prepared."""
-
-    after_seq: int
-    stored: Future[list[Stored]]
