@@ -199,6 +199,8 @@ cdef Py_ssize_t pack_transaction(
             else:
                 packed.size = start
             return at
+        if message[0] == c'O' or message[0] == c'Y':
+            continue  # an origin, the name of a type: they say nothing of rows
         if size <= ROW_AT:
             return -1
         relation = be32(message + 1)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc.change import Batch, Transaction
+from cdc.change import Batch, Transaction, Truncate
 from cdc.errors import DecodeError, ResyncRequired
 from cdc.packed import Packed
 from cdc.postgres.assembly import PART_BYTES, Assembler
@@ -49,6 +49,8 @@ CHANGES = {
     "truncate": b"T" + pack(">IBI", 1, 0, 1),
     "message": MESSAGE,
     "described": RELATION,
+    "origin": b"O" + pack(">Q", 5) + text("elsewhere"),
+    "type": b"Y" + pack(">I", 9) + text("public") + text("mood"),
     "long": change(b"I", 1, (b"N", [b"3", b"x" * 70_000])),
 }
 
@@ -72,15 +74,21 @@ def described() -> Intake:
     return intake
 
 
-def as_seen(batches: list[Batch]) -> list[tuple[Transaction, list[str]]]:
+def as_seen(batches: list[Batch]) -> list[tuple[Transaction, list[list[str]]]]:
     """Transactions, in parts or not, with the names of their tables in place of indexes."""
-    found: list[tuple[Transaction, list[str]]] = []
+    found = []
     for batch in batches:
         for each in batch.transactions:
-            names = [str(batch.tables[change.table].qualified) if change.table >= 0 else "" for change in each.changes]
-            plain = [msgspec.structs.replace(change, table=0) for change in each.changes]
-            found.append((Transaction(each.position, each.end, each.commit_time, each.xid, each.first_ordinal,
-                                      each.complete, plain), names))  # fmt: skip
+            indexes = [change.detail.tables if isinstance(change.detail, Truncate) else [change.table]
+                       for change in each.changes]  # fmt: skip
+            names = [[str(batch.tables[index].qualified) for index in own if index >= 0] for own in indexes]
+            plain = [
+                msgspec.structs.replace(
+                    change, table=0, detail=None if isinstance(change.detail, Truncate) else change.detail
+                )
+                for change in each.changes
+            ]
+            found.append((msgspec.structs.replace(each, changes=plain), names))
     return found
 
 
@@ -108,13 +116,16 @@ def test_the_same_transactions_as_one_by_one(wanted: list[tuple[list[str], bool]
     assert not intake.in_transaction
 
 
-@pytest.mark.parametrize("name", ["insert", "null", "of another", "update", "in part", "key", "full", "delete"])
+@pytest.mark.parametrize(
+    "name", ["insert", "null", "of another", "update", "in part", "key", "full", "delete", "origin", "type"]
+)
 def test_rows_are_packed(name: str) -> None:
     intake = described()
     intake.feed(frames(begin(20), CHANGES[name], insert(b"1"), commit(20), begin(30), insert(b"2")), 0)
     (batch,) = taken(intake)
     assert isinstance(batch.transactions, Packed)
-    assert (batch.position, batch.change_count, intake.position) == (28, 2, 28)
+    changes = 1 if name in {"origin", "type"} else 2
+    assert (batch.position, batch.change_count, intake.position) == (28, changes, 28)
     assert batch.size == sum(map(len, (begin(20), CHANGES[name], insert(b"1"), commit(20))))
     assert intake.in_transaction
     intake.feed(frames(commit(30)), 0)
