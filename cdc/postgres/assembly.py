@@ -91,6 +91,11 @@ class Assembler:
         """Whether everything that came was given out, in whole transactions: what comes next may pass it by."""
         return self._begin is None and not self._transactions and self._given is None
 
+    @property
+    def end(self) -> int:
+        """What commits below it has come, given out or not."""
+        return self._end
+
     def passed(self, end: int, *, empty: bool) -> None:
         """Transactions up to `end` have passed it by. empty: they had no changes."""
         self.position = self._end = max(self._end, end)

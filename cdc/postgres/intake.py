@@ -78,8 +78,7 @@ class Intake:
                 self._assemble(len(data))
             return None
         if assembler.is_clean:
-            end = assembler.position
-            self._at, packed, relations, end, size = _frames.pack(data, at, whole, end, assembler.relations)
+            self._at, packed, relations, end, size = _frames.pack(data, at, whole, assembler.end, assembler.relations)
             if self._at > at:
                 assembler.passed(end, empty=not packed)
             if packed:

@@ -216,3 +216,11 @@ def test_one_that_comes_again_is_dropped() -> None:
     intake.feed(frames(begin(12), insert(b"1"), commit(12), begin(20), insert(b"2"), commit(20)), 0)
     (batch,) = taken(intake)
     assert [each.position for each in batch.transactions] == [20]
+
+
+def test_f4_one_that_comes_again_is_dropped_also_behind_one_of_nothing() -> None:
+    intake = described()
+    intake.feed(frames(begin(15), commit(15), begin(30), commit(30)), 0)
+    assert taken(intake) == []
+    intake.feed(frames(begin(25), insert(b"1"), commit(25)), 0)
+    assert taken(intake) == []
