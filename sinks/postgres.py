@@ -29,6 +29,7 @@ from cdc.postgres.refresh_read import Part
 from cdc.postgres.refresh_target import RefreshTarget
 from cdc.postgres.reshape import CopyAgain, Reshaper
 from cdc.postgres.roster import Plans
+from cdc.postgres.staging import FIND_BY_INDEX
 from cdc.postgres.steps import Step, written_by
 from cdc.postgres.target_transaction import TargetTransaction
 from cdc.postgres.uncopied import Uncopied
@@ -36,12 +37,6 @@ from cdc.sink import Ahead, Applied, IsFree, NeedsFilling, Refused, ResyncStatus
 
 FEW_CHANGES = 64
 """Up to so many changes, prepared statements in one pipeline are faster than staging tables."""
-
-
-FIND_BY_INDEX = "SET enable_seqscan = off; SET random_page_cost = 0.1; SET seq_page_cost = 0.1; SET jit = off"
-"""The planner knows little about temporary tables and about tables that grow: it would read a table from end to end
-for each batch, or, by a plan made while it was empty, for each row. (JIT: scans that are "off" look expensive to it.)
-"""
 
 
 log = structlog.get_logger()

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from psycopg import sql
 
 from cdc.postgres.connection import Connection
 from cdc.postgres.plan import TablePlan
+
+FIND_BY_INDEX: Final = """
+SET enable_seqscan = off; SET random_page_cost = 0.1; SET seq_page_cost = 0.1; SET cpu_index_tuple_cost = 0.05;
+SET jit = off
+"""
+"""The planner knows little about temporary tables and about tables that grow: it would read a table, or all of an
+index, from end to end for each batch, or, by a plan made while it was empty, for each row. (JIT: scans that are "off"
+look expensive to it.)
+"""
 
 
 class Staging:

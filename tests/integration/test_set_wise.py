@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cdc.postgres.row import UNCHANGED, decode_row
+from cdc.postgres.staging import FIND_BY_INDEX
 from tests.mirror import Mirror, running_mirror
 from tests.servers import Database
 
@@ -134,3 +135,17 @@ def test_f25_truncate_stands_between_the_rows_before_and_after_it(start: Start, 
         mirror.assert_equal("a", "b")
         run(mirror, "TRUNCATE b")
     assert mirror.delivery_stats.fallbacks == 0
+
+
+def test_an_update_looks_its_rows_up_and_reads_no_index_from_end_to_end(target_db: Database) -> None:
+    target_db.execute("CREATE TABLE t (id bigint PRIMARY KEY, n int)")
+    target_db.execute("INSERT INTO t SELECT g, 0 FROM generate_series(1, 100000) g")
+    target_db.execute("ANALYZE t")
+    with target_db.connect() as connection:
+        connection.execute(FIND_BY_INDEX)
+        connection.execute("CREATE TEMPORARY TABLE s AS SELECT * FROM t WITH NO DATA")
+        connection.execute("INSERT INTO s SELECT g * 17, 1 FROM generate_series(1, 5000) g")
+        update = "UPDATE t SET n = s.n FROM (SELECT * FROM s ORDER BY id) AS s WHERE t.id = s.id"
+        plan = "\n".join(line for (line,) in connection.execute(f"EXPLAIN {update}").fetchall())
+    assert "Nested Loop" in plan, plan
+    assert "Index Scan using t_pkey" in plan, plan
