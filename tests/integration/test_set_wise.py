@@ -144,7 +144,7 @@ def test_an_update_looks_its_rows_up_and_reads_no_index_from_end_to_end(target_d
     with target_db.connect() as connection:
         connection.execute(FIND_BY_INDEX)
         connection.execute("CREATE TEMPORARY TABLE s AS SELECT * FROM t WITH NO DATA")
-        connection.execute("INSERT INTO s SELECT g * 17, 1 FROM generate_series(1, 5000) g")
+        connection.execute("INSERT INTO s SELECT g * 7, 1 FROM generate_series(1, 10000) g")
         update = "UPDATE t SET n = s.n FROM (SELECT * FROM s ORDER BY id) AS s WHERE t.id = s.id"
         plan = "\n".join(line for (line,) in connection.execute(f"EXPLAIN {update}").fetchall())
     assert "Nested Loop" in plan, plan
