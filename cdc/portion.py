@@ -13,7 +13,7 @@ from cdc.position import SourcePosition
 from cdc.queue import Stored
 from cdc.sink import Applied
 
-MAX_FOLDING: Final = 2
+MAX_FOLDING: Final = 3
 """So many times the bounds at most, whatever a target makes of it: all of it is in memory, and the next as well."""
 
 
