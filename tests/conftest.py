@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.command import Cdc
@@ -24,6 +25,9 @@ from tests.servers import Database, PostgresServer, ServerUnavailable
 NewDatabase = Callable[[PostgresServer], Database]
 
 _names = itertools.count(1)
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # whatever else the machine does meanwhile
+hypothesis.settings.load_profile("untimed")
 
 __all__ = ["mongo_database", "mongodb", "mongodb_client", "new_stand_in", "stand_in", "stand_in_client"]  # fixtures
 
