@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +19,7 @@ from tests.servers import Database, PostgresServer
 
 CDC: Final = (sys.executable, str(Path(__file__).parents[2] / "cli.py"))
 
-_CONFIG: Final = """\
+_DAEMON: Final = """\
 [daemon]
 data_dir = {data_dir}
 
@@ -29,6 +29,9 @@ address = "127.0.0.1:0"
 [queue]
 min_free_bytes = 100_000_000
 
+"""
+
+_PIPELINE: Final = """\
 [sources.bench]
 url = {source}
 slot = {slot}
@@ -42,6 +45,12 @@ on_error = {on_error}
 [sinks.mirror.copy]
 workers = {workers}
 """
+
+
+def write_config(path: Path, pipeline: str, values: Mapping[str, object]) -> Path:
+    """Write a daemon's configuration with these sources and sinks; values: what they leave open, and its `data_dir`."""
+    path.write_text((_DAEMON + pipeline).format_map({key: json.dumps(value) for key, value in values.items()}))
+    return path
 
 
 @dataclass(frozen=True)
@@ -202,6 +211,4 @@ class Cdc(Contender):
             "on_error": on_error,
             "workers": workers,
         }
-        path = folder / f"{self.name}.toml"
-        path.write_text(_CONFIG.format_map({key: json.dumps(value) for key, value in values.items()}))
-        return path
+        return write_config(folder / f"{self.name}.toml", _PIPELINE, values)

@@ -6,7 +6,6 @@ The server is `CDC_TEST_MONGODB_URL`, a `mongod` from PATH, or a stand-in for te
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from pymongo import InsertOne, UpdateOne
 
 from cdc.mongodb.client import RAW
 from tests.benchmarks.benchmark import Result, add_runs
-from tests.benchmarks.contenders import CDC, Usage, usage_of
+from tests.benchmarks.contenders import CDC, Usage, usage_of, write_config
 from tests.benchmarks.lab import Lab, console
 from tests.benchmarks.table import BenchFailed
 from tests.mongo import at
@@ -32,16 +31,7 @@ HELP = "drain a backlog of a MongoDB server"
 
 TIMEOUT_SECONDS: Final = 600
 
-_CONFIG: Final = """\
-[daemon]
-data_dir = {data_dir}
-
-[http]
-address = "127.0.0.1:0"
-
-[queue]
-min_free_bytes = 100_000_000
-
+_PIPELINE: Final = """\
 [sources.bench]
 url = {source}
 
@@ -121,13 +111,12 @@ def drain_mongodb(url: str, folder: Path, *, inserts: int, updates: int) -> Mong
         for name in ("bench", "bench_backup"):
             client.drop_database(name)
         client.bench.create_collection("items")
-        config = folder / "mongodb.toml"
         values = {
             "data_dir": str(folder / "data"),
             "source": at(url, "bench"),
             "target": at(url, "bench_backup"),
         }
-        config.write_text(_CONFIG.format_map({key: json.dumps(value) for key, value in values.items()}))
+        config = write_config(folder / "mongodb.toml", _PIPELINE, values)
         _cdc(config, "copy")
         _write(client, inserts, updates)
         seconds, usage = _drain(client, config, folder / "mongodb.log")
