@@ -778,7 +778,7 @@ class Model:
             self.kept.pop()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(STEPS)
 def test_any_sequence_of_steps_equals_a_list(steps: list[Step]) -> None:
     with tempfile.TemporaryDirectory() as folder:

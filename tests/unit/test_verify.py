@@ -79,7 +79,7 @@ def row(key: str, value: int) -> tuple[str, int]:
 rows = st.lists(st.builds(row, st.text("abc", max_size=3), st.integers(0, 2)), max_size=60)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows, rows, st.integers(1, 9), st.integers(0, 60))
 def test_differences_are_found_exactly(source: Rows, target: Rows, parts: int, listed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc.feed.record import ALL, ChangeType, Record, as_json
@@ -139,7 +139,6 @@ IMAGES = st.none() | st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(before=IMAGES, after=IMAGES, kind=st.sampled_from(ChangeType))
 def test_nobody_sees_an_image_that_is_not_theirs(
     before: dict[str, Any] | None, after: dict[str, Any] | None, kind: ChangeType
@@ -150,7 +149,6 @@ def test_nobody_sees_an_image_that_is_not_theirs(
         assert "ours" in {image["company_id"] for image in (before, after) if image is not None}
 
 
-@settings(deadline=None)
 @given(steps=st.lists(IMAGES, min_size=1))
 def test_who_follows_one_limit_knows_what_is_within_it(steps: list[dict[str, Any] | None]) -> None:
     """CREATE, UPDATE and DELETE as they are seen add up to the entity as far as it may be seen."""
