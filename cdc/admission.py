@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from cdc.change import DDL, Change, Transaction
 from cdc.parking_plan import subject_of
-from cdc.parts import Item, Subjects, has_ddl, sifted
+from cdc.parts import Item, Subjects, sifted
 from cdc.queue import Stored
 from cdc.queue.parked import ParkedChange, ParkedCount, ParkedId
 from cdc.sink import Parking, Subject
@@ -157,7 +157,7 @@ class _Look:
     def admitted(self, piece: Stored) -> Stored:
         """What may pass of the next piece."""
         batch, subjects, behind = piece.batch, self._parked.subjects, self._behind
-        if not subjects.concern(batch) and not has_ddl(batch):
+        if not subjects.concern(batch) and not batch.has_ddl:
             return piece
 
         def passes(transaction: Transaction, change: Change, place: ParkedId) -> bool:

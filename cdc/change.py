@@ -219,6 +219,11 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
         return sum(map(len, map(_CHANGES, transactions)))
 
     @property
+    def has_ddl(self) -> bool:
+        """Whether there are changes of tables as such."""
+        return bool(self.transactions) and self.summary.counts[DDL] > 0
+
+    @property
     def summary(self) -> Summary:
         """Of its transactions, of which there must be some."""
         transactions = self.transactions

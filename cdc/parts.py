@@ -94,11 +94,6 @@ class Subjects:
         return None if keys is None else free_of(table, cast("Set[bytes]", keys.keys()))
 
 
-def has_ddl(batch: Batch) -> bool:
-    """Whether there are changes of tables as such."""
-    return any(DDL in map(_OPERATION, transaction.changes) for transaction in batch.transactions)
-
-
 class Item(NamedTuple):
     """A change that is on its way, and its place in the order of the source."""
 

@@ -352,7 +352,8 @@ def _adopt(connection: _Connection, segment: Segment, work: Work) -> None:
     strangers = work.keys() - connection.ddl.collections.keys()
     if not strangers:
         return
-    for tables, transaction in ((tables, each) for tables, transactions in segment.work for each in transactions):
+    each = ((tables, transaction) for tables, transactions in segment.work for transaction in transactions)
+    for tables, transaction in each:
         for change in transaction.changes:
             table = tables[change.table].qualified
             if table in strangers:

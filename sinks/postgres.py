@@ -309,7 +309,7 @@ class PostgresSink(RefreshTarget):
             if self._replaying_until is None
             else [table.name for table in applier.plans.roster]
         )
-        applier.stale = {self.config.target_name(table) for table in stale}
+        applier.stale.tables = {self.config.target_name(table) for table in stale}
         if not self._unrefreshed_tables and self._refresh is not None:
             self._refresh.close()
             self._refresh = None

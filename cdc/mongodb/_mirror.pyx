@@ -130,15 +130,13 @@ def is_insertable(bytes image):
 cdef object key_of(bytes document_key):
     """See `cdc.mongodb.equality.key_of`."""
     cdef const unsigned char *d = document_key
-    cdef Py_ssize_t size = len(document_key)
-    if size >= 14 and not memcmp(d + 5, b"_id\x00", 4):
-        if (d[4] == 0x07 and size == 22) or (d[4] == 0x02 and size == 14 + <Py_ssize_t> u32(d + 9)):
-            return document_key
-        if d[4] == 0x10 and size == 14:
-            return <int32_t> u32(d + 9)
-        if d[4] == 0x12 and size == 18:
-            return <int64_t> (<uint64_t> u32(d + 13) << 32 | u32(d + 9))
-    return equality.key_of(document_key)
+    if not is_only_id(document_key):
+        return equality.key_of(document_key)
+    if d[4] == 0x10:
+        return <int32_t> u32(d + 9)
+    if d[4] == 0x12:
+        return <int64_t> (<uint64_t> u32(d + 13) << 32 | u32(d + 9))
+    return document_key
 
 
 cdef bint is_only_id(bytes document_key):

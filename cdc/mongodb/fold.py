@@ -141,7 +141,7 @@ def segments(batches: Sequence[Batch], after: bytes | None = None) -> list[Segme
 
     after: the position of a transaction that is applied already, with all before it; ignored if it is not among these.
     """
-    if after is None and not any(DDL in _operations(batch.transactions) for batch in batches):
+    if after is None and not any(batch.has_ddl for batch in batches):
         return [Segment([(batch.tables, batch.transactions) for batch in batches if batch.transactions])]
     work = [(batch.tables, [transaction]) for batch in batches for transaction in batch.transactions]
     if after is not None:
@@ -168,10 +168,6 @@ def segments(batches: Sequence[Batch], after: bytes | None = None) -> list[Segme
         through = position
     found.append(Segment(work[begin:]))
     return found
-
-
-def _operations(transactions: Sequence[Transaction]) -> Iterator[int]:
-    return map(_OPERATION, chain.from_iterable(map(_CHANGES, transactions)))
 
 
 def is_through(transaction: Transaction, position: bytes) -> bool:

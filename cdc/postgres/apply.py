@@ -27,7 +27,6 @@ from cdc.change import (
     Ddl,
     Operation,
     Table,
-    TableName,
     Transaction,
     Truncate,
 )
@@ -52,6 +51,7 @@ _CHECK_DEFERRED: Final[Statement] = b"SET CONSTRAINTS ALL IMMEDIATE", ()
 class Applier:
     """Applies changes on one connection.
 
+    stale: rows of the mirror that the source may have no longer: these give way to others.
     missing: updates and deletes whose row was not there; healed: rows put right. Both only grow.
     """
 
@@ -68,7 +68,7 @@ class Applier:
         self._connection = connection
         self._reshaper = reshaper
         self._reread = reread
-        self._stale = StaleRows(connection, reread)
+        self.stale = StaleRows(connection, reread)
         self._staging = Staging(connection)
         connection.adapters.register_dumper(bytes, _TextDumper)
         self._deferrable = bool(
@@ -76,15 +76,6 @@ class Applier:
                 0
             ][0]
         )
-
-    @property
-    def stale(self) -> set[TableName]:
-        """Tables of the mirror that may hold rows which the source has no longer: these give way to others."""
-        return self._stale.tables
-
-    @stale.setter
-    def stale(self, tables: set[TableName]) -> None:
-        self._stale.tables = tables
 
     @property
     def plans(self) -> Plans:
@@ -136,7 +127,7 @@ class Applier:
         complete: whether they end with a source transaction.
         """
         alone = [step for step in folded if not isinstance(step, SetWise)]
-        if any(step.plan is not None and self._stale.moves_in_part(step.plan, step.change) for step in alone):
+        if any(step.plan is not None and self.stale.moves_in_part(step.plan, step.change) for step in alone):
             raise FoldError
         for step in folded:
             if isinstance(step, SetWise):
@@ -235,7 +226,7 @@ class Applier:
                         yield self.plan(batch.tables[change.table]), change
 
     def _move_in_part(self, batches: Sequence[Batch]) -> bool:
-        return bool(self.stale) and any(self._stale.moves_in_part(*each) for each in self._planned(batches))
+        return bool(self.stale.tables) and any(self.stale.moves_in_part(*each) for each in self._planned(batches))
 
     def _alone(self, plan: TablePlan, change: Change) -> None:
         statement = plan.update(change) if change.operation == UPDATE else plan.delete(change)
@@ -262,7 +253,7 @@ class Applier:
         And what a row that moves does not bring along is read again.
         """
         plan = self.plan(tables[change.table]) if change.table >= 0 and change.after is not None else None
-        if plan is None or not self._stale.may_collide(plan, change):
+        if plan is None or not self.stale.may_collide(plan, change):
             self._one(tables, change)
             return
         self._connection.execute("SAVEPOINT one")
@@ -270,11 +261,11 @@ class Applier:
             self._one(tables, change)
         except psycopg.errors.UniqueViolation:
             self._connection.execute("ROLLBACK TO SAVEPOINT one")
-            self._stale.give_way(plan, change)
+            self.stale.give_way(plan, change)
             self._one(tables, change)
         self._connection.execute("RELEASE SAVEPOINT one")
-        if self._stale.moves_in_part(plan, change):
-            self._stale.complete(plan, change)
+        if self.stale.moves_in_part(plan, change):
+            self.stale.complete(plan, change)
 
     def _fit(self, tables: Tables, change: Change, position: Lsn) -> None:
         """Let the mirror's table follow what has happened to the source's, before the change."""
@@ -325,8 +316,8 @@ class Applier:
             image = self._reread(plan.source, image)
         if image is not None:
             whole = msgspec.structs.replace(change, operation=INSERT, after=image)
-            if self._stale.may_collide(plan, whole):
-                self._stale.give_way(plan, whole)
+            if self.stale.may_collide(plan, whole):
+                self.stale.give_way(plan, whole)
             execute(self._connection, plan.insert(image, upsert=True))
             self.healed += 1
 

@@ -10,7 +10,7 @@ import psycopg
 from psycopg import pq
 
 from cdc.postgres.connection import result_error
-from cdc.postgres.libpq import find_libpq
+from cdc.postgres.libpq import address_of, find_libpq
 
 if TYPE_CHECKING:
     from cdc.postgres import _copy_out
@@ -71,8 +71,7 @@ def take_in_python(pgconn: pq.abc.PGconn, max_bytes: int) -> tuple[bytes, int]:
 def take_compiled(pgconn: pq.abc.PGconn, max_bytes: int) -> tuple[bytes, int]:
     """`Take`, a row at a time in C."""
     assert _LIBPQ is not None, "nobody takes this function then"
-    address: int = pgconn.pgconn_ptr  # type: ignore[attr-defined]  # of every implementation
-    data, status = _copy_out.take(address, *_LIBPQ, max_bytes)
+    data, status = _copy_out.take(address_of(pgconn), *_LIBPQ, max_bytes)
     if status < -1:
         raise psycopg.OperationalError(pgconn.get_error_message())
     return data, status

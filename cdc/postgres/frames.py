@@ -7,7 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from struct import Struct
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from cdc.postgres import _frames
+else:
+    try:
+        from cdc.postgres import _frames
+    except ImportError:
+        _frames = None
+
+compiled = _frames
+"""What takes messages from libpq and packs them. `None` where no C compiler was there: then they come one by one."""
+
+DATA_AT: Final = 25
+"""Size of XLogData's header, behind which a message begins that comes by itself."""
 
 _LENGTH: Final = Struct("<I")
 
@@ -24,10 +38,6 @@ class Frames:
 
     def __init__(self, data: bytes) -> None:
         self.data = data
-
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return bool(self.data)
 
 
 def messages(data: bytes, at: int, end: int) -> Iterator[bytes]:

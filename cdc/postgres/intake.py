@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from cdc.change import Batch
 from cdc.packed import Packed
 from cdc.postgres.assembly import PART_BYTES, Assembler
-from cdc.postgres.frames import BEGIN, LENGTH_BYTES, Frames, messages
-
-if TYPE_CHECKING:
-    from cdc.postgres import _frames
-else:
-    try:
-        from cdc.postgres import _frames
-    except ImportError:
-        _frames = None
+from cdc.postgres.frames import BEGIN, DATA_AT, LENGTH_BYTES, Frames, compiled, messages
 
 
 class Intake:
@@ -46,19 +37,19 @@ class Intake:
         self._data, self._at = b"", 0
         self._assembler.reset()
 
-    def feed(self, drained: Frames | list[bytes], at: int) -> None:
-        """Take messages; those of a list start at byte `at`. Raises `DecodeError` on what cannot be understood."""
+    def feed(self, drained: Frames | list[bytes]) -> None:
+        """Take messages, as `ReplicationStream.drain` gives them. Raises `DecodeError` on what cannot be understood."""
         if isinstance(drained, Frames):
             self._data = self._data[self._at :] + drained.data
             self._at = 0
         else:
-            self._assembler.feed(drained, at)
+            self._assembler.feed(drained, DATA_AT)
 
     def take(self) -> Batch | None:
         """Give out finished transactions, or what has come of a large one. There may be more until it gives none."""
         if self._at < len(self._data):
             if self._assembler.in_transaction:
-                self._assemble(_frames.first_commit(self._data, self._at))
+                self._assemble(compiled.first_commit(self._data, self._at))
             else:
                 batch = self._take_whole()
                 if batch is not None:
@@ -72,13 +63,13 @@ class Intake:
     def _take_whole(self) -> Batch | None:
         """Between two transactions: pack as many as are plain. From one that is not on, all go the other way."""
         data, at, assembler = self._data, self._at, self._assembler
-        whole = _frames.last_commit(data, at)
+        whole = compiled.last_commit(data, at)
         if whole == at:
             if len(data) - at >= PART_BYTES or data[at + LENGTH_BYTES] != BEGIN:
                 self._assemble(len(data))
             return None
         if assembler.is_clean:
-            self._at, packed, relations, end, size = _frames.pack(data, at, whole, assembler.end, assembler.relations)
+            self._at, packed, relations, end, size = compiled.pack(data, at, whole, assembler.end, assembler.relations)
             if self._at > at:
                 assembler.passed(end, empty=not packed)
             if packed:

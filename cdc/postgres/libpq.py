@@ -28,6 +28,12 @@ def find_libpq() -> Libpq | None:
         return None
 
 
+def address_of(pgconn: pq.abc.PGconn) -> int:
+    """Where libpq has what a connection is to it."""
+    address: int = pgconn.pgconn_ptr  # type: ignore[attr-defined]  # of every implementation
+    return address
+
+
 def _address(function: Any) -> int:
     address = ctypes.cast(function, ctypes.c_void_p).value
     assert address is not None

@@ -59,7 +59,7 @@ class Ended(msgspec.Struct, frozen=True):
 Item = Planned | Begun | Part | Ended
 
 
-class Ahead:
+class ReadParts:
     """What is read and not taken yet, in order: as much as may be kept, or one part."""
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class RoundReader:
         self.error: str | None = None
         self.end_round, self.reached = threading.Event(), threading.Event()
         self._sink, self._target_url, self._source_url = sink, sink.url.reveal(), source.url.reveal()
-        self._ahead = Ahead()
+        self._ahead = ReadParts()
         self._left: set[TableName] = set()
         self._marks: Mapping[TableName, RefreshMark] = {}
         self._after_seconds = 0.0

@@ -6,24 +6,16 @@ import select
 import time
 from collections.abc import Sequence
 from struct import Struct
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from psycopg import pq, sql
 
 from cdc.errors import DecodeError, TransientError
 from cdc.position import Lsn, format_lsn
 from cdc.postgres.connection import Connection, result_error, translated_errors
-from cdc.postgres.frames import Frames
-from cdc.postgres.libpq import find_libpq
+from cdc.postgres.frames import DATA_AT, Frames, compiled
+from cdc.postgres.libpq import address_of, find_libpq
 from cdc.postgres.pgoutput import POSTGRES_EPOCH_MICROSECONDS
-
-if TYPE_CHECKING:
-    from cdc.postgres import _frames
-else:
-    try:
-        from cdc.postgres import _frames
-    except ImportError:
-        _frames = None
 
 BEHIND_BYTES: Final = 256 * 1024
 """A drain above this means that the reader is behind; below it every message is handed on at once."""
@@ -42,9 +34,6 @@ DRAIN_SECONDS: Final = 0.25
 
 SILENCE_SECONDS: Final = 60.0
 """Half of this without a word, and the server is asked for a keepalive."""
-
-DATA_AT: Final = 25
-"""Size of XLogData's header."""
 
 _XLOG_DATA, _KEEPALIVE = b"wk"
 _DATA_HEADER: Final = Struct(">xQQ").unpack_from
@@ -75,7 +64,7 @@ class ReplicationStream:
         self._pgconn = connection.pgconn
         self._poll = select.poll()
         self._poll.register(self._pgconn.socket, select.POLLIN)
-        self._libpq = find_libpq() if _frames is not None else None
+        self._libpq = find_libpq() if compiled is not None else None
         self._taken: list[bytes] = []  # frames, or messages one by one
         self._behind = False
         # the server drops a reader that is silent for longer than its timeout (0: never)
@@ -149,8 +138,7 @@ class ReplicationStream:
         """Take what libpq holds already, up to about `max_bytes`; return its size, 0 if there is no whole message."""
         if self._libpq is None:
             return self._take_one_by_one(max_bytes)
-        address: int = self._pgconn.pgconn_ptr  # type: ignore[attr-defined]  # of every implementation
-        size, frames, received, others, ended = _frames.take(address, *self._libpq, max_bytes)
+        size, frames, received, others, ended = compiled.take(address_of(self._pgconn), *self._libpq, max_bytes)
         self._taken.append(frames)
         self.received = max(self.received, Lsn(received))
         for data in others:

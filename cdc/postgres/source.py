@@ -23,7 +23,7 @@ from cdc.postgres.intake import Intake
 from cdc.postgres.publication import Publication, captured_tables, desired_publications, is_insert_only
 from cdc.postgres.publication_check import check_publications
 from cdc.postgres.publication_setup import create_publications, existing_publications, extend_publications
-from cdc.postgres.replication import DATA_AT, ReplicationStream
+from cdc.postgres.replication import ReplicationStream
 from cdc.postgres.reread import reread
 from cdc.postgres.schema import SchemaTable, read_tables
 from cdc.postgres.sequences import SequenceValue, read_sequences
@@ -129,7 +129,7 @@ class PostgresSource:
             self._look_at_catalog(self._control)
         batch = intake.take()
         if batch is None:
-            intake.feed(stream.drain(max_bytes=PART_BYTES, timeout_seconds=timeout_seconds), DATA_AT)
+            intake.feed(stream.drain(max_bytes=PART_BYTES, timeout_seconds=timeout_seconds))
             batch = intake.take()
         if batch is not None:
             self._gave(batch.position)

@@ -8,7 +8,7 @@ import pytest
 
 from cdc import packed
 from cdc.change import Summarized
-from cdc.postgres import intake, replication, steps
+from cdc.postgres import replication, steps
 from cdc.postgres.copy_text import plain_text_in_python
 from tests.mirror import Mirror, running_mirror, wait_for
 from tests.servers import Database
@@ -56,8 +56,7 @@ def queued(mirror: Mirror, first: int) -> list[bool]:
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there was none."""
-    for module in (replication, intake):
-        monkeypatch.setattr(module, "_frames", None)
+    monkeypatch.setattr(replication, "compiled", None)
     monkeypatch.setattr(steps, "_fold", None)
     monkeypatch.setattr(steps, "plain_text", plain_text_in_python)
     monkeypatch.setattr(packed, "unpack", packed.unpack_in_python)

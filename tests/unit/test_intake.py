@@ -69,7 +69,7 @@ def taken(intake: Intake | Assembler) -> list[Batch]:
 def described() -> Intake:
     """An intake that knows both tables."""
     intake = Intake(0)
-    intake.feed(frames(begin(10), RELATION, OTHER, insert(b"0"), commit(10)), 0)
+    intake.feed(frames(begin(10), RELATION, OTHER, insert(b"0"), commit(10)))
     assert len(taken(intake)) == 1
     return intake
 
@@ -106,7 +106,7 @@ def test_the_same_transactions_as_one_by_one(wanted: list[tuple[list[str], bool]
     expected = taken(assembler)
     intake, found, at = Intake(0), [], 0
     for size in [*cuts, len(stream)]:
-        intake.feed(frames(*stream[at : at + size]), 0)
+        intake.feed(frames(*stream[at : at + size]))
         found += taken(intake)
         at += size
     assert as_seen(found) == as_seen(expected)
@@ -121,14 +121,14 @@ def test_the_same_transactions_as_one_by_one(wanted: list[tuple[list[str], bool]
 )
 def test_rows_are_packed(name: str) -> None:
     intake = described()
-    intake.feed(frames(begin(20), CHANGES[name], insert(b"1"), commit(20), begin(30), insert(b"2")), 0)
+    intake.feed(frames(begin(20), CHANGES[name], insert(b"1"), commit(20), begin(30), insert(b"2")))
     (batch,) = taken(intake)
     assert isinstance(batch.transactions, Packed)
     changes = 1 if name in {"origin", "type"} else 2
     assert (batch.position, batch.change_count, intake.position) == (28, changes, 28)
     assert batch.size == sum(map(len, (begin(20), CHANGES[name], insert(b"1"), commit(20))))
     assert intake.in_transaction
-    intake.feed(frames(commit(30)), 0)
+    intake.feed(frames(commit(30)))
     (batch,) = taken(intake)
     assert isinstance(batch.transactions, Packed)
     assert [table.name for table in batch.tables] == ["t"]
@@ -139,7 +139,7 @@ def test_rows_are_packed(name: str) -> None:
 def test_what_is_more_than_rows_goes_one_by_one(name: str) -> None:
     intake = described()
     rest = (begin(30), CHANGES[name], insert(b"2"), commit(30), begin(40), insert(b"3"), commit(40))
-    intake.feed(frames(begin(20), insert(b"1"), commit(20), *rest), 0)
+    intake.feed(frames(begin(20), insert(b"1"), commit(20), *rest))
     packed, plain = taken(intake)
     assert isinstance(packed.transactions, Packed)
     assert isinstance(plain.transactions, list)
@@ -157,7 +157,7 @@ def test_whatever_is_not_whole_is_left_to_the_assembler(damaged: bytes) -> None:
     assembler.feed([begin(10), RELATION, OTHER, insert(b"0"), commit(10)])
     assembler.take()
     intake = described()
-    intake.feed(frames(*messages), 0)
+    intake.feed(frames(*messages))
     try:
         assembler.feed(messages)
         expected = taken(assembler)
@@ -170,12 +170,12 @@ def test_whatever_is_not_whole_is_left_to_the_assembler(damaged: bytes) -> None:
 
 def test_f40_a_large_transaction_is_given_out_in_parts_and_the_next_ones_are_packed_again() -> None:
     intake, long = described(), change(b"I", 1, (b"N", [b"3", b"x" * (PART_BYTES // 3)]))
-    intake.feed(frames(begin(20), long, long), 0)
+    intake.feed(frames(begin(20), long, long))
     assert taken(intake) == []
-    intake.feed(frames(long, long), 0)
+    intake.feed(frames(long, long))
     (part,) = taken(intake)
     assert (part.complete, part.change_count, part.position) == (False, 4, 18)
-    intake.feed(frames(insert(b"4"), commit(20), begin(30), insert(b"5"), commit(30), begin(40)), 0)
+    intake.feed(frames(insert(b"4"), commit(20), begin(30), insert(b"5"), commit(30), begin(40)))
     end, packed = taken(intake)
     assert (end.complete, end.transactions[0].first_ordinal, end.position) == (True, 4, 28)
     assert isinstance(packed.transactions, Packed)
@@ -184,28 +184,28 @@ def test_f40_a_large_transaction_is_given_out_in_parts_and_the_next_ones_are_pac
 
 def test_f4_f5_a_new_stream_begins_where_the_last_one_was_given_out() -> None:
     intake, long = described(), change(b"I", 1, (b"N", [b"3", b"x" * (PART_BYTES // 2)]))
-    intake.feed(frames(begin(20), insert(b"1"), commit(20), begin(30), insert(b"2")), 0)
+    intake.feed(frames(begin(20), insert(b"1"), commit(20), begin(30), insert(b"2")))
     taken(intake)
     intake.reset()
     assert intake.position == 28
-    intake.feed(frames(begin(30), RELATION, long, long, long), 0)
+    intake.feed(frames(begin(30), RELATION, long, long, long))
     (part,) = taken(intake)
     intake.reset()
-    intake.feed(frames(begin(30), RELATION, long, long, long, insert(b"4"), commit(30)), 0)
+    intake.feed(frames(begin(30), RELATION, long, long, long, insert(b"4"), commit(30)))
     (rest,) = taken(intake)
     assert (part.transactions[0].first_ordinal, rest.transactions[0].first_ordinal) == (0, 3)
     assert rest.change_count == 1
-    intake.feed(frames(begin(50), long, long, long), 0)
+    intake.feed(frames(begin(50), long, long, long))
     taken(intake)
     intake.reset()
-    intake.feed(frames(begin(60), RELATION, long, commit(60)), 0)
+    intake.feed(frames(begin(60), RELATION, long, commit(60)))
     with pytest.raises(ResyncRequired):
         taken(intake)
 
 
 def test_transactions_of_nothing_move_the_position() -> None:
     intake = described()
-    intake.feed(frames(begin(20), commit(20), begin(30), commit(30)), 0)
+    intake.feed(frames(begin(20), commit(20), begin(30), commit(30)))
     assert taken(intake) == []
     assert intake.pass_idle(0)
     assert intake.position == 38
@@ -213,14 +213,14 @@ def test_transactions_of_nothing_move_the_position() -> None:
 
 def test_one_that_comes_again_is_dropped() -> None:
     intake = described()
-    intake.feed(frames(begin(12), insert(b"1"), commit(12), begin(20), insert(b"2"), commit(20)), 0)
+    intake.feed(frames(begin(12), insert(b"1"), commit(12), begin(20), insert(b"2"), commit(20)))
     (batch,) = taken(intake)
     assert [each.position for each in batch.transactions] == [20]
 
 
 def test_f4_one_that_comes_again_is_dropped_also_behind_one_of_nothing() -> None:
     intake = described()
-    intake.feed(frames(begin(15), commit(15), begin(30), commit(30)), 0)
+    intake.feed(frames(begin(15), commit(15), begin(30), commit(30)))
     assert taken(intake) == []
-    intake.feed(frames(begin(25), insert(b"1"), commit(25)), 0)
+    intake.feed(frames(begin(25), insert(b"1"), commit(25)))
     assert taken(intake) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cdc.change import TableName
 from cdc.position import Lsn
 from cdc.postgres.refresh_read import KeyedTable, Part
-from cdc.postgres.refresh_rounds import AHEAD_BYTES, AHEAD_ROWS, Ahead, Begun, Ended
+from cdc.postgres.refresh_rounds import AHEAD_BYTES, AHEAD_ROWS, Begun, Ended, ReadParts
 
 NAME = TableName("public", "t")
 TABLE = KeyedTable(NAME, NAME, ("id",), ("int4",), ("id",), False, False, (), None)
@@ -16,7 +16,7 @@ def part(rows: int, size: int = 0, absent: bytes = b"") -> Part:
 
 
 def test_it_is_bounded_by_rows_and_bytes() -> None:
-    ahead = Ahead()
+    ahead = ReadParts()
     ahead.put(part(AHEAD_ROWS // 2))
     assert ahead.has_room(part(AHEAD_ROWS // 2, AHEAD_BYTES))
     assert not ahead.has_room(part(AHEAD_ROWS // 2 + 1))
@@ -30,14 +30,14 @@ def test_it_is_bounded_by_rows_and_bytes() -> None:
 
 
 def test_even_parts_without_rows_are_not_kept_without_end() -> None:
-    ahead = Ahead()
+    ahead = ReadParts()
     for _ in range(AHEAD_ROWS):
         ahead.put(part(0))
     assert not ahead.has_room(part(0))
 
 
 def test_what_is_larger_than_may_be_kept_is_kept_alone() -> None:
-    ahead = Ahead()
+    ahead = ReadParts()
     ahead.put(Begun(Lsn(1)))
     assert ahead.has_room(part(2 * AHEAD_ROWS, 2 * AHEAD_BYTES))
     ahead.put(part(2 * AHEAD_ROWS))
