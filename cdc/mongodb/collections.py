@@ -227,15 +227,20 @@ def differences(source: CollectionInfo, target: CollectionInfo) -> Iterator[str]
     for option in sorted(left.keys() | right.keys()):
         if left.get(option) != right.get(option):
             yield f"option {option} is {_shown(left.get(option))}, on the mirror {_shown(right.get(option))}"
-    wanted, found = ({index.name: _index_parts(index) for index in each.indexes} for each in (source, target))
+    wanted, found = ({index.name: index for index in each.indexes} for each in (source, target))
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             yield f"index {name} is missing on the mirror"
         elif name not in wanted:
             yield f"index {name} is not at the source"
-        elif wanted[name] != found[name]:
+        elif not is_same_index(wanted[name], found[name]):
             yield f"index {name} differs"
     yield from (f"index {index.name} would delete on the mirror" for index in target.indexes if index.expires)
+
+
+def is_same_index(source: Index, target: Index) -> bool:
+    """Whether an index is what a mirror has of the source's."""
+    return _index_parts(source) == _index_parts(target)
 
 
 def _list(client: Client, database: str) -> Iterator[CollectionInfo]:

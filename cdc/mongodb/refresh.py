@@ -6,7 +6,9 @@ differs. What the source no longer has is deleted first, after the same moment: 
 the stream brings; what disappears later, the stream deletes. The mirror can be read all the time.
 
 Unique indexes are dropped until the stream has passed the copy, since values may have passed from one document to
-another. A capped collection, or one with a collation of its own, is emptied and copied as at the first time.
+another. Where the source's collection is another one than was mirrored, no drop of the former will come by the stream,
+as the copy is of what came after it: its indexes go here. A capped collection, or one with a collation of its own, is
+emptied and copied as at the first time.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import structlog
 from cdc.change import TableName
 from cdc.errors import UnknownTable
 from cdc.mongodb.client import Client, translated_errors
-from cdc.mongodb.collections import CollectionInfo, differences, drop_index, read_indexes
+from cdc.mongodb.collections import CollectionInfo, differences, drop_index, is_same_index, read_indexes
 from cdc.mongodb.delta import deletion, is_insertable, replacement
 from cdc.mongodb.digest import lookup
 from cdc.mongodb.loader import batches, insert, put_exactly
@@ -58,10 +60,15 @@ def can_stay(wanted: CollectionInfo, found: CollectionInfo) -> bool:
     return not odd and not any(line.startswith("option ") for line in differences(wanted, found))
 
 
-def drop_unique_indexes(client: Client, name: TableName) -> None:
-    """Let documents have the same values for a while."""
+def drop_indexes(client: Client, name: TableName, wanted: CollectionInfo, *, is_another: bool) -> None:
+    """Let documents have the same values for a while, and nothing stand in the way of what is to be built.
+
+    is_another: no index of another collection than the wanted one may stay.
+    """
+    by_name = {index.name: index for index in wanted.indexes}
     for index in read_indexes(client, name):
-        if index.unique:
+        like = by_name.get(index.name)
+        if index.unique or (is_another if like is None else not is_same_index(like, index)):
             drop_index(client, name, index.name)
 
 

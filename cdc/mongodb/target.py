@@ -32,7 +32,7 @@ from cdc.mongodb.loader import MongoLoader
 from cdc.mongodb.moment import has_passed
 from cdc.mongodb.positions import CollectionState, Positions
 from cdc.mongodb.ranges import Ranges
-from cdc.mongodb.refresh import can_stay, drop_unique_indexes, order, overwrite, remove_gone
+from cdc.mongodb.refresh import can_stay, drop_indexes, order, overwrite, remove_gone
 from cdc.position import Position, SourcePosition
 from cdc.sink import Resync
 from cdc.source import Chunk
@@ -318,8 +318,9 @@ class _Preparation:
                 self._client[name.schema][name.name].delete_many({})
 
     def _keep(self, wanted: CollectionInfo, state: CollectionState) -> None:
-        """Leave what is there, but for unique indexes; all that are missing are built at the end."""
-        drop_unique_indexes(self._client, self._name(wanted))
+        """Leave what is there, but for some indexes; all that are missing are built at the end."""
+        is_another = state.uuid not in {b"", wanted.uuid}
+        drop_indexes(self._client, self._name(wanted), wanted, is_another=is_another)
         indexes = tuple(index.spec for index in wanted.indexes)
         expiring = tuple(index.spec for index in wanted.indexes if index.expires)
         kept = msgspec.structs.replace(state, uuid=wanted.uuid, pending=indexes, expiring=expiring, renamed_at=None)

@@ -15,6 +15,7 @@ from pymongo.errors import OperationFailure
 from structlog.testing import capture_logs
 
 from cdc.change import TableName
+from cdc.config import SourceConfig
 from cdc.copy import Copy, CopyResult
 from cdc.errors import FatalError, PermanentError, TransientError
 from cdc.mongodb.client import connect
@@ -24,6 +25,7 @@ from cdc.mongodb.positions import Positions
 from cdc.mongodb.snapshot import MongoSnapshot, now
 from cdc.mongodb.target import MongoCopyTarget
 from cdc.position import Position
+from cdc.secret import Secret
 from cdc.sink import Mirror
 from cdc.source import Source
 from tests.mongo import CollectionSource, corpus, insert_raw, raw_documents, sink_config
@@ -323,6 +325,30 @@ def test_a_collection_that_comes_back_is_copied_again(copying: Copying) -> None:
     copying.db.orders.replace_one({"_id": 1}, {"changed": True})
     copying.copy()
     copying.assert_equal("orders", "items")
+
+
+@pytest.mark.parametrize("is_another", [True, False])
+def test_f65_a_resync_keeps_no_index_of_a_collection_that_was_made_anew(copying: Copying, is_another: bool) -> None:
+    """Its drop is never mirrored: the copy is of what came after. One that the mirror's owner made stays otherwise."""
+    copying.db.orders.insert_one({"_id": 1})
+    for name in ("a", "b"):
+        copying.db.orders.create_index(name)
+    copying.copy()
+    assert copying.target().finish_copy(LATER)
+    copying.mirror_db.orders.create_index("own")
+    if is_another:
+        copying.db.drop_collection("orders")
+        copying.db.orders.insert_one({"_id": 1})
+        copying.db.orders.create_index("b", sparse=True)
+        copying.db.orders.create_index("c")
+    source = SourceConfig(name="shop", url=Secret(copying.url))
+    target = MongoCopyTarget(copying.config, source)
+    target.want_resync(None, None)
+    copying.copy(target=target)
+    assert target.finish_copy(LATER)
+    found = copying.indexes(copying.mirror_db, "orders")
+    assert found.keys() == ({"b_1", "c_1"} if is_another else {"a_1", "b_1", "own_1"})
+    assert found["b_1"].get("sparse", False) == is_another
 
 
 FailCommand = Callable[..., None]
