@@ -56,6 +56,7 @@ def application(context: BrowserContext, line: Line, bundle: str) -> Iterator[Pa
 def begin(page: Page, **options: Any) -> None:
     page.evaluate("(options) => begin(options)", {"pollInterval": 50, **options})
     expect(page.locator("#sync")).to_contain_text("connected")
+    expect(page.locator("#entity")).to_have_class("connected")  # by a poller of its own, which begins now, too
 
 
 def wait_for(page: Page, count: int) -> list[str]:

@@ -27,9 +27,9 @@ function Sync({ types }) {
 }
 
 function Entity({ id }) {
-  const { changes, latest } = useEntityChanges("Orders", id, { pollInterval: window.options.pollInterval });
+  const { changes, latest, isConnected } = useEntityChanges("Orders", id, { pollInterval: window.options.pollInterval });
   return (
-    <p id="entity">
+    <p id="entity" className={isConnected ? "connected" : "off"}>
       {changes.map((change) => `${change.entityId}.${change.version}`).join(" ")} latest {latest?.version}
     </p>
   );
