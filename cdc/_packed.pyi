@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+
 from cdc.change import Transaction
 
 def unpack(data: bytes) -> list[Transaction]: ...
+def transactions_at(data: bytes, places: Sequence[int]) -> list[tuple[int, int]]: ...

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""`cdc.packed.unpack`, compiled.
+"""What takes `cdc.packed` apart, compiled.
 
 Built where a C compiler is there when the package is installed; without it everything works the same, but slower.
 """
@@ -52,6 +52,46 @@ def unpack(bytes data):
             )
         )
     return found
+
+
+def transactions_at(bytes data, list places):
+    """See `cdc.packed.transactions_at_in_python`."""
+    cdef const unsigned char *d = data
+    cdef Py_ssize_t length = len(data), at = SUMMARY_BYTES, start, place
+    cdef list found = []
+    for place in places:
+        while at <= place:
+            start, at = at, end_of(d, at, length)
+            if at < 0:
+                raise truncated(length)
+            if place < at:
+                found.append((start, at))
+    return found
+
+
+cdef Py_ssize_t end_of(const unsigned char *d, Py_ssize_t at, Py_ssize_t length) noexcept nogil:
+    """Where the transaction ends that begins at a byte; -1 if it does not."""
+    cdef uint32_t left
+    cdef int parts
+    if length - at < TRANSACTION_BYTES:
+        return -1
+    left = u32(d + at + 32)
+    at += TRANSACTION_BYTES
+    while left > 0:
+        left -= 1
+        if length - at < CHANGE_BYTES:
+            return -1
+        parts = d[at + 3] & 7
+        at += CHANGE_BYTES
+        while parts:
+            if parts & 1:
+                if length - at < LENGTH_BYTES:
+                    return -1
+                at += LENGTH_BYTES + <Py_ssize_t> u32(d + at)
+                if at > length:
+                    return -1
+            parts >>= 1
+    return at
 
 
 cdef object truncated(Py_ssize_t length):

@@ -8,6 +8,7 @@ from operator import attrgetter, is_
 from typing import Final, NamedTuple
 
 from cdc.change import DDL, Change, Transaction
+from cdc.packed import Packed, Span
 from cdc.parking_plan import subject_of
 from cdc.parts import Item, Subjects, sifted
 from cdc.queue import Stored
@@ -126,7 +127,7 @@ def apart(
     waiting: list[tuple[Item, Subject]] = []
     behind = Subjects()
     for stored, own in groupby(items, _STORED):
-        is_free = parked.subjects.quick_look(stored.batch, sink.free_of, behind)
+        is_free = parked.subjects.quick_look(stored.batch, sink.free_of, behind).is_free
         for item in own:
             if item.id in parked:
                 continue
@@ -172,4 +173,20 @@ class _Look:
             self.waiting.append((Item(piece, transaction, change, place), subject))
             return False
 
-        return sifted(piece, passes, None if self._again else subjects.quick_look(batch, self._sink.free_of, behind))
+        if self._again:
+            return sifted(piece, passes)
+        look = subjects.quick_look(batch, self._sink.free_of, behind)
+        return sifted(piece, passes, look.is_free, self._spans(batch.transactions, look.marks))
+
+    def _spans(self, transactions: Sequence[Transaction], marks: frozenset[bytes] | None) -> Iterator[Span] | None:
+        """Where packed transactions have to be looked at; `None`: everywhere."""
+        if marks is None or not isinstance(transactions, Packed):
+            return None
+        return self._marked(transactions, marks)
+
+    def _marked(self, packed: Packed, marks: frozenset[bytes]) -> Iterator[Span]:
+        for span in packed.spans(marks):
+            yield span
+            if self._behind:  # what comes next may have to wait behind that, whatever its bytes
+                yield packed.rest(span)
+                return

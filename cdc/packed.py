@@ -13,8 +13,11 @@ last one was committed (i64), and whether it ends (u8). Then each transaction: p
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain
 from struct import Struct, error
 from typing import Final, overload
 
@@ -31,6 +34,9 @@ _LENGTH: Final = Struct("<I")
 
 _PARTS: Final = 3
 _NEVER_PACKED: Final = (0,) * (len(Operation) - 3)
+
+Span = tuple[int, int]
+"""Where one or more transactions stand: from a byte up to another one."""
 
 _lock = threading.Lock()
 
@@ -82,6 +88,42 @@ class Packed(Summarized):
     def __repr__(self) -> str:
         return f"Packed({self._unpacked()!r})"
 
+    def spans(self, marks: frozenset[bytes]) -> list[Span]:
+        """Where the transactions are that have any of these byte strings in their images, in order; perhaps others."""
+        search = _pattern(marks).search
+        found: list[int] = []
+        match = search(self.data, SUMMARY_BYTES)
+        while match is not None:
+            found.append(match.start())
+            match = search(self.data, match.start() + 1)  # one that only looks like it may overlap
+        return transactions_at(self.data, found) if found else []
+
+    def rest(self, span: Span) -> Span:
+        """Where all transactions are that come later."""
+        return span[1], len(self.data)
+
+    def part(self, span: Span) -> list[Transaction]:
+        """The transactions that are there."""
+        start, end = span
+        return unpack(self.data[:SUMMARY_BYTES] + self.data[start:end])
+
+    def replaced(self, parts: Mapping[Span, Sequence[Transaction]]) -> Packed:
+        """The same with as many other transactions in some places: those that are there, with less of their changes."""
+        counts = list(self._summary.counts)
+        pieces: list[bytes] = []
+        at = SUMMARY_BYTES
+        for span, transactions in sorted(parts.items()):
+            for sign, some in ((-1, self.part(span)), (1, transactions)):
+                for change in chain.from_iterable(each.changes for each in some):
+                    counts[change.operation] += sign
+            pieces += (self.data[at : span[0]], *map(_pack, transactions))
+            at = span[1]
+        head = _SUMMARY.pack(
+            *(self._count, self._summary.complete, *counts[: len(Operation) - len(_NEVER_PACKED)]),
+            *(self._summary.first, self._summary.last, self._summary.commit_time, self._summary.ended),
+        )
+        return Packed(b"".join((head, *pieces, self.data[at:])))
+
     def _unpacked(self) -> list[Transaction]:
         if self._transactions is None:
             found = unpack(self.data)
@@ -125,6 +167,51 @@ def change_at(data: bytes, at: int) -> tuple[Change, int]:
     return Change(operation, table, key, before, after), at
 
 
+def transactions_at_in_python(data: bytes, places: Sequence[int]) -> list[Span]:
+    """Where the transactions are in which these bytes stand, both in order. Raises only `DecodeError`."""
+    found: list[Span] = []
+    at = SUMMARY_BYTES
+    try:
+        for place in places:
+            while at <= place:
+                start, at = at, _end(data, at)
+                if place < at:
+                    found.append((start, at))
+    except error:
+        raise _truncated(data) from None
+    return found
+
+
+def _end(data: bytes, at: int) -> int:
+    """Where the transaction ends that begins at a byte."""
+    count = _TRANSACTION.unpack_from(data, at)[5]
+    at += _TRANSACTION.size
+    for _ in range(count):
+        _, at = change_at(data, at)
+    return at
+
+
+def _pack(transaction: Transaction) -> bytes:
+    pieces = [
+        _TRANSACTION.pack(
+            *(transaction.position, transaction.end, transaction.commit_time, transaction.xid),
+            *(transaction.first_ordinal, len(transaction.changes), transaction.complete),
+        )
+    ]
+    for change in transaction.changes:
+        images = (change.key, change.before, change.after)
+        parts = sum(1 << part for part, image in enumerate(images) if image is not None)
+        pieces.append(_CHANGE.pack(change.operation, change.table, parts))
+        pieces += (part for image in images if image is not None for part in (_LENGTH.pack(len(image)), image))
+    return b"".join(pieces)
+
+
+@lru_cache(maxsize=64)
+def _pattern(marks: frozenset[bytes]) -> re.Pattern[bytes]:
+    """What finds any of them."""
+    return re.compile(b"|".join(map(re.escape, sorted(marks))))
+
+
 def _truncated(data: bytes) -> DecodeError:
     return DecodeError(f"packed transactions truncated at byte {len(data)}")
 
@@ -132,6 +219,6 @@ def _truncated(data: bytes) -> DecodeError:
 try:
     from cdc import _packed
 except ImportError:
-    unpack = unpack_in_python
+    unpack, transactions_at = unpack_in_python, transactions_at_in_python
 else:
-    unpack = _packed.unpack
+    unpack, transactions_at = _packed.unpack, _packed.transactions_at

@@ -11,11 +11,21 @@ from typing import Final, NamedTuple, cast
 import msgspec
 
 from cdc.change import DDL, TRUNCATE, Batch, Change, Table, TableName, Transaction, Truncate
+from cdc.packed import Packed, Span
 from cdc.queue import Stored
 from cdc.queue.parked import ParkedId
-from cdc.sink import IsFree, Subject, never_free
+from cdc.sink import NEVER_FREE, QuickLook, Subject
 
 _OPERATION: Final = attrgetter("operation")
+
+IsFree = Callable[[Change], bool]
+"""As `cdc.sink.QuickLook.is_free`."""
+
+FreeOf = Callable[[Table, Set[bytes]], QuickLook]
+"""As `cdc.sink.Parking.free_of`."""
+
+Passes = Callable[[Transaction, Change, ParkedId], bool]
+"""Whether a change, of a transaction and at a place, may go on its way."""
 
 
 class Subjects:
@@ -70,10 +80,11 @@ class Subjects:
         names = [table.qualified for table in batch.tables]
         return any(name in self._keys or (name.schema, "") in self._keys for name in names)
 
-    def quick_look(self, batch: Batch, free_of: Callable[[Table, Set[bytes]], IsFree], more: Subjects) -> IsFree:
+    def quick_look(self, batch: Batch, free_of: FreeOf, more: Subjects) -> QuickLook:
         """What tells of most changes of rows that they need not wait: it runs for every change.
 
-        Where it says no, `block` has to be asked. more: what there is to wait for besides; it may grow.
+        Where it says no, `block` has to be asked. more: what there is to wait for besides. It may grow, and only
+        `is_free` takes that into account.
         """
         looks = [self._quick_look(table, free_of) for table in batch.tables]
         more_keys = more._keys
@@ -82,15 +93,21 @@ class Subjects:
             if more_keys or change.operation >= TRUNCATE:
                 return False
             look = looks[change.table]
-            return look is None or look(change)
+            return look is None or look.is_free(change)
 
-        return is_free
+        marks: set[bytes] = set()
+        for look in looks:
+            if look is not None:
+                if look.marks is None:
+                    return QuickLook(is_free)
+                marks |= look.marks
+        return QuickLook(is_free, None if more_keys else frozenset(marks))
 
-    def _quick_look(self, table: Table, free_of: Callable[[Table, Set[bytes]], IsFree]) -> IsFree | None:
+    def _quick_look(self, table: Table, free_of: FreeOf) -> QuickLook | None:
         """`None` where no change of a row waits."""
         keys = self._keys.get(table.qualified)
         if (table.schema, "") in self._keys or (keys is not None and None in keys):
-            return never_free
+            return NEVER_FREE
         return None if keys is None else free_of(table, cast("Set[bytes]", keys.keys()))
 
 
@@ -121,31 +138,45 @@ def places_of(piece: Stored) -> Iterator[tuple[Transaction, ParkedId]]:
     """The transactions of a stored batch, each beside the place of its first change."""
     before = 0
     for transaction in piece.batch.transactions:
-        yield transaction, _place_of(piece, transaction, before)
+        position = transaction.position
+        # which numbers tell; else so many changes of its batch come before it
+        yield transaction, (position, transaction.first_ordinal) if isinstance(position, int) else (piece.seq, before)
         before += len(transaction.changes)
 
 
-def _place_of(piece: Stored, transaction: Transaction, before: int) -> ParkedId:
-    """The place of its first change. before: so many changes of its batch come before it."""
-    position = transaction.position
-    return (position, transaction.first_ordinal) if isinstance(position, int) else (piece.seq, before)
+def _numbered(transactions: Iterable[Transaction]) -> Iterator[tuple[Transaction, ParkedId]]:
+    """The same for transactions of which the positions are numbers."""
+    for transaction in transactions:
+        assert isinstance(transaction.position, int)
+        yield transaction, (transaction.position, transaction.first_ordinal)
 
 
-def sifted(
-    piece: Stored,
-    passes: Callable[[Transaction, Change, ParkedId], bool],
-    is_free: IsFree | None = None,
-) -> Stored:
+def sifted(piece: Stored, passes: Passes, is_free: IsFree | None = None, spans: Iterable[Span] | None = None) -> Stored:
     """Without the changes that do not pass. Transactions stay, if need be empty: they are positions.
 
     is_free: a quick look, by which changes pass that need not be asked about.
+    spans: where packed transactions have to be looked at, in order; each is taken when all before it was asked about.
+        `None`: everywhere.
     """
+    transactions = piece.batch.transactions
+    kept: Sequence[Transaction] | None
+    if spans is not None and isinstance(transactions, Packed):
+        found = {span: own for span in spans if (own := _sift(_numbered(transactions.part(span)), passes, is_free))}
+        kept = transactions.replaced(found) if found else None
+    else:
+        kept = _sift(places_of(piece), passes, is_free)
+    return piece if kept is None else Stored(piece.seq, msgspec.structs.replace(piece.batch, transactions=kept))
+
+
+def _sift(
+    places: Iterable[tuple[Transaction, ParkedId]], passes: Passes, is_free: IsFree | None
+) -> list[Transaction] | None:
+    """The transactions with what passes of them; `None` if all does."""
     kept: list[Transaction] = []
-    torn, before = False, 0
-    for transaction in piece.batch.transactions:
+    torn = False
+    for transaction, (place, ordinal) in places:
         changes = transaction.changes
         if is_free is None or not all(map(is_free, changes)):
-            place, ordinal = _place_of(piece, transaction, before)
             passing = [
                 change for number, change in enumerate(changes, ordinal) if passes(transaction, change, (place, number))
             ]
@@ -153,8 +184,7 @@ def sifted(
                 torn = True
                 transaction = msgspec.structs.replace(transaction, changes=passing)  # noqa: PLW2901
         kept.append(transaction)
-        before += len(changes)
-    return Stored(piece.seq, msgspec.structs.replace(piece.batch, transactions=kept)) if torn else piece
+    return kept if torn else None
 
 
 def parts_of(work: Iterable[tuple[Transaction, list[Item]]]) -> Iterator[Part]:

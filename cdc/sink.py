@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from operator import is_
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -158,13 +158,20 @@ class Subject(NamedTuple):
     keys: tuple[bytes, ...] | None
 
 
-IsFree = Callable[[Change], bool]
-"""Whether a change is certain to be about none of some rows. False may also mean that this takes longer to find out."""
+class QuickLook(NamedTuple):
+    """Tells of changes, quickly, that they are certain to be about none of some rows.
+
+    is_free: whether that is so. False may also mean that it takes longer to find out.
+    marks: of these byte strings at least one stands in the images of every change that is not free, so that where none
+        is no change has to be looked at; `None` where there are no such strings.
+    """
+
+    is_free: Callable[[Change], bool]
+    marks: frozenset[bytes] | None = None
 
 
-def never_free(_change: Change) -> bool:
-    """The `IsFree` of tables whose changes have to be looked at one by one."""
-    return False
+NEVER_FREE: Final = QuickLook(lambda _change: False)
+"""At tables whose changes have to be looked at one by one."""
 
 
 class Ahead(NamedTuple):
@@ -202,10 +209,10 @@ class Parking(Protocol):
         """What a change is about. tables: those of its batch."""
         ...
 
-    def free_of(self, table: Table, keys: Set[bytes]) -> IsFree:
+    def free_of(self, table: Table, keys: Set[bytes]) -> QuickLook:
         """What tells of changes of a table's rows that their `Subject.keys` are none of these.
 
-        It runs for each change beside parked ones, as long as `keys` stay the same.
+        It is used for each change beside parked ones, as long as `keys` stay the same.
         """
         ...
 

@@ -13,7 +13,7 @@ from threading import Condition
 from cdc.change import Batch, Change, Image, Operation, Table, TableName, Transaction
 from cdc.errors import FatalError, ResyncRequired, TransientError
 from cdc.position import Position, SourcePosition, as_lsn
-from cdc.sink import Ahead, Applied, IsFree, Refused, Subject
+from cdc.sink import Ahead, Applied, QuickLook, Refused, Subject
 from cdc.source import Beginning, Estimate, Snapshot
 from cdc.stats import CaptureStats
 
@@ -215,9 +215,9 @@ class MemorySink:
             return Subject((), None)
         return Subject((tables[change.table].qualified,), None if change.key is None else (change.key,))
 
-    def free_of(self, table: Table, keys: Set[bytes]) -> IsFree:  # noqa: ARG002 - protocol
+    def free_of(self, table: Table, keys: Set[bytes]) -> QuickLook:  # noqa: ARG002 - protocol
         """By its key."""
-        return lambda change: change.key is not None and change.key not in keys
+        return QuickLook(lambda change: change.key is not None and change.key not in keys)
 
     def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:  # noqa: ARG002 - protocol
         """Keep the changes, visible at once."""

@@ -31,7 +31,7 @@ from cdc.mongodb.positions import CollectionState, Positions, Standing
 from cdc.mongodb.target import MongoCopyTarget
 from cdc.mongodb.target_transaction import counting, target_transaction
 from cdc.position import Position, SourcePosition
-from cdc.sink import Ahead, Applied, Halted, IsFree, SinkContext, Subject, are_same, never_free
+from cdc.sink import NEVER_FREE, Ahead, Applied, Halted, QuickLook, SinkContext, Subject, are_same
 
 Work = Mapping[TableName, Folded | list[Change]]
 
@@ -140,11 +140,11 @@ class MongodbSink(MongoCopyTarget):
         name = tables[change.table].qualified
         return Subject((name,), None if self._keeps_order(name) else (_key(change),))
 
-    def free_of(self, table: Table, keys: Set[bytes]) -> IsFree:
+    def free_of(self, table: Table, keys: Set[bytes]) -> QuickLook:
         """By its `_id`."""
         if self._keeps_order(table.qualified):
-            return never_free
-        return lambda change: _key(change) not in keys
+            return NEVER_FREE
+        return QuickLook(lambda change: _key(change) not in keys)
 
     def _keeps_order(self, name: TableName) -> bool:
         """A collation may take more `_id`s for the same; capped collections keep the order of all documents."""

@@ -33,7 +33,7 @@ from cdc.postgres.staging import FIND_BY_INDEX
 from cdc.postgres.steps import Step, written_by
 from cdc.postgres.target_transaction import TargetTransaction
 from cdc.postgres.uncopied import Uncopied
-from cdc.sink import Ahead, Applied, IsFree, NeedsFilling, Refused, ResyncStatus, SinkContext, Subject, are_same
+from cdc.sink import Ahead, Applied, NeedsFilling, QuickLook, Refused, ResyncStatus, SinkContext, Subject, are_same
 
 FEW_CHANGES = 64
 """Up to so many changes, prepared statements in one pipeline are faster than staging tables."""
@@ -141,7 +141,7 @@ class PostgresSink(RefreshTarget):
         """A row by its key, and by what it takes of other unique columns; or its table as a whole."""
         return self._finder().find(tables, change)
 
-    def free_of(self, table: Table, keys: Set[bytes]) -> IsFree:
+    def free_of(self, table: Table, keys: Set[bytes]) -> QuickLook:
         """By the same."""
         return self._finder().free_of(table, keys)
 

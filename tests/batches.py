@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from struct import pack
 
-from cdc.change import Batch, Change, Column, Table, Transaction
+from cdc.change import DELETE, INSERT, UPDATE, Batch, Change, Column, Table, Transaction
 from cdc.postgres.row import encode_row
 
 TABLE = Table("public", "orders", (Column("id", 23, is_key=True), Column("note", 25, is_key=False)))
@@ -34,3 +35,21 @@ def transaction(number: int, *, parts: int = 1, size: int = 100) -> Iterator[Bat
 def idle(position: int | bytes) -> Batch:
     """A batch that only moves the position."""
     return Batch((), [], position, 0)
+
+
+def packed(transactions: list[Transaction]) -> bytes:
+    """As the compiled reader of a stream writes them."""
+    changes = [change for transaction in transactions for change in transaction.changes]
+    counts = (sum(change.operation == operation for change in changes) for operation in (INSERT, UPDATE, DELETE))
+    last = transactions[-1]
+    data = pack("<5I", len(transactions), len(transactions), *counts)
+    data += pack("<QQq?", transactions[0].position, last.position, last.commit_time, True)
+    for each in transactions:
+        data += pack("<QQqIII?", each.position, each.end, each.commit_time, each.xid, each.first_ordinal,
+                     len(each.changes), each.complete)  # fmt: skip
+        for change in each.changes:
+            images = (change.key, change.before, change.after)
+            parts = sum(1 << bit for bit, image in enumerate(images) if image is not None)
+            data += pack("<BHB", change.operation, change.table, parts)
+            data += b"".join(pack("<I", len(image)) + image for image in images if image is not None)
+    return data

@@ -25,7 +25,7 @@ from cdc.postgres.fold import FoldError
 from cdc.postgres.plan import TablePlan
 from cdc.postgres.row import COUNT_BYTES, UNCHANGED, Row, decode_row, encode_row
 from cdc.postgres.schema import FIRST_USER_OID
-from cdc.sink import IsFree, Subject, never_free
+from cdc.sink import NEVER_FREE, QuickLook, Subject
 
 _EXACT: Final = (
     16, 17, 18, 19, 20, 21, 23, 25, 26, 1043, 1082, 1083, 1114, 1184, 2950, 3220,
@@ -91,10 +91,10 @@ class SubjectFinder:
         known = self._known_as(table)
         return known.whole if known.keys is None else Subject(known.whole.tables, known.keys.of(change))
 
-    def free_of(self, table: Table, keys: Set[bytes]) -> IsFree:
+    def free_of(self, table: Table, keys: Set[bytes]) -> QuickLook:
         """See `cdc.sink.Parking.free_of`."""
         known = self._known_as(table).keys
-        return never_free if known is None else known.free_of(keys)
+        return NEVER_FREE if known is None else known.free_of(keys)
 
     def _known_as(self, table: Table) -> _Known:
         known = self._known.get(id(table))
@@ -164,7 +164,7 @@ class _Keys:
                     found.append(name + encode_row(values))
         return tuple(found)
 
-    def free_of(self, keys: Set[bytes]) -> IsFree:
+    def free_of(self, keys: Set[bytes]) -> QuickLook:
         """What tells of changes that they have none of these keys."""
 
         def exactly(change: Change) -> bool:
@@ -172,32 +172,35 @@ class _Keys:
             return own is not None and keys.isdisjoint(own)
 
         if sorted(self._plan.key) != list(range(len(self._plan.key))) or len(keys) > _FEW_KEYS:
-            return exactly
-        prefixes = tuple({prefix for key in keys for prefix in self._prefixes(key)})
+            return QuickLook(exactly)
+        starts = tuple({start for key in keys for start in self._starts(key)})
         parts = tuple({part for key in keys for part in self._parts(key)})
 
         def is_free(change: Change) -> bool:
             after, old = change.after, change.before or change.key
-            if old is not None and old.startswith(prefixes, COUNT_BYTES):
+            if old is not None and old.startswith(starts):
                 return exactly(change)
             if after is None:
                 return old is not None
-            if after.startswith(prefixes, COUNT_BYTES):
+            if after.startswith(starts):
                 return exactly(change)
             for part in parts:
                 if part in after:
                     return exactly(change)
             return True
 
-        return is_free
+        return QuickLook(is_free, frozenset((*starts, *parts)))
 
-    def _prefixes(self, key: bytes) -> Iterator[bytes]:
-        """How a row's columns begin, if it may have this key: perhaps with some that did not travel."""
+    def _starts(self, key: bytes) -> Iterator[bytes]:
+        """How a row begins, if it may have this key: perhaps with columns of it that did not travel."""
         values = self._values(key)
-        for count in range(len(values)):
-            yield _columns((*values[:count], None))
-            yield _columns((*values[:count], UNCHANGED))
-        yield _columns(values)
+        if not values:
+            return
+        count = encode_row((None,) * self._plan.width)[:COUNT_BYTES]
+        for known in range(len(values)):
+            yield count + _columns((*values[:known], None))
+            yield count + _columns((*values[:known], UNCHANGED))
+        yield count + _columns(values)
 
     def _parts(self, key: bytes) -> Iterator[bytes]:
         """What is in a row that has this key, if it is one of the other columns."""

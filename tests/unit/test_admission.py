@@ -11,6 +11,7 @@ import pytest
 
 from cdc.admission import ParkedRows, admission, apart
 from cdc.change import DDL, DELETE, INSERT, TRUNCATE, UPDATE, Batch, Change, Column, Ddl, Table, Transaction, Truncate
+from cdc.packed import Packed
 from cdc.parts import Item, Subjects, items_of
 from cdc.postgres.parking import SubjectFinder, Uniqueness
 from cdc.postgres.plan import TablePlan
@@ -20,6 +21,7 @@ from cdc.queue import Stored
 from cdc.queue.parked import ParkedChange, ParkedCount
 from cdc.sink import Subject
 from cdc.testing import MemorySink
+from tests.batches import packed
 
 TEXT = 25
 NAMES = ("a", "b", "c", "d")
@@ -132,7 +134,7 @@ def test_f89_a_row_is_free_only_if_none_of_the_keys_can_be_its_own(shape: Shape)
         parked_keys = [find.find(TABLES, each).keys or () for each in parked]
         keys = {key for each in parked_keys for key in each}
         exactly = own is not None and keys.isdisjoint(own)
-        is_free = find.free_of(shape.table, keys)(change)
+        is_free = find.free_of(shape.table, keys).is_free(change)
         assert is_free or not exactly
         if is_free and not exactly:
             assert own is None, "it has one of the keys"
@@ -149,7 +151,7 @@ def test_f89_all_other_rows_are_free(shape: Shape, refused: int) -> None:
         return Change(INSERT, index, None, None, encode_row(row))
 
     subjects = [finder().find(TABLES, insert(number)) for number in range(refused)]
-    is_free = finder().free_of(shape.table, {key for subject in subjects for key in subject.keys or ()})
+    is_free = finder().free_of(shape.table, {key for subject in subjects for key in subject.keys or ()}).is_free
     assert not any(is_free(insert(number)) for number in range(refused))
     assert all(is_free(insert(number)) for number in range(refused, refused + 10))
 
@@ -162,6 +164,13 @@ class Sink(MemorySink):
         finding = finder()
         self.subject_of = finding.find  # type: ignore[method-assign]
         self.free_of = finding.free_of  # type: ignore[method-assign]
+
+
+def as_packed(piece: Stored) -> Stored:
+    transactions = piece.batch.transactions
+    if not transactions:
+        return piece
+    return Stored(piece.seq, msgspec.structs.replace(piece.batch, transactions=Packed(packed(list(transactions)))))
 
 
 TRUNCATED = Change(TRUNCATE, -1, None, None, None, Truncate((1, 4), cascade=False, restart_identity=False))
@@ -185,14 +194,16 @@ def waiting_one_by_one(pieces: list[Stored], parked: ParkedRows, sink: Sink) -> 
     return waiting
 
 
-@pytest.mark.parametrize("others", [(), (TRUNCATED, ALTERED)], ids=["rows", "tables"])
-def test_f89_what_has_to_wait_is_the_same_as_one_by_one(others: Sequence[Change]) -> None:
+@pytest.mark.parametrize("others", [(), (TRUNCATED, ALTERED), None], ids=["rows", "tables", "packed"])
+def test_f89_what_has_to_wait_is_the_same_as_one_by_one(others: Sequence[Change] | None) -> None:
     source, sink = Source("batches"), Sink()
     for number in range(300):
         parked = ParkedRows()
         for place, change in enumerate(source.changes(1 + number % 3, number % 2 * 4)):
             parked.add(parked_row(place, sink.subject_of(TABLES, change)))
-        pieces = [source.piece(seq, others) for seq in (1, 2)]
+        pieces = [source.piece(seq, others or ()) for seq in (1, 2)]
+        if others is None:
+            pieces = list(map(as_packed, pieces))
         found, expected = admission(pieces, parked, sink, again=False), waiting_one_by_one(pieces, parked, sink)
         assert [(item.id, subject) for item, subject in found.waiting] == [
             (item.id, subject) for item, subject in expected

@@ -16,8 +16,7 @@ from cdc.postgres.copy_text import copy_text, plain_text, plain_text_in_python
 from cdc.postgres.fold import Appends, Fold, FoldError, KeyOf, changed_columns, old_row
 from cdc.postgres.row import UNCHANGED, Row, decode_row, encode_row, first_value, merge
 from cdc.postgres.steps import unplain_changes
-from tests.batches import TABLE
-from tests.unit.test_packed import packed
+from tests.batches import TABLE, packed
 
 
 def inserted(key: bytes, value: bytes) -> Change:

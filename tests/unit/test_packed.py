@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from struct import pack
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc.change import DELETE, INSERT, UPDATE, Batch, Change, Summary, Transaction
 from cdc.errors import DecodeError
-from cdc.packed import Packed, unpack, unpack_in_python
+from cdc.packed import Packed, transactions_at, transactions_at_in_python, unpack, unpack_in_python
 from cdc.position import Position
 from cdc.queue import Queue
-from tests.batches import TABLE
+from tests.batches import TABLE, packed
 
 TRANSACTIONS = [
     Transaction(100, 108, 5_000_000, 7, 0, True,
@@ -25,24 +25,6 @@ TRANSACTIONS = [
 ]  # fmt: skip
 
 READERS = pytest.mark.parametrize("read", [unpack, unpack_in_python])
-
-
-def packed(transactions: list[Transaction]) -> bytes:
-    """As the compiled reader of a stream writes them."""
-    changes = [change for transaction in transactions for change in transaction.changes]
-    counts = (sum(change.operation == operation for change in changes) for operation in (INSERT, UPDATE, DELETE))
-    last = transactions[-1]
-    data = pack("<5I", len(transactions), len(transactions), *counts)
-    data += pack("<QQq?", transactions[0].position, last.position, last.commit_time, True)
-    for each in transactions:
-        data += pack("<QQqIII?", each.position, each.end, each.commit_time, each.xid, each.first_ordinal,
-                     len(each.changes), each.complete)  # fmt: skip
-        for change in each.changes:
-            images = (change.key, change.before, change.after)
-            parts = sum(1 << bit for bit, image in enumerate(images) if image is not None)
-            data += pack("<BHB", change.operation, change.table, parts)
-            data += b"".join(pack("<I", len(image)) + image for image in images if image is not None)
-    return data
 
 
 @READERS
@@ -76,6 +58,46 @@ def test_whatever_the_bytes_are_both_readers_say_the_same(data: bytes) -> None:
             return str(exc)
 
     assert found(unpack) == found(unpack_in_python)
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(0, 400)))
+def test_whatever_the_bytes_are_both_find_the_same_transactions(data: bytes, places: list[int]) -> None:
+    data = packed(TRANSACTIONS) + data
+
+    def found(find: Callable[[bytes, list[int]], list[tuple[int, int]]]) -> object:
+        try:
+            return find(data, sorted(place for place in places if place < len(data)))
+        except DecodeError as exc:
+            return str(exc)
+
+    assert found(transactions_at) == found(transactions_at_in_python)
+
+
+def test_marked_transactions_are_found_and_may_be_replaced() -> None:
+    found = Packed(packed(TRANSACTIONS))
+    assert found.spans(frozenset((b"nothing",))) == []
+    assert [found.part(span) for span in found.spans(frozenset((b"fore",)))] == [TRANSACTIONS[2:]]
+    assert [found.part(span) for span in found.spans(frozenset((b"one", b"ey")))] == [
+        TRANSACTIONS[:1],
+        TRANSACTIONS[1:2],
+    ]
+    first, second = found.spans(frozenset((b"one", b"key")))
+    assert (found.part(first), found.part(second)) == (TRANSACTIONS[:1], TRANSACTIONS[1:2])
+    assert found.part(found.rest(first)) == TRANSACTIONS[1:]
+    emptied = [msgspec.structs.replace(each, changes=each.changes[1:]) for each in TRANSACTIONS[:2]]
+    others = found.replaced({first: emptied[:1], second: emptied[1:]})
+    assert others == [*emptied, TRANSACTIONS[2]]
+    assert others.summary == found.summary._replace(counts=(1, 1, 0, 0, 0, 0))
+
+
+def test_a_mark_is_found_behind_what_only_looks_like_it() -> None:
+    found = Packed(packed(TRANSACTIONS))
+    _, end = found.spans(frozenset((b"key",)))[0]
+    across = found.data[end - 1 : found.data.index(b"before") + 1]
+    assert [found.part(span) for span in found.spans(frozenset((across, b"before")))] == [
+        TRANSACTIONS[1:2],
+        TRANSACTIONS[2:],
+    ]
 
 
 def test_a_batch_tells_the_same_of_packed_transactions_as_of_others() -> None:

@@ -24,7 +24,7 @@ from cdc.position import Position
 from cdc.queue import Queue, read_status
 from cdc.queue.parked import ParkedChange, ParkedCount, payload_of
 from cdc.retry import Backoff
-from cdc.sink import Ahead, IsFree, Subject
+from cdc.sink import Ahead, QuickLook, Subject
 from cdc.stats import DeliveryStats, State
 from cdc.testing import MemorySink
 from tests.beside import running
@@ -420,14 +420,14 @@ def test_subjects() -> None:
 
 
 def test_f89_a_quick_look_lets_nothing_pass_that_has_to_wait() -> None:
-    def free_of(_table: Table, keys: Set[bytes]) -> IsFree:
-        return lambda change: change.key is not None and keys.isdisjoint(change.key.split())
+    def free_of(_table: Table, keys: Set[bytes]) -> QuickLook:
+        return QuickLook(lambda change: change.key is not None and keys.isdisjoint(change.key.split()))
 
     batch = Batch(TABLES, [], b"", 0)
     name = ORDERS.qualified
     subjects, more = Subjects(), Subjects()
     subjects.add(Subject((name,), (b"1", b"2")))
-    is_free = subjects.quick_look(batch, free_of, more)
+    is_free = subjects.quick_look(batch, free_of, more).is_free
     row = Change(UPDATE, 0, b"3", None, b"")
     assert is_free(row)
     assert is_free(Change(UPDATE, 1, b"1", None, b""))
@@ -440,11 +440,11 @@ def test_f89_a_quick_look_lets_nothing_pass_that_has_to_wait() -> None:
     more.add(Subject((OTHER.qualified,), (b"1",)))
     assert not is_free(row)
     subjects.add(Subject((name,), None))
-    assert not subjects.quick_look(batch, free_of, Subjects())(row)
+    assert not subjects.quick_look(batch, free_of, Subjects()).is_free(row)
     assert subjects.covers(Subject((name,), (b"3",)))
     schema = Subjects()
     schema.add(Subject((TableName("shop", ""),), None))
-    assert not schema.quick_look(batch, free_of, Subjects())(row)
+    assert not schema.quick_look(batch, free_of, Subjects()).is_free(row)
 
 
 def test_waits_grow_and_end() -> None:
