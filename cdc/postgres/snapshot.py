@@ -112,7 +112,8 @@ class PostgresSnapshot:
         """Raise `TransientError` if tables have another shape than `dump_schema` has said; the locks keep it now."""
         assert isinstance(schema, SchemaDump)
         shapes = [shape for shape in schema.shapes if shape.qualified in tables]
-        with connect(self._url) as connection:  # the coordinator may see the catalog as it was
+        # the coordinator may see the catalog as it was
+        with connect(self._url, application_name="cdc-copy", lock_timeout=_READ_LOCK_TIMEOUT) as connection:
             now = read_shapes(connection, [shape.oid for shape in shapes])
         for shape in shapes:
             if shape not in now:
