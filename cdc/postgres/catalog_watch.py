@@ -15,7 +15,7 @@ from cdc.config import SourceConfig
 from cdc.postgres.connection import Connection, to_cdc_error, translated_errors
 from cdc.postgres.ddl_capture import PREFIX, trigger_key
 from cdc.postgres.schema import PUBLISHABLE
-from cdc.postgres.shape import SHAPE, TableShape
+from cdc.postgres.shape import SHAPE, TRACE, TableShape
 from cdc.source import Facts
 
 log = structlog.get_logger()
@@ -88,7 +88,7 @@ class CatalogWatch:
 
     def _tell_shape(self, connection: Connection, oid: int, seen: _Seen) -> bool:
         """Under a lock, so that no later DDL commits before the message. False where somebody holds a stronger one."""
-        lock = sql.SQL("LOCK TABLE ONLY {} IN ACCESS SHARE MODE NOWAIT").format(sql.Identifier(*seen.qualified))
+        lock = sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE NOWAIT").format(sql.Identifier(*seen.qualified))
         try:
             with connection.transaction():
                 connection.execute(lock)
@@ -105,18 +105,12 @@ class CatalogWatch:
 
 _EMIT: Final = "SELECT pg_logical_emit_message(true, %s, %s)"
 
-_SHAPE_OF_ALL: Final = f"""
-SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS name, {SHAPE}::text AS shape
-  FROM pg_class c
-  JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE {PUBLISHABLE}
-"""  # noqa: S608 - constants
+_TABLES: Final = f"FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE {PUBLISHABLE}"
 
-# the file is another one after each TRUNCATE, which is not worth a message
-_DIGEST: Final = "md5((shape::jsonb - 'filenode')::text)"
+_DIGEST: Final = f"md5({TRACE}::text)"
 
-_DIGESTS: Final = f"SELECT oid, schema, name, {_DIGEST} FROM ({_SHAPE_OF_ALL}) AS shapes"  # noqa: S608 - a constant
+_DIGESTS: Final = f"SELECT c.oid::bigint, n.nspname, c.relname, {_DIGEST} {_TABLES}"
 
 _EMIT_SHAPE: Final = f"""
-SELECT pg_logical_emit_message(true, %s, shape) FROM ({_SHAPE_OF_ALL} AND c.oid = %s) AS shapes WHERE {_DIGEST} = %s
-"""  # noqa: S608 - a constant
+SELECT pg_logical_emit_message(true, %s, {SHAPE}::text) {_TABLES} AND c.oid = %s AND {_DIGEST} = %s
+"""

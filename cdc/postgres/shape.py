@@ -99,13 +99,10 @@ def read_shapes(connection: Connection, oids: Collection[int] | None = None) -> 
     return [decode(text, TableShape) for (text,) in rows]
 
 
-SHAPE: Final = """
+def _shape(filenode: str, default: str, missing: str) -> str:
+    return f"""
 json_build_object(
-    'oid', c.oid::bigint, 'schema', n.nspname, 'name', c.relname,
-    'filenode', CASE WHEN c.relkind = 'p'
-        THEN (SELECT coalesce(sum(pg_relation_filenode(part.relid)::bigint), 0)
-                FROM pg_partition_tree(c.oid) AS part WHERE part.isleaf)
-        ELSE pg_relation_filenode(c.oid)::bigint END,
+    'oid', c.oid::bigint, 'schema', n.nspname, 'name', c.relname, 'filenode', {filenode},
     'primary_key', (SELECT coalesce(json_agg(a.attname ORDER BY k.ordinality), '[]')
         FROM pg_index i, unnest(i.indkey[0:i.indnkeyatts - 1]) WITH ORDINALITY AS k (attnum, ordinality)
         JOIN pg_attribute a ON a.attnum = k.attnum
@@ -113,13 +110,7 @@ json_build_object(
     'columns', (SELECT coalesce(json_agg(json_build_object(
             'attnum', a.attnum, 'name', a.attname,
             'type', format_type(a.atttypid, a.atttypmod), 'type_oid', a.atttypid::bigint,
-            'not_null', a.attnotnull, 'default', pg_get_expr(d.adbin, d.adrelid),
-            'missing', CASE WHEN c.relkind = 'p'
-                THEN (SELECT min((leaf.attmissingval::text::text[])[1])
-                        FROM pg_partition_tree(c.oid) AS part
-                        JOIN pg_attribute leaf ON leaf.attrelid = part.relid AND leaf.attname = a.attname
-                       WHERE part.isleaf AND leaf.atthasmissing)
-                ELSE (a.attmissingval::text::text[])[1] END,
+            'not_null', a.attnotnull, 'default', {default}, 'missing', {missing},
             'generated', a.attgenerated, 'identity', a.attidentity,
             'collation', (SELECT quote_ident(cn.nspname) || '.' || quote_ident(col.collname)
                             FROM pg_collation col JOIN pg_namespace cn ON cn.oid = col.collnamespace
@@ -130,8 +121,29 @@ json_build_object(
         LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
 )
+"""  # noqa: S608 - parts of this file
+
+
+SHAPE: Final = _shape(
+    """CASE WHEN c.relkind = 'p'
+        THEN (SELECT coalesce(sum(pg_relation_filenode(part.relid)::bigint), 0)
+                FROM pg_partition_tree(c.oid) AS part WHERE part.isleaf)
+        ELSE pg_relation_filenode(c.oid)::bigint END""",
+    "pg_get_expr(d.adbin, d.adrelid)",
+    """CASE WHEN c.relkind = 'p'
+                THEN (SELECT min((leaf.attmissingval::text::text[])[1])
+                        FROM pg_partition_tree(c.oid) AS part
+                        JOIN pg_attribute leaf ON leaf.attrelid = part.relid AND leaf.attname = a.attname
+                       WHERE part.isleaf AND leaf.atthasmissing)
+                ELSE (a.attmissingval::text::text[])[1] END""",
+)
+"""The shape of the row `c` of pg_class, in schema `n`. Wants the settings of `cdc.postgres.connection`.
+
+Takes a lock of the table, to write a default as text (from version 17 on), and of its partitions.
 """
-"""The shape of the row `c` of pg_class, in schema `n`. Wants the settings of `cdc.postgres.connection`."""
+
+TRACE: Final = _shape("NULL", "d.adbin::text", "CASE WHEN c.relkind <> 'p' THEN a.attmissingval::text END")
+"""The same, only to tell whether it has changed (but for the file, which each TRUNCATE does). Waits for no lock."""
 
 _SHAPES: Final = f"""
 SELECT {SHAPE}::text

@@ -16,7 +16,8 @@ from cdc import delivery
 from cdc.errors import FatalError
 from cdc.postgres import ddl_capture
 from cdc.postgres import source as postgres_source
-from cdc.postgres.connection import connect
+from cdc.postgres.catalog_watch import CatalogWatch
+from cdc.postgres.connection import Connection, connect
 from tests.command import Cdc
 from tests.mirror import Mirror, filled_mirror, wait_for
 from tests.servers import Database
@@ -328,6 +329,33 @@ def test_f16_a_new_table_is_copied_and_streamed_without_a_restart(
                      FROM pg_index WHERE indrelid = 'sales.orders'::regclass GROUP BY indrelid"""
         wait_for(lambda: mirror.error or target_db.execute(built) == source_db.execute(built), "indexes", seconds=8)
         assert mirror.fillings == 1
+
+
+@pytest.mark.parametrize("locked", ["items", "parts_1"])
+def test_f30_who_holds_a_table_for_long_holds_up_no_other(
+    life: Life, source_db: Database, monkeypatch: pytest.MonkeyPatch, locked: str
+) -> None:
+    """In the middle of a migration, say. The catalog is looked at by the thread that captures all tables."""
+    look, looks = CatalogWatch.look, list[None]()
+
+    def counted(watch: CatalogWatch, connection: Connection, **options: Any) -> None:
+        look(watch, connection, **options)
+        looks.append(None)
+
+    monkeypatch.setattr(CatalogWatch, "look", counted)
+    source_db.execute(ITEMS + "CREATE TABLE other (id int PRIMARY KEY)")
+    source_db.execute("CREATE TABLE parts (id int PRIMARY KEY) PARTITION BY LIST (id)")
+    source_db.execute("CREATE TABLE parts_1 PARTITION OF parts FOR VALUES IN (1)")
+    with life() as mirror:
+        mirror.sync()
+        with source_db.connect() as migration, migration.transaction():
+            migration.execute(f"LOCK TABLE {locked}")
+            before = len(looks)
+            wait_for(lambda: mirror.error or len(looks) > before + 1, "one look that has begun since")
+            source_db.execute("ALTER TABLE other ADD COLUMN n int DEFAULT 7; INSERT INTO other VALUES (1)")
+            assert_same(mirror, "other")
+        source_db.execute("ALTER TABLE items ADD COLUMN more int DEFAULT 8")
+        assert_same(mirror)
 
 
 def test_f16_what_a_new_table_has_is_built_without_a_restart(
