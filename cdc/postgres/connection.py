@@ -40,11 +40,15 @@ _LATER_TIMEOUTS: Final = {"idle_session_timeout": 140000, "transaction_timeout":
 _TRANSIENT_CLASSES: Final = ("08", "53", "57P", "40", "58")
 """Connection, resources, operator intervention, rollback (deadlock, serialization), system error."""
 
-_TRANSIENT_STATES: Final = frozenset({"55P03", "55006", "25006", "57014"})
+_LOCK_NOT_AVAILABLE: Final = "55P03"
+
+_TRANSIENT_STATES: Final = frozenset({_LOCK_NOT_AVAILABLE, "55006", "25006", "57014"})
 """lock_not_available, object_in_use, read_only_sql_transaction (a demoted primary), query_canceled."""
 
 _PERMANENT_CLASSES: Final = ("21", "22", "23", "42", "0A", "44", "54", "55", "P0")
 """Cardinality, data, constraint, syntax or access rule, unsupported, check option, limits, state, PL/pgSQL."""
+
+_LOCK_HINT: Final = "somebody holds a lock on it for long: pg_locks and pg_stat_activity tell who"
 
 _FATAL_HINTS: Final = {
     "28": "check user, password and the server's pg_hba.conf",
@@ -156,7 +160,7 @@ def sorted_error(state: str | None, text: str, *, connection_lost: bool) -> CdcE
         if state.startswith(prefix):
             return FatalError(f"{text} ({state})", hint=hint)
     if state in _TRANSIENT_STATES or state.startswith(_TRANSIENT_CLASSES):
-        return TransientError(f"{text} ({state})")
+        return TransientError(f"{text} ({state})", hint=_LOCK_HINT if state == _LOCK_NOT_AVAILABLE else "")
     if state.startswith(_PERMANENT_CLASSES):
         return PermanentError(f"{text} ({state})")
     return FatalError(f"{text} ({state})")

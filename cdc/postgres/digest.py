@@ -23,7 +23,7 @@ from cdc.change import TableName
 from cdc.config import SinkConfig
 from cdc.errors import CdcError
 from cdc.postgres.connection import Connection, connect, translated_errors
-from cdc.postgres.schema import SchemaTable, read_tables
+from cdc.postgres.schema import SchemaTable, read_estimates, read_tables
 from cdc.postgres.snapshot import PostgresSnapshot, open_snapshot
 from cdc.verify import KeyRange, NotComparable, RangeDigest, RowDigest
 
@@ -94,7 +94,8 @@ def plan_comparison(
             comparison.schema[table] = left[table]
         except NotComparable as exc:
             comparison.problems[table] = str(exc)
-    names = sorted({*comparison.source, *comparison.problems}, key=lambda name: (-_size(left.get(name)), name))
+    sizes = {name: estimate.size for name, estimate in read_estimates(source).items()}
+    names = sorted({*comparison.source, *comparison.problems}, key=lambda name: (-sizes.get(name, 0), name))
     return msgspec.structs.replace(comparison, tables=tuple(names))
 
 
@@ -313,10 +314,6 @@ def _target_side(name: TableName, tables: Mapping[TableName, SchemaTable], sourc
 
 def _encodings(*connections: Connection) -> set[str]:
     return {connection.info.parameter_status("server_encoding") or "" for connection in connections}
-
-
-def _size(table: SchemaTable | None) -> int:
-    return table.size if table else 0
 
 
 def _row(columns: Sequence[str]) -> sql.Composed:

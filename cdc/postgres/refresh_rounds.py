@@ -22,7 +22,7 @@ from cdc.postgres.connection import connect
 from cdc.postgres.digest import nudge
 from cdc.postgres.refresh_marks import RefreshMark
 from cdc.postgres.refresh_read import KeyedTable, Part, RangeReader, keyed
-from cdc.postgres.schema import SchemaTable, read_tables
+from cdc.postgres.schema import SchemaTable, read_estimates, read_tables
 from cdc.postgres.snapshot import open_snapshot
 
 ROUND_SECONDS: Final = 30.0
@@ -182,7 +182,9 @@ class RoundReader:
         tables, schema, unusable = self._plan()
         if unusable or not tables:
             return unusable
-        self._ahead.put(Planned(tables, {name: table.rows for name, table in schema.items()}))
+        with connect(self._source_url) as source:
+            expected = read_estimates(source)
+        self._ahead.put(Planned(tables, {name: expected[name].rows for name in schema if name in expected}))
         self._beginning.acquire()
         if self._stop.is_set():
             return ()

@@ -10,6 +10,7 @@ import msgspec
 
 from cdc.change import TableName
 from cdc.postgres.connection import Connection, translated_errors
+from cdc.source import Estimate
 
 FIRST_USER_OID: Final = 16384
 """FirstNormalObjectId: types below have the same OID on every server."""
@@ -43,7 +44,6 @@ class SchemaTable(msgspec.Struct, frozen=True):
     primary_key: column names in key order; empty without one. key_deferrable: PostgreSQL does not accept a deferrable
     key as replica identity. identity: `d`, `i`, `f` or `n`. identity_columns: what UPDATE and DELETE send as the
     row's identity; empty where they send none.
-    rows, size: the planner's estimates (rows, bytes with TOAST, partitions included).
     """
 
     oid: int
@@ -55,8 +55,6 @@ class SchemaTable(msgspec.Struct, frozen=True):
     identity: str
     identity_columns: tuple[str, ...]
     row_security: bool
-    rows: int
-    size: int
 
     @property
     def replicated_columns(self) -> tuple[SchemaColumn, ...]:
@@ -65,7 +63,7 @@ class SchemaTable(msgspec.Struct, frozen=True):
 
 
 def read_tables(connection: Connection) -> dict[TableName, SchemaTable]:
-    """All tables of the database that can be published, system schemas and cdc's own left out."""
+    """All tables of the database that can be published, system schemas and cdc's own left out. Waits for no lock."""
     with translated_errors():
         columns: dict[int, list[dict[str, Any]]] = {}
         for row in connection.execute(_COLUMNS).fetchall():
@@ -78,6 +76,16 @@ def read_tables(connection: Connection) -> dict[TableName, SchemaTable]:
         }
         tables = [_table(row, columns.get(row[0], []), types) for row in connection.execute(_TABLES).fetchall()]
     return {table.name: table for table in tables}
+
+
+def read_estimates(connection: Connection) -> dict[TableName, Estimate]:
+    """How large the same tables are: rows by the planner's statistics, bytes with TOAST; with all partitions.
+
+    Waits for whoever holds one of them exclusively.
+    """
+    with translated_errors():
+        found = connection.execute(_ESTIMATES).fetchall()
+    return {TableName(schema, name): Estimate(rows, size) for schema, name, rows, size in found}
 
 
 def database_identity(connection: Connection) -> tuple[str, str]:
@@ -134,7 +142,7 @@ def _binary_exact(oid: int, types: Mapping[int, _Type]) -> bool:
 
 
 def _table(row: tuple[Any, ...], columns: list[dict[str, Any]], types: Mapping[int, _Type]) -> SchemaTable:
-    oid, schema, name, partitioned, identity, primary_key, key_deferrable, index_columns, security, rows, size = row
+    oid, schema, name, partitioned, identity, primary_key, key_deferrable, index_columns, security = row
     if identity == "f":
         identity_columns = tuple(column["name"] for column in columns if not column["generated"])
     elif identity == "i":
@@ -155,8 +163,6 @@ def _table(row: tuple[Any, ...], columns: list[dict[str, Any]], types: Mapping[i
         identity=identity,
         identity_columns=identity_columns,
         row_security=security,
-        rows=max(int(rows), 0),
-        size=int(size),
     )
 
 
@@ -174,8 +180,7 @@ PUBLISHABLE: Final = """
 
 _TABLES: Final = f"""
 SELECT c.oid, n.nspname, c.relname, c.relkind = 'p', c.relreplident::text,
-       key.columns, key.deferrable, replident.columns, row_security_active(c.oid),
-       part.rows, part.size
+       key.columns, key.deferrable, replident.columns, row_security_active(c.oid)
   FROM pg_class c
   JOIN pg_namespace n ON n.oid = c.relnamespace
   LEFT JOIN LATERAL (
@@ -190,14 +195,18 @@ SELECT c.oid, n.nspname, c.relname, c.relkind = 'p', c.relreplident::text,
          JOIN pg_attribute a ON a.attnum = k.attnum
         WHERE i.indrelid = c.oid AND i.indisreplident AND a.attrelid = c.oid
        ) AS replident ON true
-  LEFT JOIN LATERAL (
-       SELECT coalesce(sum(greatest(p.reltuples, 0)), 0)::bigint AS rows,
-              coalesce(sum(pg_table_size(p.oid)), 0)::bigint AS size
-         FROM pg_class p
-        WHERE p.oid = c.oid OR (c.relkind = 'p' AND p.oid IN (SELECT relid FROM pg_partition_tree(c.oid)))
-       ) AS part ON true
  WHERE {PUBLISHABLE}
  ORDER BY n.nspname, c.relname
+"""  # noqa: S608 - a constant
+
+_ESTIMATES: Final = f"""
+SELECT n.nspname, c.relname,
+       coalesce(sum(greatest(p.reltuples, 0)), 0)::bigint, coalesce(sum(pg_table_size(p.oid)), 0)::bigint
+  FROM pg_class c
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+  JOIN pg_class p ON p.oid = c.oid OR (c.relkind = 'p' AND p.oid IN (SELECT relid FROM pg_partition_tree(c.oid)))
+ WHERE {PUBLISHABLE}
+ GROUP BY c.oid, n.nspname, c.relname
 """  # noqa: S608 - a constant
 
 _COLUMN_FIELDS: Final = ("name", "type_oid", "type_name", "base_type_name", "not_null", "generated", "identity")

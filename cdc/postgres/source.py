@@ -25,7 +25,7 @@ from cdc.postgres.publication_check import check_publications
 from cdc.postgres.publication_setup import create_publications, existing_publications, extend_publications
 from cdc.postgres.replication import ReplicationStream
 from cdc.postgres.reread import reread
-from cdc.postgres.schema import SchemaTable, read_tables
+from cdc.postgres.schema import SchemaTable, read_estimates, read_tables
 from cdc.postgres.sequences import SequenceValue, read_sequences
 from cdc.postgres.shape import TableShape, read_shapes
 from cdc.postgres.slot import (
@@ -51,6 +51,10 @@ IDLE_SECONDS: Final = 1.0
 
 OBSERVE_SECONDS: Final = 5.0
 """How often the server is asked for the end of its log and the state of the slot."""
+
+LOCK_SECONDS: Final = 10.0
+"""So long we wait for whoever holds a table exclusively, to read what a publication has of it or to put a new one in;
+then we say so, and try again."""
 
 CATALOG_SECONDS: Final = 10.0
 """How often the source's catalog is looked at for changes of shape that no event trigger has told of."""
@@ -86,8 +90,9 @@ class PostgresSource:
         """Connect, check that nothing is missing since `position`, and stream."""
         self.close()
         stored = None if position is None else as_lsn(position)
-        self._control = control = connect(self._url, application_name=f"cdc {self.name}")
-        self._walsender = walsender = connect(self._url, application_name=f"cdc {self.name}", replication=True)
+        name, lock_timeout = f"cdc {self.name}", f"{LOCK_SECONDS}s"
+        self._control = control = connect(self._url, application_name=name, lock_timeout=lock_timeout)
+        self._walsender = walsender = connect(self._url, application_name=name, replication=True)
         refuse_standby(control)
         self._check_cluster(walsender, stored)
         publications = self._publications(control, create=stored is None)
@@ -166,7 +171,9 @@ class PostgresSource:
 
     def estimates(self) -> Mapping[TableName, Estimate]:
         """How large each captured table is, by the planner's statistics."""
-        return {name: Estimate(table.rows, table.size) for name, table in self._schema().items()}
+        with connect(self._url) as connection:
+            found = read_estimates(connection)
+        return {name: found[name] for name in self._schema() if name in found}
 
     def dump_schema(self) -> SchemaDump:
         """Describe the captured tables and what they need, by pg_dump."""

@@ -358,6 +358,23 @@ def test_f30_who_holds_a_table_for_long_holds_up_no_other(
         assert_same(mirror)
 
 
+def test_f30_a_start_beside_who_holds_a_table_says_whom_it_waits_for(
+    life: Life, source_db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_source, "LOCK_SECONDS", 0.1)
+    source_db.execute(ITEMS)
+    with life() as mirror:
+        mirror.sync()
+        mirror.stop()
+        with source_db.connect() as migration, migration.transaction():
+            migration.execute("LOCK TABLE items")
+            mirror.restart()
+            wait_for(lambda: "lock timeout" in (mirror.capture_stats.error or ""), "the error")
+            assert "pg_locks" in (mirror.capture_stats.hint or "")
+            migration.execute("INSERT INTO items (id) VALUES (100)")
+        assert_same(mirror)
+
+
 def test_f16_what_a_new_table_has_is_built_without_a_restart(
     life: Life, source_db: Database, target_db: Database
 ) -> None:

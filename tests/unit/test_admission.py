@@ -43,7 +43,7 @@ class Shape:
     def target(self) -> SchemaTable:
         columns = tuple(SchemaColumn(name, TEXT, "text", "text", False, "", "", True) for name in NAMES)
         name = self.table.qualified
-        return SchemaTable(1, name, False, columns, self.key, False, "d", self.key, False, 0, 0)
+        return SchemaTable(1, name, False, columns, self.key, False, "d", self.key, False)
 
 
 SHAPES = [

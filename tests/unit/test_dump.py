@@ -101,7 +101,7 @@ def test_f15_what_a_new_table_takes_on_a_mirror_that_has_the_others() -> None:
 
 
 def table(name: str) -> SchemaTable:
-    return SchemaTable(1, TableName("public", name), False, (), (), False, "d", (), False, 0, 0)
+    return SchemaTable(1, TableName("public", name), False, (), (), False, "d", (), False)
 
 
 def test_split_script_is_not_fooled_by_text_that_looks_like_another_heading() -> None:
