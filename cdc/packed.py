@@ -21,6 +21,8 @@ from itertools import chain
 from struct import Struct, error
 from typing import Final, overload
 
+import msgspec
+
 from cdc.change import Change, Image, Operation, Summarized, Summary, Transaction
 from cdc.errors import DecodeError
 
@@ -134,6 +136,12 @@ class Packed(Summarized):
         return self._transactions
 
 
+def packed_part(head: Transaction, counts: Sequence[int], changes: bytes) -> Packed:
+    """A part of a transaction that goes on later. head: without its changes, which are packed, so many of each kind."""
+    summary = _SUMMARY.pack(1, 0, *counts, head.position, head.position, head.commit_time, False)
+    return Packed(b"".join((summary, _head(head, sum(counts)), changes)))
+
+
 def unpack_in_python(data: bytes) -> list[Transaction]:
     """Take packed transactions apart, behind their summary. Raises only `DecodeError`."""
     at, found = SUMMARY_BYTES, []
@@ -191,13 +199,13 @@ def _end(data: bytes, at: int) -> int:
     return at
 
 
+def _head(transaction: Transaction, changes: int) -> bytes:
+    position, end, commit_time, xid, first_ordinal, complete, _ = msgspec.structs.astuple(transaction)
+    return _TRANSACTION.pack(position, end, commit_time, xid, first_ordinal, changes, complete)
+
+
 def _pack(transaction: Transaction) -> bytes:
-    pieces = [
-        _TRANSACTION.pack(
-            *(transaction.position, transaction.end, transaction.commit_time, transaction.xid),
-            *(transaction.first_ordinal, len(transaction.changes), transaction.complete),
-        )
-    ]
+    pieces = [_head(transaction, len(transaction.changes))]
     for change in transaction.changes:
         images = (change.key, change.before, change.after)
         parts = sum(1 << part for part, image in enumerate(images) if image is not None)

@@ -91,15 +91,12 @@ cdef bint add_frame(Buffer *frames, const char *message, uint32_t length) noexce
 
 
 def first_commit(bytes data, Py_ssize_t at):
-    """Where the first Commit ends that comes behind `at`; the end of all where there is none."""
+    """Where the first Commit begins at or behind `at`; the end of all where there is none."""
     cdef const unsigned char *d = data
     cdef Py_ssize_t length = len(data)
-    while at < length:
-        kind = d[at + LENGTH_BYTES]
+    while at < length and d[at + LENGTH_BYTES] != c'C':
         at += LENGTH_BYTES + <Py_ssize_t> u32(d + at)
-        if kind == c'C':
-            return at
-    return length
+    return at
 
 
 def last_commit(bytes data, Py_ssize_t at):
@@ -166,59 +163,92 @@ cdef Py_ssize_t pack_transaction(
     Counts *counts, uint64_t *moved, Py_ssize_t *total,
 ) except -2:
     """Returns where the next one begins; -1 if this one cannot be packed, or is not whole."""
-    cdef uint32_t size, relation, cached = 0, count = 0
+    cdef uint32_t size
     cdef uint32_t changes[3]
     cdef Py_ssize_t start = packed.size
-    cdef uint16_t index = 0
-    cdef bint is_cached = False
     cdef const unsigned char *begin
     cdef const unsigned char *message
-    cdef int operation
     changes[:] = [0, 0, 0]
     size = u32(d + at)
     begin = d + at + LENGTH_BYTES
     if size != BEGIN_BYTES or begin[0] != c'B' or be64(begin + 1) < end:
         return -1
     at += LENGTH_BYTES + size
-    total[0] = size
+    total[0] = size + COMMIT_BYTES
     if not make_room(packed, TRANSACTION_BYTES):
         raise MemoryError
     packed.size += TRANSACTION_BYTES
+    at = add_rows(d, at, to, known, relations, packed, changes, total)
+    if at >= to or u32(d + at) != COMMIT_BYTES:
+        return -1
+    message = d + at + LENGTH_BYTES
+    if message[0] != c'C':
+        return -1
+    moved[0] = be64(message + 10)
+    if changes[INSERT] or changes[UPDATE] or changes[DELETE]:
+        put_transaction(packed, start, begin, moved[0], changes[INSERT] + changes[UPDATE] + changes[DELETE])
+        note(counts, begin, changes)
+    else:
+        packed.size = start
+    return at + LENGTH_BYTES + COMMIT_BYTES
+
+
+def pack_rows(bytes data, Py_ssize_t at, Py_ssize_t to, dict known):
+    """Pack the rows that begin at a place in `Frames.data`, inside a transaction, up to what is none, or another place.
+
+    Returns where that is, the changes as they stand in `Packed.data`, the relations by index of their tables, the
+    numbers of inserts, updates and deletes, and the size of all messages.
+    """
+    cdef Buffer packed = Buffer(NULL, 0, 0)
+    cdef uint32_t changes[3]
+    cdef Py_ssize_t size = 0
+    cdef list relations = []
+    changes[:] = [0, 0, 0]
+    try:
+        if not make_room(&packed, 2 * (to - at)):
+            raise MemoryError
+        at = add_rows(data, at, to, known, relations, &packed, changes, &size)
+        counts = (changes[INSERT], changes[UPDATE], changes[DELETE])
+        return at, packed.data[: packed.size], relations, counts, size
+    finally:
+        free(packed.data)
+
+
+cdef Py_ssize_t add_rows(
+    const unsigned char *d, Py_ssize_t at, Py_ssize_t to, dict known, list relations, Buffer *packed,
+    uint32_t *changes, Py_ssize_t *total,
+) except -2:
+    """Returns where the first message begins that is no row that can be taken as it is, of a known relation."""
+    cdef uint32_t size, relation, cached = 0
+    cdef uint16_t index = 0
+    cdef bint is_cached = False
+    cdef const unsigned char *message
+    cdef int operation
     while at < to:
         size = u32(d + at)
         message = d + at + LENGTH_BYTES
+        if message[0] == c'C':
+            return at
+        if message[0] != c'O' and message[0] != c'Y':  # an origin, the name of a type: they say nothing of rows
+            if size <= ROW_AT:
+                return at
+            relation = be32(message + 1)
+            if not is_cached or relation != cached:
+                if relation not in known:
+                    return at
+                if relation not in relations:
+                    relations.append(relation)
+                index = relations.index(relation)
+                cached, is_cached = relation, True
+            if not make_room(packed, CHANGE_BYTES + 2 * LENGTH_BYTES + <Py_ssize_t> size):
+                raise MemoryError
+            operation = put_change(packed, message, size, index)
+            if operation < 0:
+                return at
+            changes[operation] += 1
         at += LENGTH_BYTES + size
         total[0] += size
-        if message[0] == c'C':
-            if size != COMMIT_BYTES:
-                return -1
-            moved[0] = be64(message + 10)
-            if count:
-                put_transaction(packed, start, begin, moved[0], count)
-                note(counts, begin, changes)
-            else:
-                packed.size = start
-            return at
-        if message[0] == c'O' or message[0] == c'Y':
-            continue  # an origin, the name of a type: they say nothing of rows
-        if size <= ROW_AT:
-            return -1
-        relation = be32(message + 1)
-        if not is_cached or relation != cached:
-            if relation not in known:
-                return -1
-            if relation not in relations:
-                relations.append(relation)
-            index = relations.index(relation)
-            cached, is_cached = relation, True
-        if not make_room(packed, CHANGE_BYTES + 2 * LENGTH_BYTES + <Py_ssize_t> size):
-            raise MemoryError
-        operation = put_change(packed, message, size, index)
-        if operation < 0:
-            return -1
-        changes[operation] += 1
-        count += 1
-    return -1
+    return at
 
 
 cdef int put_change(Buffer *packed, const unsigned char *message, Py_ssize_t size, uint16_t index) noexcept nogil:

@@ -92,6 +92,11 @@ class Assembler:
         return self._begin is None and not self._transactions and self._given is None
 
     @property
+    def is_clean_inside(self) -> bool:
+        """The same inside a transaction, of which nothing is to be skipped."""
+        return self._plain and not self._transactions and not self._changes
+
+    @property
     def end(self) -> int:
         """What commits below it has come, given out or not."""
         return self._end
@@ -100,6 +105,16 @@ class Assembler:
         """Transactions up to `end` have passed it by. empty: they had no changes."""
         self.position = self._end = max(self._end, end)
         self._passed_empty |= empty
+
+    def passed_part(self, changes: int) -> Transaction:
+        """So many changes of the open transaction have passed it by; returns their transaction, without them."""
+        assert self._begin is not None
+        begin = self._begin
+        part = self._cut(begin, end=self._end, complete=False)
+        self._ordinal += changes
+        self._given = (begin.commit_lsn, self._ordinal)
+        self.position = self._end
+        return part
 
     def reset(self) -> None:
         """Forget what was not given out: the stream begins again at `position`, with Relation messages."""

@@ -40,9 +40,13 @@ class Frames:
         self.data = data
 
 
+def behind(data: bytes, at: int) -> int:
+    """Where the message ends that begins at a place, if there is one."""
+    return at + LENGTH_BYTES + int(_LENGTH.unpack_from(data, at)[0]) if at < len(data) else at
+
+
 def messages(data: bytes, at: int, end: int) -> Iterator[bytes]:
     """The messages between two places where one begins."""
     while at < end:
-        start = at + LENGTH_BYTES
-        at = start + _LENGTH.unpack_from(data, at)[0]
+        start, at = at + LENGTH_BYTES, behind(data, at)
         yield data[start:at]

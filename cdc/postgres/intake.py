@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from cdc.change import Batch
-from cdc.packed import Packed
+from cdc.packed import Packed, packed_part
 from cdc.postgres.assembly import PART_BYTES, Assembler
-from cdc.postgres.frames import BEGIN, DATA_AT, LENGTH_BYTES, Frames, compiled, messages
+from cdc.postgres.frames import BEGIN, DATA_AT, LENGTH_BYTES, Frames, behind, compiled, messages
 
 
 class Intake:
     """Takes messages and gives out batches, as an `Assembler` does: whatever is not plain goes through one.
 
-    Frames that have come wait here until their transaction is whole, unless it is large.
+    Frames that have come wait here until their transaction is whole, or enough of it is there.
     """
 
     def __init__(self, position: int, *, ddl_prefixes: Collection[str] = ()) -> None:
@@ -48,12 +48,9 @@ class Intake:
     def take(self) -> Batch | None:
         """Give out finished transactions, or what has come of a large one. There may be more until it gives none."""
         if self._at < len(self._data):
-            if self._assembler.in_transaction:
-                self._assemble(compiled.first_commit(self._data, self._at))
-            else:
-                batch = self._take_whole()
-                if batch is not None:
-                    return batch
+            batch = self._take_part() if self._assembler.in_transaction else self._take_whole()
+            if batch is not None:
+                return batch
         return self._assembler.take(part=self._assembler.open_bytes >= PART_BYTES)
 
     def pass_idle(self, position: int) -> bool:
@@ -65,8 +62,11 @@ class Intake:
         data, at, assembler = self._data, self._at, self._assembler
         whole = compiled.last_commit(data, at)
         if whole == at:
-            if len(data) - at >= PART_BYTES or data[at + LENGTH_BYTES] != BEGIN:
+            if data[at + LENGTH_BYTES] != BEGIN:
                 self._assemble(len(data))
+            elif len(data) - at >= PART_BYTES:
+                self._assemble(behind(data, at))
+                return self._take_part()
             return None
         if assembler.is_clean:
             self._at, packed, relations, end, size = compiled.pack(data, at, whole, assembler.end, assembler.relations)
@@ -76,6 +76,23 @@ class Intake:
                 tables = tuple(assembler.relations[relation] for relation in relations)
                 return Batch(tables, Packed(packed), end, size)
         self._assemble(whole)
+        return None
+
+    def _take_part(self) -> Batch | None:
+        """Inside a large transaction: pack what has come of it, once it is enough. What is no row goes by itself."""
+        data, assembler = self._data, self._assembler
+        while assembler.is_clean_inside:
+            commit = compiled.first_commit(data, self._at)
+            if commit == len(data) and commit - self._at < PART_BYTES:
+                return None
+            self._at, changes, relations, counts, size = compiled.pack_rows(data, self._at, commit, assembler.relations)
+            if changes:
+                part = assembler.passed_part(sum(counts))
+                tables = tuple(assembler.relations[relation] for relation in relations)
+                return Batch(tables, packed_part(part, counts, changes), assembler.end, size)
+            self._assemble(behind(data, self._at))
+        if assembler.in_transaction:
+            self._assemble(behind(data, compiled.first_commit(data, self._at)))
         return None
 
     def _assemble(self, to: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from itertools import chain, count
 from struct import pack
 
 import msgspec
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc.change import Batch, Transaction, Truncate
+from cdc.change import Batch, Change, Transaction, Truncate
 from cdc.errors import DecodeError, ResyncRequired
 from cdc.packed import Packed
 from cdc.postgres.assembly import PART_BYTES, Assembler
@@ -176,10 +178,75 @@ def test_f40_a_large_transaction_is_given_out_in_parts_and_the_next_ones_are_pac
     (part,) = taken(intake)
     assert (part.complete, part.change_count, part.position) == (False, 4, 18)
     intake.feed(frames(insert(b"4"), commit(20), begin(30), insert(b"5"), commit(30), begin(40)))
-    end, packed = taken(intake)
-    assert (end.complete, end.transactions[0].first_ordinal, end.position) == (True, 4, 28)
-    assert isinstance(packed.transactions, Packed)
+    rest, end, packed = taken(intake)
+    assert (rest.change_count, end.change_count, end.position) == (1, 0, 28)
+    assert [each.transactions[0].first_ordinal for each in (part, rest, end)] == [0, 4, 5]
+    assert [(each.complete, each.change_count, each.position) for each in (rest, end)] == [
+        (False, 1, 18),
+        (True, 0, 28),
+    ]
+    assert [isinstance(each.transactions, Packed) for each in (part, rest, end, packed)] == [True, True, False, True]
     assert intake.in_transaction
+
+
+@pytest.fixture(scope="module")
+def small_parts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cdc.postgres.intake.PART_BYTES", 150)
+        yield
+
+
+@pytest.mark.usefixtures("small_parts")
+@given(
+    st.lists(st.lists(st.sampled_from(sorted(CHANGES)), max_size=40), max_size=4),
+    st.lists(st.tuples(st.integers(1, 20), st.booleans()), max_size=12),
+)
+def test_f5_f40_large_transactions_are_the_same_in_parts_also_over_new_streams(
+    wanted: list[list[str]], cuts: list[tuple[int, bool]]
+) -> None:
+    described_first = [begin(10), RELATION, OTHER, insert(b"0"), commit(10)]
+    rest = {
+        lsn: [begin(lsn), *(CHANGES[name] for name in names), commit(lsn)] for lsn, names in zip(count(20, 10), wanted)
+    }
+    assembler = Assembler(0)
+    assembler.feed([*described_first, *chain.from_iterable(rest.values())])
+    expected = taken(assembler)
+    intake, found, stream = Intake(0), [], [*described_first, *chain.from_iterable(rest.values())]
+    for size, is_lost in [*cuts, (len(stream), False)]:
+        intake.feed(frames(*stream[:size]))
+        del stream[:size]
+        found += taken(intake)
+        if is_lost:
+            intake.reset()
+            again = [each for lsn, each in rest.items() if lsn >= intake.position]
+            stream = [*described_first, *chain.from_iterable(again)]
+    assert as_seen(joined(found)) == as_seen(joined(expected))
+    assert not intake.in_transaction
+
+
+def moved_on(change: Change, tables: int) -> Change:
+    """The same where so many tables come before its own."""
+    if isinstance(change.detail, Truncate):
+        detail = msgspec.structs.replace(change.detail, tables=tuple(index + tables for index in change.detail.tables))
+        change = msgspec.structs.replace(change, detail=detail)
+    return msgspec.structs.replace(change, table=change.table + tables) if change.table >= 0 else change
+
+
+def joined(batches: list[Batch]) -> list[Batch]:
+    """With every transaction as a whole, in a batch of its own."""
+    found: list[Batch] = []
+    for batch in batches:
+        for each in batch.transactions:
+            last = found[-1].transactions[0] if found else None
+            if last is None or last.complete:
+                found.append(Batch(batch.tables, [each], each.end, 0))
+                continue
+            assert (last.position, last.first_ordinal + len(last.changes)) == (each.position, each.first_ordinal)
+            tables, known = found[-1].tables, len(found[-1].tables)
+            moved = [moved_on(change, known) for change in each.changes]
+            whole = msgspec.structs.replace(each, first_ordinal=0, changes=[*last.changes, *moved])
+            found[-1] = Batch((*tables, *batch.tables), [whole], each.end, 0)
+    return found
 
 
 def test_f4_f5_a_new_stream_begins_where_the_last_one_was_given_out() -> None:
@@ -190,6 +257,7 @@ def test_f4_f5_a_new_stream_begins_where_the_last_one_was_given_out() -> None:
     assert intake.position == 28
     intake.feed(frames(begin(30), RELATION, long, long, long))
     (part,) = taken(intake)
+    assert isinstance(part.transactions, Packed)
     intake.reset()
     intake.feed(frames(begin(30), RELATION, long, long, long, insert(b"4"), commit(30)))
     (rest,) = taken(intake)
