@@ -16,7 +16,7 @@ class QueueStats(msgspec.Struct, frozen=True):
     bytes: of the stored batches.
     oldest_seconds: age of the oldest batch, `None` where there is none.
     last_seq, pruned_seq: of the newest batch and of the last one that is gone; 0 before the first.
-    free_disk_bytes: including the pages that the file keeps for reuse.
+    free_disk_bytes: including the pages that the file keeps for reuse; min_free_bytes: of them that are left alone.
     full: the source must wait.
     """
 
@@ -28,6 +28,7 @@ class QueueStats(msgspec.Struct, frozen=True):
     max_bytes: int
     free_disk_bytes: int
     full: bool
+    min_free_bytes: int = 0
 
 
 def measure_free_disk(path: Path, contents: Contents) -> int:
@@ -48,4 +49,5 @@ def stats_of(path: Path, contents: Contents, max_bytes: int, min_free_bytes: int
         max_bytes=max_bytes,
         free_disk_bytes=free_disk_bytes,
         full=free_disk_bytes < min_free_bytes or 0 < max_bytes <= contents.bytes,
+        min_free_bytes=min_free_bytes,
     )

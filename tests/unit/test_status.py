@@ -28,6 +28,7 @@ def queue_stats(last_seq: int) -> QueueStats:
         max_bytes=100,
         free_disk_bytes=1000,
         full=False,
+        min_free_bytes=50,
     )
 
 
@@ -182,3 +183,13 @@ def test_f89_parked_changes_are_shown_and_are_no_trouble_until_they_are_dead() -
     assert "mirror: 3 changes are parked (0 dead), the oldest for 1 min 0 s: transactions are torn" in captured.get()
     assert not take(running(), delivering(parked=3, dead=1)).healthy
     assert not take(running(), delivering()).sinks["mirror"].torn
+
+
+def test_disk_and_slot_can_be_watched() -> None:
+    """What is alarmed about before the source has to wait, or its server gives its WAL up."""
+    status = take(running(slot=SlotStats("cdc_shop", wal_status="unreserved")), delivering())
+    exposed = generate_latest(registry(lambda: status)).decode()
+    assert 'cdc_queue_free_disk_bytes{source="shop"} 1000.0' in exposed
+    assert 'cdc_queue_min_free_bytes{source="shop"} 50.0' in exposed
+    assert 'cdc_slot_wal_status{slot="cdc_shop",source="shop",status="unreserved"} 1.0' in exposed
+    assert 'cdc_slot_wal_status{slot="cdc_shop",source="shop",status="lost"} 0.0' in exposed
