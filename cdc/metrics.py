@@ -48,7 +48,7 @@ Samples = Iterable[tuple[tuple[str, ...], float | None]]
 class Family(Generic[S]):
     """One metric: its name, what it means, its labels, and how its samples are read from a snapshot.
 
-    counter: it only grows, from 0 at the daemon's start; it is exposed with `_total` behind its name.
+    counter: it only grows, from 0 at the daemon's start.
     """
 
     name: str
@@ -56,6 +56,11 @@ class Family(Generic[S]):
     labels: tuple[str, ...]
     samples: Callable[[S], Samples]
     counter: bool
+
+    @property
+    def exposed_as(self) -> str:
+        """Its name in `/metrics`."""
+        return f"{self.name}_total" if self.counter else self.name
 
     def read(self, status: S) -> Metric:
         """What a snapshot says of it."""
