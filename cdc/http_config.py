@@ -25,14 +25,23 @@ _VISIBLE: Final = re.compile(r"[\x21-\x7e]+")
 
 
 class TokenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[[http.tokens]]`: somebody who may talk to us, and what he may do and see."""
+    """`[[http.tokens]]`: somebody who may talk to us, and what he may do and see.
+
+    Whoever asks must then send "Authorization: Bearer TOKEN" (docs/http-api.md tells what needs none).
+    """
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
+    """Who that is, for logs."""
     token: Token | None = None
+    """Long and random: `openssl rand -hex 32`. The command line uses the first with the scope `admin`."""
     token_file: str | None = None
+    """The same from a file, so that neither this file nor the environment holds it."""
     scopes: Annotated[tuple[Right, ...], msgspec.Meta(min_length=1)]
+    """`read`: changes, status, metrics. `publish`: events of one's own. `admin`: everything."""
     channels: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] | None = None
+    """Only changes of these channels. Left out: of all."""
     where: Annotated[dict[str, str], msgspec.Meta(min_length=1)] | None = None
+    """Only changes of entities whose fields are equal to these, as text. Left out: of all."""
 
     @property
     def limits(self) -> Limits:
@@ -41,28 +50,38 @@ class TokenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class JwtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[http.jwt]`: whose JSON web tokens are taken. key: a secret for HS*, a public key in PEM for RS* and ES*."""
+    """`[http.jwt]`: JSON web tokens of an application that knows its users.
+
+    Claims: scope, channels, where, and exp, which is demanded.
+    """
 
     key: Token | None = None
+    """HS256, HS384, HS512: a secret. RS256 ... ES512: a public key in PEM."""
     key_file: str | None = None
+    """The key from a file, instead."""
     algorithms: Annotated[tuple[Algorithm, ...], msgspec.Meta(min_length=1)]
+    """Only these are taken, whatever a token says about itself."""
     audience: str | None = None
+    """What the claim `aud` has to be, or contain. Left out: tokens that have one are refused."""
     issuer: str | None = None
+    """What the claim `iss` has to be. Left out: anything."""
 
 
 class Http(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[http]`.
-
-    feed: the sink whose feed is served; empty: that of the only one.
-    max_clients: WebSockets and event streams together; max_clients_each: those of one token.
-    """
+    """`[http]`: status, metrics, control, and the feed of changes (docs/http-api.md)."""
 
     address: str = "127.0.0.1:8642"
+    """`HOST:PORT`; port 0 takes a free one. Another address than loopback demands tokens, or a jwt."""
     origins: tuple[str, ...] = ()
+    """Web pages of these origins may use the interface, besides the daemon's own: such as `https://app.example.com`."""
     max_connections: Annotated[int, msgspec.Meta(ge=1)] = 2_000
+    """Connections at a time; who comes when there are more is told so."""
     feed: str = ""
+    """The sink of `kind = "data_changes"` whose feed is served. Empty: the only one."""
     max_clients: Annotated[int, msgspec.Meta(ge=0)] = 1_500
+    """WebSockets and event streams at a time."""
     max_clients_each: Annotated[int, msgspec.Meta(ge=0)] = 1_500
+    """How many of them may belong to one token, or to one subject of JSON web tokens."""
     tokens: tuple[TokenConfig, ...] = ()
     jwt: JwtConfig | None = None
 

@@ -30,37 +30,44 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 class EntityOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[sinks.NAME.entities."schema.table"]`: how the rows of one table are told of.
 
-    type: of the entity; empty: the table's name. channel: for realtime clients; empty: the table's name.
-    location, user: columns or fields; `None`: the sink's.
-    columns: only these; `None`: all but `exclude`. mask: column -> what is shown of it.
+    The others go by their table's name.
     """
 
     type: str = ""
+    """The entity's type. Empty: the table's name."""
     channel: str = ""
+    """What realtime clients subscribe to. Empty: the table's name."""
     location: str | None = None
+    """Instead of the sink's."""
     user: str | None = None
+    """Instead of the sink's."""
     columns: tuple[str, ...] | None = None
+    """Only these columns are told of. Left out: all but `exclude`."""
     exclude: tuple[str, ...] = ()
+    """These columns are not told of."""
     mask: dict[str, Mask] = {}
+    """Columns that are told of as a digest (`sha256`, equal for equal values) or not at all (`redact`)."""
     retention: Duration | None = None
+    """Instead of the sink's; for an audit trail: `never`."""
 
 
 class FeedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
-    """What a sink of this kind has besides what all sinks have.
-
-    table: where it is written: created by the sink, with helper tables whose names begin with it.
-    scope: columns or fields by which tokens may be limited to rows (`where`).
-    entities: by `schema.table` or `database.collection`; a string is the type alone. What is captured and not listed
-        is told of under its table's name.
-    """
+    """`[sinks.NAME]` of `kind = "data_changes"`: one table of all changes, that applications poll or follow."""
 
     table: Annotated[str, msgspec.Meta(pattern=r"^([a-z_][a-z0-9_]{0,39}\.)?[a-z_][a-z0-9_]{0,39}$")] = "data_changes"
+    """The table, made by cdc with a few beside it whose names begin alike. PostgreSQL: may be `schema.table`."""
     location: str = ""
+    """The column (field) that tells where a change belongs, such as `branch_id`. Empty: none."""
     user: str = ""
+    """The column that tells who made it. Empty: none. (A transaction can say so itself: see docs/data-changes.md.)"""
     scope: tuple[str, ...] = ()
+    """Columns by which tokens may be limited to rows (`where` of `[[http.tokens]]`)."""
     max_payload_bytes: Annotated[int, msgspec.Meta(ge=1024, le=8 * 1024**2)] = 256 * 1024
+    """In bytes: a change whose before, after and delta are larger together is told of without them."""
     retention: Duration = "24h"
+    """How long changes are kept: such as `90s`, `30m`, `24h`, `7d`, or `never`."""
     entities: dict[str, Name | EntityOptions] = {}
+    """By `schema.table` or `database.collection`: a section each, or a string that is the type alone."""
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` where entities contradict each other."""
