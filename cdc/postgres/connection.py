@@ -86,9 +86,8 @@ def connect(url: str, *, application_name: str = "cdc", replication: bool = Fals
 def connect_arguments(url: str, application_name: str, **settings: str) -> tuple[str, dict[str, Any]]:
     """What `connect` gives to psycopg, for a pool of such connections (to be configured by `lift_later_timeouts`)."""
     options = " ".join(f"-c {name}={_escape(value)}" for name, value in (SESSION_SETTINGS | settings).items())
-    conninfo = make_conninfo(url)
-    given = psycopg.conninfo.conninfo_to_dict(conninfo)
-    return conninfo, {
+    given = parsed(url)
+    return make_conninfo(url), {
         "autocommit": True,
         "options": f"{given['options']} {options}" if given.get("options") else options,
         "application_name": application_name,
@@ -164,6 +163,14 @@ def sorted_error(state: str | None, text: str, *, connection_lost: bool) -> CdcE
     if state.startswith(_PERMANENT_CLASSES):
         return PermanentError(f"{text} ({state})")
     return FatalError(f"{text} ({state})")
+
+
+def parsed(url: str) -> dict[str, Any]:
+    """A connection string's parameters. Raises `FatalError` without a word of it: libpq would quote a password."""
+    try:
+        return psycopg.conninfo.conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        raise FatalError("the url cannot be read", hint="special characters are written as %XX") from None
 
 
 def lift_later_timeouts(connection: Connection) -> None:

@@ -8,13 +8,13 @@ from typing import Final
 import msgspec
 import psycopg
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 
 from cdc.change import TableName
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.errors import CdcError, FatalError
 from cdc.postgres.bookkeeping import Bookkeeping
-from cdc.postgres.connection import Connection, connect
+from cdc.postgres.connection import Connection, connect, parsed
 from cdc.postgres.preflight_server import (
     check_fsync,
     check_pooler,
@@ -89,7 +89,7 @@ def _sink_view(source: SourceConfig, sink: SinkConfig, origin: Connection, targe
 
 def _check_missing_database(url: str, error: FatalError) -> Iterator[Finding]:
     """The copy creates the database, if it may. Raises `error` where that was not the reason."""
-    name = conninfo_to_dict(url).get("dbname")
+    name = parsed(url).get("dbname")
     try:
         server = connect(make_conninfo(url, dbname="postgres"), application_name="cdc check")
     except CdcError:

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import psycopg
 import structlog
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 
 from cdc.change import TableName
 from cdc.config import SinkConfig
@@ -20,7 +20,7 @@ from cdc.errors import FatalError, TransientError
 from cdc.position import Lsn, Position, SourcePosition, as_lsn
 from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, changed_tables
 from cdc.postgres.building import Builder
-from cdc.postgres.connection import Connection, connect, translated_errors, while_doing
+from cdc.postgres.connection import Connection, connect, parsed, translated_errors, while_doing
 from cdc.postgres.dump import KEY_KINDS, SchemaDump
 from cdc.postgres.preparation import Preparation, mirrored_columns
 from cdc.postgres.refresh_marks import RefreshMarks
@@ -239,10 +239,11 @@ class CopyTarget:
 
     def _maintenance(self) -> Connection:
         """A connection to a database of the server that is always there."""
+        given = parsed(self.url)
         try:
-            return connect(make_conninfo(self.url, dbname="postgres"))
+            return connect(make_conninfo(**given | {"dbname": "postgres"}))
         except FatalError:
-            return connect(make_conninfo(self.url, dbname="template1"))
+            return connect(make_conninfo(**given | {"dbname": "template1"}))
 
     def _column_types(self, table: SchemaTable, present: Mapping[TableName, SchemaTable]) -> dict[str, str]:
         types = {column.name: column.base_type_name for column in present[self.config.target_name(table.name)].columns}
@@ -279,5 +280,5 @@ class PostgresLoader:
 
 
 def _database_name(url: str) -> str:
-    given = conninfo_to_dict(url)
+    given = parsed(url)
     return str(given.get("dbname") or given.get("user") or "")

@@ -38,6 +38,14 @@ def limit_everything(database: Database) -> list[str]:
     return names
 
 
+@pytest.mark.parametrize("password", ["ge heim", "geheim%", "geheim%zz"])
+def test_f113_an_url_that_cannot_be_read_is_not_quoted(password: str) -> None:
+    with pytest.raises(FatalError) as caught:
+        connect(f"postgresql://me:{password}@127.0.0.1:1/shop")
+    assert "heim" not in f"{caught.value} {caught.value.hint} {caught.value.__cause__}"
+    assert "%XX" in caught.value.hint
+
+
 @pytest.mark.parametrize("replication", [False, True])
 def test_f38_no_time_out_of_a_database_applies(
     postgres: PostgresServer, source_db: Database, replication: bool
