@@ -27,6 +27,7 @@ from cdc.postgres.schema import SchemaTable, database_identity, read_tables
 from cdc.postgres.sequences import read_sequences
 from cdc.postgres.shape import TableShape, read_shapes
 from cdc.postgres.toc import TocEntry, parse_toc, reach, reverse, select_entries, split_script
+from cdc.postgres.unreadable import Unreadable, read_unreadable
 
 log = structlog.get_logger()
 
@@ -133,8 +134,9 @@ def dump_schema(url: str, tables: Collection[TableName], *, pg_dump: str) -> Sch
         shapes = _shapes(connection, tables)
         with tempfile.TemporaryDirectory(prefix="cdc-") as folder:
             archive = Archive(program.with_name("pg_restore"), Path(folder))
-            _run_pg_dump(program, url, archive.path)
-            schema = _read_archive(connection, archive, tables)
+            unreadable = read_unreadable(connection, tables)
+            _run_pg_dump(program, url, archive.path, *unreadable.pg_dump_options)
+            schema = _read_archive(connection, archive, tables, unreadable)
         if _shapes(connection, tables) != shapes:
             raise TransientError("tables were altered while their schema was read: it is read again")
         return msgspec.structs.replace(schema, shapes=shapes)
@@ -203,16 +205,16 @@ def _find_pg_dump(configured: str, server_major: int) -> Path:
     return Path(found)
 
 
-def _run_pg_dump(program: Path, url: str, output: Path) -> None:
+def _run_pg_dump(program: Path, url: str, output: Path, *options: str) -> None:
     conninfo, environment = _without_secrets(url)
-    command = [str(program), *_DUMP_OPTIONS, f"--file={output}", f"--dbname={conninfo}"]
+    command = [str(program), *_DUMP_OPTIONS, *options, f"--file={output}", f"--dbname={conninfo}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment | _ENGLISH)  # noqa: S603
     if done.returncode == 0:
         return
     message = f"pg_dump failed: {_complaint(done.stderr)}"
     if _WAITING_HELPS.search(done.stderr):
         raise TransientError(message)
-    raise FatalError(message, hint="it needs SELECT on the tables of the database: pg_read_all_data has it")
+    raise FatalError(message, hint="it needs SELECT on the captured tables: `cdc check` says what is missing")
 
 
 def _without_secrets(url: str) -> tuple[str, dict[str, str]]:
@@ -234,13 +236,15 @@ def _without_secrets(url: str) -> tuple[str, dict[str, str]]:
     return make_conninfo(**visible), environment
 
 
-def _read_archive(connection: Connection, archive: Archive, names: Collection[TableName]) -> SchemaDump:
+def _read_archive(
+    connection: Connection, archive: Archive, names: Collection[TableName], unreadable: Unreadable
+) -> SchemaDump:
     captured = {name: table for name, table in read_tables(connection).items() if name in names}
     if missing := set(names) - set(captured):
         raise FatalError(f"no such table at the source: {', '.join(map(str, sorted(missing)))}")
     oids = [table.oid for table in captured.values()]
     toc = archive.contents()
-    selected = select_entries(toc, _unwanted(connection, oids))
+    selected = select_entries(toc, _unwanted(connection, oids) | set(unreadable.dependent))
     _check_complete(captured.values(), toc, selected)
     entries = list(_entries(archive.script(selected), selected, _belongings(connection, oids)))
     post_data = archive.post_data()

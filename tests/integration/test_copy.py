@@ -793,6 +793,29 @@ def test_f118_row_security_is_an_error_and_never_half_a_table(source_db: Databas
     assert rows(source_db, "a") == rows(target_db, "a")
 
 
+def test_what_the_role_may_not_read_is_left_out_with_all_that_depends_on_it(
+    source_db: Database, target_db: Database
+) -> None:
+    """pg_dump would fail to lock it; and does not list what it has not dumped."""
+    source_db.execute(
+        """
+        CREATE SCHEMA closed; CREATE TABLE closed.pay (id int PRIMARY KEY);
+        CREATE TABLE "Not mine" (id int PRIMARY KEY);
+        CREATE TABLE a (id int PRIMARY KEY, pay int REFERENCES closed.pay, CHECK (id > 0)); INSERT INTO a VALUES (1);
+        CREATE VIEW of_pay AS SELECT id FROM closed.pay; CREATE VIEW of_view AS SELECT id FROM of_pay;
+        CREATE VIEW of_mine AS SELECT id FROM "Not mine"; CREATE VIEW of_a AS SELECT id FROM a;
+        CREATE FUNCTION pay_of(closed.pay) RETURNS int LANGUAGE sql AS 'SELECT 1'; GRANT SELECT ON a TO PUBLIC
+        """
+    )
+    with role(source_db, "LOGIN REPLICATION") as url:
+        copying(TableSource(url, ["a"]), target(target_db)).run()
+    assert rows(source_db, "a") == rows(target_db, "a")
+    made = "SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')"
+    assert sorted(target_db.execute(made)) == [("a",), ("of_a",)]
+    constraints = "SELECT contype::text FROM pg_constraint WHERE conrelid = 'a'::regclass AND contype <> 'n' ORDER BY 1"
+    assert target_db.execute(constraints) == [("c",), ("p",)]
+
+
 @contextmanager
 def role(database: Database, attributes: str, grants: str = "", password: str | None = None) -> Iterator[str]:
     """A role that exists for a moment; its URL."""
