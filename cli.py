@@ -22,6 +22,7 @@ from cdc import (
     __version__,
     daemon,
     gateway,
+    init_commands,
     kinds,
     letter_commands,
     logs,
@@ -58,6 +59,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
 )
+app.add_typer(init_commands.app)
 app.add_typer(steering_commands.app)
 app.add_typer(mirror_commands.app)
 app.add_typer(letter_commands.app, name="dead-letters")
@@ -179,31 +181,6 @@ def _check_sink(config: Config, sink: SinkConfig) -> Iterator[preflight.Finding]
     if sink.is_mirror:
         return kinds.preflight(sink.kind).check_sink(config, sink)
     return cast("StreamSink", build_sink(config, sink)).check()
-
-
-@app.command()
-def init(
-    context: typer.Context,
-    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="The only one, if left out.")] = None,
-    *,
-    ddl_capture: Annotated[
-        bool, typer.Option("--ddl-capture", help="Let the source's database tell of each DDL, by event triggers.")
-    ] = False,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove what this has made.")] = False,
-    print_only: Annotated[bool, typer.Option("--print", help="Only print the SQL, for a superuser to run.")] = False,
-) -> None:
-    """Prepare a source's database for what the daemon may not do by itself. Everything works without it."""
-    session = context.ensure_object(Session)
-    if not ddl_capture:
-        raise FatalError("it is not said what to prepare", hint="cdc init --ddl-capture [SOURCE]")
-    chosen = session.source(source)
-    pair = kinds.pair(chosen.kind)
-    script = pair.ddl_capture_script(chosen, remove=remove)
-    if print_only:
-        print(script)
-        return
-    pair.run_script(chosen, script)
-    print(f"{chosen.name}: DDL {'is no longer' if remove else 'is'} captured by event triggers")
 
 
 @app.command()

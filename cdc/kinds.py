@@ -78,6 +78,22 @@ class Pair(Protocol):
         ...
 
 
+class Onboarding(Protocol):
+    """What each folder's `onboarding.py` tells `cdc init`."""
+
+    def contents(self, url: str) -> dict[str, int]:
+        """Schemas or databases, and how much in each can be captured."""
+        ...
+
+    def source_role(self, config: Config, source: SourceConfig, role: str) -> str:
+        """A script for an administrator of the source: the role, and what capturing needs."""
+        ...
+
+    def mirror_role(self, sink: SinkConfig, role: str) -> str:
+        """The same for a mirror."""
+        ...
+
+
 def pair(kind: str) -> Pair:
     """The commands on a source and a mirror of one kind."""
     return cast("Pair", import_module(f"cdc.{kind}.pair"))
@@ -97,3 +113,8 @@ def build_source(config: Config, source: SourceConfig, facts: Facts) -> Source:
 def preflight(kind: str) -> Preflight:
     """The checks of a kind."""
     return cast("Preflight", import_module(f"cdc.{kind}.preflight"))
+
+
+def onboarding(kind: str) -> Onboarding:
+    """What `cdc init` asks of a kind."""
+    return cast("Onboarding", import_module(f"cdc.{kind}.onboarding"))
