@@ -14,7 +14,7 @@ import msgspec
 
 from cdc.change import TableName
 from cdc.http_config import Http
-from cdc.secret import Secret
+from cdc.secret import Secret, Token
 from cdc.urls import KINDS, MONGODB, POSTGRES, database_of, hosts_of, kind_of, same_postgres_database
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -47,6 +47,25 @@ class QueueOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Bytes of free disk that are left alone: a full disk would stop more than this daemon."""
     keep_seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """How long delivered batches stay, so that a sink can be set back. 0: until every sink has them."""
+
+
+class AlertOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[alerts]`: messages of the daemon itself, where there is no Prometheus to watch it.
+
+    They tell when a source or a sink fails or waits for its server, changes are dead, something is late, or the source
+    will soon have forgotten what was not captured; and when that is over.
+    """
+
+    webhook: Token | None = None
+    """An `https://` or `http://` URL that JSON is posted to; its `text` is for people. Left out: nothing is sent."""
+    webhook_file: str | None = None
+    """The URL from a file, instead."""
+    lag_seconds: Seconds = 300.0
+    """What is further behind than this is told of."""
+    after_seconds: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+    """What lasts no longer than this is not told of."""
+    interval_seconds: Seconds = 60.0
+    """The time between two messages at least; all that happens meanwhile is in the next one."""
 
 
 class TableGlobs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -250,6 +269,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     daemon: Daemon = Daemon()
     http: Http = Http()
     queue: QueueOptions = QueueOptions()
+    alerts: AlertOptions = AlertOptions()
     sources: dict[Identifier, SourceConfig]
     sinks: dict[Identifier, SinkConfig] = {}
 

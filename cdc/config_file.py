@@ -13,7 +13,7 @@ import msgspec
 
 from cdc import http_config
 from cdc.config import Config, SinkConfig, SourceConfig
-from cdc.config_rules import ALL_OPTIONS, check_filters, complete_sink, complete_source, without_own
+from cdc.config_rules import ALL_OPTIONS, check_filters, complete_alerts, complete_sink, complete_source, without_own
 from cdc.errors import ConfigError
 from cdc.secret import Secret
 from cdc.urls import KINDS
@@ -50,9 +50,10 @@ def parse(raw: dict[str, Any], environment: Mapping[str, str], *, options_of: Op
     except msgspec.ValidationError as exc:
         raise ConfigError(_readable(str(exc), raw), hint=ALL_OPTIONS) from exc
     http = http_config.complete(config.http)
+    alerts = complete_alerts(config.alerts)
     sources = {name: complete_source(name, source) for name, source in config.sources.items()}
     sinks = {name: complete_sink(name, sink, options.get(name), sources) for name, sink in config.sinks.items()}
-    config = msgspec.structs.replace(config, http=http, sources=sources, sinks=sinks)
+    config = msgspec.structs.replace(config, http=http, alerts=alerts, sources=sources, sinks=sinks)
     check_filters(config)
     return msgspec.structs.replace(
         config, sources={name: without_own(source, config.own_tables(source)) for name, source in sources.items()}

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from glob import escape
 from typing import Final
 
 import msgspec
 
 from cdc.change import TableName
-from cdc.config import Config, SinkConfig, SourceConfig, TableGlobs
+from cdc.config import AlertOptions, Config, SinkConfig, SourceConfig, TableGlobs
 from cdc.errors import ConfigError
-from cdc.secret import Secret, from_file
+from cdc.secret import Secret, Token, from_file
 from cdc.urls import KINDS, MONGODB, POSTGRES, backup_of, database_of, kind_of
 
 ALL_OPTIONS: Final = "config.example.toml lists every option"
+
+
+def complete_alerts(options: AlertOptions) -> AlertOptions:
+    """Read the secret that is in a file. Raises `ConfigError` where it is no URL of a webhook."""
+    webhook = from_file(Token, "alerts.webhook", options.webhook, options.webhook_file)
+    if webhook is not None and not re.match(r"https?://[^/\s]+[^\s]*$", webhook.reveal()):
+        raise ConfigError("alerts.webhook: not an URL", hint="https:// or http://, without blanks")
+    return msgspec.structs.replace(options, webhook=webhook)
 
 
 def complete_source(name: str, source: SourceConfig) -> SourceConfig:

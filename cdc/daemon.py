@@ -21,6 +21,7 @@ from typing import Any, Final
 import structlog
 
 from cdc import __version__
+from cdc.alerts import Alerts
 from cdc.api.backend import UnknownName
 from cdc.capture import Capture
 from cdc.config import Config, SinkConfig, SourceConfig
@@ -108,6 +109,8 @@ class Daemon:
         self._parkers: dict[str, Parker] = {}
         self.dead_letters: DeadLetters = Office(self._boxes)
         self._stopping = asyncio.Event()
+        options = config.alerts
+        self._alerts = Alerts(options.webhook, options, self.status) if options.webhook is not None else None
 
     async def run_until_signalled(self) -> bool:
         """Run until SIGTERM or SIGINT."""
@@ -276,12 +279,17 @@ class Daemon:
 
         async with asyncio.TaskGroup() as group:
             group.create_task(web.serve(), name="http")
+            alerting = group.create_task(self._alerts.run(), name="alerts") if self._alerts is not None else None
             tasks = [group.create_task(work(pipeline), name=pipeline.stats.name) for pipeline in pipelines]
             await self._stopped_or_useless(tasks, failed)
+            if alerting is not None:
+                alerting.cancel()
             log.info("draining", at_most_seconds=self._config.daemon.drain_seconds)
             stop.set()
             self._wake_all()
             drained = await _drain(tasks, self._config.daemon.drain_seconds)
+            if self._alerts is not None and not self.stopping:
+                await self._alerts.look(last=True)
             web.stop()
         threads.shutdown(wait=drained)
         return drained
