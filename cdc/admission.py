@@ -158,7 +158,7 @@ class _Look:
     def admitted(self, piece: Stored) -> Stored:
         """What may pass of the next piece."""
         batch, subjects, behind = piece.batch, self._parked.subjects, self._behind
-        if not subjects.concern(batch) and not batch.has_ddl:
+        if not (subjects.concern(batch) or behind.concern(batch) or batch.has_ddl):
             return piece
 
         def passes(transaction: Transaction, change: Change, place: ParkedId) -> bool:

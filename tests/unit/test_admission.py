@@ -221,6 +221,21 @@ def test_f89_what_has_to_wait_is_the_same_as_one_by_one(others: Sequence[Change]
             assert (admitted is piece) == (admitted.batch.change_count == piece.batch.change_count)
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_f89_what_follows_a_truncate_waits_also_in_a_batch_of_another_table(*, is_packed: bool) -> None:
+    """Of two tables, of which only the one has something parked."""
+    sink, parked = Sink(), ParkedRows()
+    one, two = TABLES[0], TABLES[4]
+    row = encode_row((b"1", b"", b"", b""))
+    parked.add(parked_row(1, sink.subject_of(TABLES, Change(UPDATE, 0, None, None, row))))
+    emptied = Change(TRUNCATE, -1, None, None, None, Truncate((0, 1), cascade=False, restart_identity=False))
+    first = Stored(1, Batch((one, two), [Transaction(10, 10, 0, 0, 0, True, [emptied])], 10, 0))
+    inserted = Change(INSERT, 0, None, None, row)
+    second = Stored(2, Batch((two,), [Transaction(20, 20, 0, 0, 0, True, [inserted])], 20, 0))
+    found = admission([first, as_packed(second) if is_packed else second], parked, sink, again=False)
+    assert [item.id for item, _ in found.waiting] == [(10, 0), (20, 0)]
+
+
 def test_what_is_parked_itself_is_told_nothing_of() -> None:
     sink, parked = Sink(), ParkedRows()
     changes = [Change(UPDATE, 0, None, None, encode_row((key, b"", b"", b""))) for key in (b"1", b"1", b"2")]
