@@ -87,6 +87,11 @@ class Table(msgspec.Struct, frozen=True, array_like=True):
         """The name alone, without columns."""
         return TableName(self.schema, self.name)
 
+    @property
+    def primary_key(self) -> frozenset[str] | None:
+        """Names of the primary key's columns, where that is what identifies a row (and not deferrable); else `None`."""
+        return frozenset(column.name for column in self.columns if column.is_key) if self.identity == "d" else None
+
 
 class Truncate(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """Detail of a TRUNCATE: all tables that one statement emptied, as indexes into `Batch.tables`."""

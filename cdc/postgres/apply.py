@@ -25,6 +25,7 @@ from cdc.change import (
     Batch,
     Change,
     Ddl,
+    Image,
     Operation,
     Table,
     Transaction,
@@ -290,7 +291,7 @@ class Applier:
     def _one(self, tables: Tables, change: Change) -> None:
         if change.operation == INSERT:
             assert change.after is not None
-            execute(self._connection, self.plan(tables[change.table]).insert(change.after, upsert=True))
+            self._put(self.plan(tables[change.table]), change.after)
             return
         statement = self._statement(tables, change)
         if statement is None or execute(self._connection, statement).rowcount != 0 or change.operation == TRUNCATE:
@@ -318,8 +319,15 @@ class Applier:
             whole = msgspec.structs.replace(change, operation=INSERT, after=image)
             if self.stale.may_collide(plan, whole):
                 self.stale.give_way(plan, whole)
-            execute(self._connection, plan.insert(image, upsert=True))
+            self._put(plan, image)
             self.healed += 1
+
+    def _put(self, plan: TablePlan, image: Image) -> None:
+        """Insert a row, or write it over the one that has its key: it may be there already."""
+        if plan.can_upsert:
+            execute(self._connection, plan.insert(image, upsert=True))
+        elif not plan.key or execute(self._connection, plan.overwrite(image)).rowcount == 0:
+            execute(self._connection, plan.insert(image))
 
 
 class _TextDumper(Dumper):

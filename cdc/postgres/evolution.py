@@ -198,14 +198,26 @@ def between(old: TableShape, described: Table, new: TableShape) -> TableShape | 
     names = [column.name for column in columns.values()]
     if len(set(names)) < len(names):
         return None
-    key = tuple(columns[attnum].name for attnum in _key(old) if attnum in columns)
     return msgspec.structs.replace(
         new,
         schema=described.schema,
         name=described.name,
         columns=tuple(columns[attnum] for attnum in sorted(columns)),
-        primary_key=key if len(key) == len(old.primary_key) else (),
+        primary_key=_described_key(old, described, new, columns),
     )
+
+
+def _described_key(
+    old: TableShape, described: Table, new: TableShape, columns: dict[int, ColumnShape]
+) -> tuple[str, ...]:
+    """The key on the way: what identifies a row, if that is it; its columns' order is that of the one or the other."""
+    kept = tuple(columns[attnum].name for attnum in _key(old) if attnum in columns)
+    kept = kept if len(kept) == len(old.primary_key) else ()
+    sent = described.primary_key
+    if not sent:  # none, or a deferrable one
+        return kept if set(kept) == set(new.primary_key) else ()
+    in_order = tuple(column.name for column in described.columns if column.name in sent)
+    return next((key for key in (kept, new.primary_key) if set(key) == sent), in_order)
 
 
 def is_part(described: Table, later: TableShape) -> bool:

@@ -57,12 +57,13 @@ class TablePlan:
         sent = tuple(index for index in self.columns if self.source.columns[index].is_key)
         if self.source.identity == "i":  # only these columns come with a DELETE
             return sent
-        primary_key = self.target.primary_key
         if self.target.key_deferrable:
             return ()  # in mid-transaction two rows may have the same key
-        if primary_key and all(name in index_of for name in primary_key):
-            return tuple(index_of[name] for name in primary_key)
-        return sent if self.source.identity == "d" else ()
+        primary_key = tuple(index_of[name] for name in self.target.primary_key if name in index_of)
+        is_whole = len(primary_key) == len(self.target.primary_key)
+        if self.source.identity == "d":  # as above; the mirror may have another key, of its own or from before
+            return primary_key if is_whole and set(primary_key) == set(sent) else sent
+        return primary_key if is_whole else ()
 
     @cached_property
     def key_of(self) -> KeyOf:
@@ -124,13 +125,23 @@ class TablePlan:
             self._same_key(),
         )
 
+    @cached_property
+    def can_upsert(self) -> bool:
+        """Whether the key is the mirror's primary key: who has another one's is another row."""
+        names = {self.source.columns[index].name for index in self.key}
+        return bool(names) and names == set(self.target.primary_key) and not self.target.key_deferrable
+
     def insert(self, image: Image, *, upsert: bool = False) -> Statement:
-        """Insert a whole row; with `upsert` over one that has its primary key."""
-        # ON CONFLICT refuses deferrable keys
-        upsert = upsert and bool(self.target.primary_key) and not self.target.key_deferrable
+        """Insert a whole row; with `upsert` over one that has its key, where it `can_upsert`."""
         query = self._cached(("insert", upsert), lambda: self._insert(upsert=upsert))
         row = decode_row(image)
         return query, tuple(row[index] for index in self.columns)
+
+    def overwrite(self, image: Image) -> Statement:
+        """Update the row that has a whole row's key."""
+        query = self._cached(("update", self.columns), lambda: self._update(self.columns))
+        row = decode_row(image)
+        return query, tuple(row[index] for index in (*self.columns, *self.key))
 
     def update(self, change: Change) -> Statement | None:
         """Update one row in place, its key included; `None` if no column travelled."""

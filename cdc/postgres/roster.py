@@ -122,7 +122,10 @@ class Plans:
             return all(column.name in there for column in table.columns)
         shape = mirrored.followed.shape
         same = [(column.name, column.type_oid) for column in shape.described().columns]
-        return table.oid in (0, shape.oid) and [(column.name, column.type_oid) for column in table.columns] == same
+        if table.oid not in (0, shape.oid) or [(column.name, column.type_oid) for column in table.columns] != same:
+            return False
+        # a deferrable key is none that the source sends
+        return table.primary_key in {None, frozenset(() if target.key_deferrable else shape.primary_key)}
 
     def _plan(self, mirrored: Mirrored, table: Table, columns: Iterable[str] | None) -> TablePlan:
         return TablePlan(table, self._target(mirrored.name), None if columns is None else tuple(columns))

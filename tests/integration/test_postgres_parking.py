@@ -70,6 +70,31 @@ def test_f89_one_row_is_refused_and_the_others_flow(mirror_of: MirrorOf) -> None
     heal(mirror, "items", "log")
 
 
+IDENTITY_BESIDE_KEY = (
+    "CREATE TABLE items (id int PRIMARY KEY, name text NOT NULL CONSTRAINT by_name UNIQUE, n int, note text)",
+    "ALTER TABLE items REPLICA IDENTITY USING INDEX by_name",
+    "ALTER TABLE items ALTER note SET STORAGE external",
+)
+
+
+def test_f89_f90_no_row_is_taken_for_another_that_has_had_its_primary_key(mirror_of: MirrorOf) -> None:
+    """Where something else identifies rows, and the one that had the key is parked."""
+    mirror = mirror_of(*IDENTITY_BESIDE_KEY)
+    run(mirror, "INSERT INTO items VALUES (9, 'a', 1, repeat('x', 9000)), (99, 'z', 1, 'z')")
+    mirror.target_db.execute("ALTER TABLE items ADD CONSTRAINT poison CHECK (n <> 666)")
+    run(mirror, "UPDATE items SET id = 10, n = 666 WHERE name = 'a'")
+    mirror.sync()
+    run(mirror, "INSERT INTO items VALUES (9, 'b', 2, 'b')")
+    mirror.sync()
+    assert mirror.target_db.execute("SELECT name, n FROM items WHERE id = 9") == [("a", 1)]
+    run(mirror, "UPDATE items SET n = 5 WHERE name = 'a'", "UPDATE items SET n = 6 WHERE name = 'a'")
+    mirror.sync()
+    mirror.target_db.execute("ALTER TABLE items DROP CONSTRAINT poison")
+    heal(mirror, "items")
+    run(mirror, "DELETE FROM items WHERE name = 'z'", "INSERT INTO items VALUES (98, 'z', 3, 'w')")
+    heal(mirror, "items")
+
+
 SWAPS = (
     "CREATE TABLE places (id int PRIMARY KEY, place int UNIQUE DEFERRABLE INITIALLY DEFERRED)",
     "CREATE TABLE items (id int PRIMARY KEY)",
