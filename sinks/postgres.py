@@ -70,7 +70,7 @@ class PostgresSink(RefreshTarget):
         self._asked: set[int] = set()
         self._uncopied = Uncopied(config.name)
         self._finished = False
-        self._subjects: SubjectFinder | None = None
+        self._subjects: tuple[Plans, SubjectFinder] | None = None
         self._ahead: _Todo | None = None
         self._unrefreshed_tables: dict[TableName, RefreshMark] = {}
         self._replaying_until: Lsn | None = None
@@ -95,8 +95,7 @@ class PostgresSink(RefreshTarget):
             self._applier = applier = Applier(connection, transaction, reshaper, self._reread)
             if self.config.parks:
                 Settled(connection, self.name).create()
-                mirrored = {table.name for table in applier.plans.roster if table.applied_from != FORGOTTEN}
-                self._subjects = SubjectFinder(applier.plan, mirrored, read_uniqueness(connection))
+                self._find_subjects(connection, applier)
             self._unrefreshed_tables = self._unrefreshed(connection)
             self._replaying_until = RefreshMarks(connection, self.name).replaying()
             self._note_refreshed()
@@ -119,7 +118,7 @@ class PostgresSink(RefreshTarget):
                 applied = self._at_once(applier, todo, position)
             if applied is not None:
                 return applied
-        with self._all_or_nothing(applier):
+        with self._all_or_nothing(connection, applier):
             applied = self._do(connection, applier, todo)
         with translated_errors():
             if batches[-1].complete:
@@ -145,16 +144,22 @@ class PostgresSink(RefreshTarget):
         """By the same."""
         return self._finder().free_of(table, keys)
 
+    def _find_subjects(self, connection: Connection, applier: Applier) -> None:
+        """Tables may have been altered, and other columns be unique."""
+        if self.config.parks and (self._subjects is None or self._subjects[0] is not applier.plans):
+            mirrored = {table.name for table in applier.plans.roster if table.applied_from != FORGOTTEN}
+            self._subjects = applier.plans, SubjectFinder(applier.plan, mirrored, read_uniqueness(connection))
+
     def _finder(self) -> SubjectFinder:
         if self._subjects is None:
             raise TransientError(f"sink {self.name} is not connected")
-        return self._subjects
+        return self._subjects[1]
 
     def apply_part(self, batches: Sequence[Batch], position: Position) -> Applied:  # noqa: ARG002 - protocol
         """Apply within the target transaction that `apply` commits."""
         connection, applier = self._opened()
         todo = self._look_at(applier, with_ends(batches, last_ends=False))
-        with self._all_or_nothing(applier):
+        with self._all_or_nothing(connection, applier):
             return self._do(connection, applier, todo)
 
     def apply_parked(self, batches: Sequence[Batch]) -> Applied:
@@ -163,7 +168,7 @@ class PostgresSink(RefreshTarget):
         todo = self._look_at(applier, with_ends(batches, last_ends=True))
         changes = [(as_lsn(each.position), each.first_ordinal) for batch in batches for each in batch.transactions]
         try:
-            with self._all_or_nothing(applier):
+            with self._all_or_nothing(connection, applier):
                 applied = self._do(connection, applier, todo, late=True)
                 Settled(connection, self.name).replace(changes)
                 applier.transaction.end()
@@ -175,7 +180,7 @@ class PostgresSink(RefreshTarget):
         return applied
 
     @contextmanager
-    def _all_or_nothing(self, applier: Applier) -> Iterator[None]:
+    def _all_or_nothing(self, connection: Connection, applier: Applier) -> Iterator[None]:
         """What is refused is undone, and the sink is as it was."""
         missing, healed = applier.missing, applier.healed
         try:
@@ -184,6 +189,7 @@ class PostgresSink(RefreshTarget):
         except PermanentError as exc:
             with translated_errors():
                 applier.undo()
+                self._find_subjects(connection, applier)
             applier.missing, applier.healed = missing, healed
             change = exc.change if isinstance(exc, Refused) else None
             raise Refused(str(exc), hint=exc.hint, change=change, undone=True) from exc
@@ -363,6 +369,7 @@ class PostgresSink(RefreshTarget):
     def _carefully(self, connection: Connection, applier: Applier, wanted: Sequence[Batch], *, late: bool) -> None:
         try:
             applier.carefully(wanted, late=late)
+            self._find_subjects(connection, applier)
         except CopyAgain as again:
             applier.transaction.roll_back()
             self._copy_again(connection, [again.table])

@@ -485,6 +485,50 @@ def test_f29_the_policy_stop_names_table_and_change(
         assert_same(mirror)
 
 
+def test_f30_another_primary_key_holds_from_the_next_row_on(life: Life, source_db: Database, capture: str) -> None:
+    """What was a row's key may be another row's value now. Without event triggers the key's columns tell."""
+    source_db.execute(ITEMS.replace("name varchar(20)", "name varchar(20) UNIQUE"))
+    source_db.execute(
+        "CREATE TABLE pairs (id int PRIMARY KEY, u text NOT NULL); INSERT INTO pairs SELECT id, name FROM items"
+    )
+    with life() as mirror:
+        mirror.sync()
+        source_db.execute("ALTER TABLE items DROP CONSTRAINT items_pkey, ADD PRIMARY KEY (name)")
+        source_db.execute("UPDATE items SET n = 7 WHERE name = 'row 2'; INSERT INTO items VALUES (1, 3, 'new', 'y')")
+        source_db.execute("ALTER TABLE pairs DROP CONSTRAINT pairs_pkey, ADD PRIMARY KEY (u)")
+        source_db.execute("UPDATE pairs SET id = 5 WHERE u = 'row 4'")
+        assert_same(mirror)
+        assert_same(mirror, "pairs")
+        key = "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = 'pairs'::regclass AND contype = 'p'"
+        wait_for(lambda: mirror.error or mirror.target_db.value(key) == "PRIMARY KEY (u)", "the mirror's key")
+        source_db.execute("ALTER TABLE pairs DROP CONSTRAINT pairs_pkey; INSERT INTO pairs VALUES (5, 'row 4')")
+        assert_same(mirror, "pairs")
+        assert mirror.fillings == 0
+
+
+def test_f30_f89_who_wants_a_value_of_a_renamed_unique_column_waits(
+    life: Life, source_db: Database, target_db: Database, capture: str
+) -> None:
+    source_db.execute(
+        "CREATE TABLE items (id int PRIMARY KEY, u text UNIQUE, n int); INSERT INTO items VALUES (9, '9')"
+    )
+    with life(sink={"on_error": "park"}) as mirror:
+        mirror.sync()
+        unique = "SELECT count(*) FROM pg_index WHERE indrelid = 'items'::regclass AND indisunique"
+        wait_for(lambda: mirror.error or target_db.value(unique) == 2, "the index")
+        source_db.execute("ALTER TABLE items RENAME u TO v; INSERT INTO items VALUES (8, '8')")
+        assert_same(mirror)
+        target_db.execute("ALTER TABLE items ADD CONSTRAINT poison CHECK (n <> 666)")
+        source_db.execute("INSERT INTO items VALUES (1, 'a', 666); UPDATE items SET v = 'x' WHERE id = 1")
+        source_db.execute("INSERT INTO items VALUES (2, 'a', 1)")
+        mirror.sync()
+        parked = mirror.queue.parked("mirror")
+        assert (len(parked) >= 3, sum(bool(row.attempts) for row in parked)) == (True, 1), "the others were not tried"
+        target_db.execute("ALTER TABLE items DROP CONSTRAINT poison")
+        wait_for(lambda: mirror.error or not mirror.delivery_stats.parked, "nothing to be parked")
+        assert_same(mirror)
+
+
 def test_f28_f32_random_changes_of_rows_and_shapes(life: Life, source_db: Database, capture: str) -> None:
     source_db.execute(ITEMS)
     chance = random.Random(5)
