@@ -24,6 +24,11 @@ THREADS: Final = 4
 class Watcher(Protocol):
     """Is told of everything that is new, in the event loop. Must not block."""
 
+    @property
+    def clients(self) -> int:
+        """For how many it wants to know; while there are none it need not be told."""
+        ...
+
     def news(self, records: Sequence[Record], before: int) -> None:
         """All records behind the cursor `before`, up to the feed's new head."""
         ...
@@ -41,7 +46,10 @@ class Watcher(Protocol):
 
 
 class Feed:
-    """A feed, for an event loop: `start` it there, and `stop` it there."""
+    """A feed, for an event loop: `start` it there, and `stop` it there.
+
+    ring: what is new, from when somebody has begun to watch.
+    """
 
     def __init__(self, reader: FeedReader, publisher: FeedWriter, ring: Ring | None = None) -> None:
         self.reader = reader
@@ -91,7 +99,7 @@ class Feed:
     async def news(self, after: int, timeout_seconds: float) -> bool:
         """Wait until the feed is beyond `after`; False if it is not in time.
 
-        Records that nobody asked for count too. They are in `ring` then, if the caller wants to look without I/O.
+        Records that nobody asked for count too.
         """
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -103,7 +111,7 @@ class Feed:
 
     def start(self) -> None:
         """Begin to follow. Call it in the event loop."""
-        self._follower = Follower(self.reader, asyncio.get_running_loop(), self._restart, self._take)
+        self._follower = Follower(self.reader, asyncio.get_running_loop(), self._restart, self._take, self._skip)
         self._follower.start()
 
     def end_streams(self) -> None:
@@ -136,6 +144,14 @@ class Feed:
         for watcher in self._watchers:
             watcher.news(records, before)
         self._wake()
+
+    def _skip(self, head: int) -> bool:
+        """Whoever comes later reads from the store what `ring` does not hold."""
+        if any(watcher.clients for watcher in self._watchers):
+            return False
+        self.ring.restart(head)
+        self._wake()
+        return True
 
     def _wake(self) -> None:
         advanced, self._advanced = self._advanced, asyncio.Event()

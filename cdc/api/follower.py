@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from threading import Event, Thread
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 import structlog
 
@@ -29,6 +29,9 @@ _LISTEN_SECONDS: Final = 0.25
 
 _MAX_BACKOFF_SECONDS: Final = 5.0
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 log = structlog.get_logger()
 
 
@@ -44,10 +47,12 @@ class Follower(Thread):
         loop: asyncio.AbstractEventLoop,
         restart: Callable[[int], None],
         take: Callable[[Sequence[Record], int], None],
+        skip: Callable[[int], bool],
     ) -> None:
         """restart: called in the event loop with the head to go on from, first of all and when the place was lost.
 
         take: called in the event loop with all records behind the last head, and the new one.
+        skip: called in the event loop with a new head alone: whether that is enough, since nobody waits for records.
         """
         super().__init__(name="feed-follower", daemon=True)
         self.located = False
@@ -56,6 +61,7 @@ class Follower(Thread):
         self._loop = loop
         self._restart = restart
         self._take = take
+        self._skip = skip
         self._cursor = 0
         self._ending = Event()
 
@@ -105,6 +111,10 @@ class Follower(Thread):
             self._lose_place(head)
 
     def _read(self) -> None:
+        head = self._reader.head()
+        if head > self._cursor and self._hand_over(self._skip, head):
+            self._cursor = head
+            return
         more = True
         while more and not self._ending.is_set():
             found = self._reader.scan(self._cursor, Wanted(), READ_RECORDS)
@@ -131,10 +141,10 @@ class Follower(Thread):
             if listener.wait(_LISTEN_SECONDS):
                 return
 
-    def _hand_over(self, function: Callable[..., None], *args: object) -> None:
+    def _hand_over(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call it in the event loop and wait until it is done: the loop is never handed more than it takes."""
 
-        async def call() -> None:
-            function(*args)
+        async def call() -> T:
+            return function(*args, **kwargs)
 
-        asyncio.run_coroutine_threadsafe(call(), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(call(), self._loop).result()

@@ -138,6 +138,22 @@ def test_subscriptions_of_one_client_are_limited(gateway: Gateway) -> None:
     wait_until(lambda: not gateway.stats()["connections"])
 
 
+def test_nothing_is_read_for_nobody_and_everything_for_who_comes(gateway: Gateway, source: Source) -> None:
+    source.commit(*(record("orders", each) for each in range(1, 4)))
+    wait_until(lambda: gateway.feed.ring.head == 3)
+    assert gateway.feed.ring.after(2, 1) is None
+    with gateway.websocket() as client:
+        subscribe(client, "orders", since={"orders": "1"})
+        assert [event["id"] for event in events(client, 2)] == ["2", "3"]
+        source.commit(record("orders", 4))
+        assert [event["id"] for event in events(client, 1)] == ["4"]
+        assert [each.id for each in gateway.feed.ring.after(3, 10) or ()] == [4]
+    wait_until(lambda: not gateway.stats()["connections"])
+    source.commit(record("orders", 5))
+    wait_until(lambda: gateway.feed.ring.head == 5)
+    assert gateway.feed.ring.after(4, 1) is None
+
+
 def test_f104_gap_where_changes_were_removed(gateway: Gateway, source: Source, place: Place) -> None:
     source.commit(*(record("orders", each, recorded_at=each) for each in range(1, 6)))
     wait_until(lambda: gateway.feed.ring.head == 5)
