@@ -193,6 +193,10 @@ class Summarized(Sequence[Transaction]):
     def summary(self) -> Summary:
         """Costs nothing."""
 
+    @abstractmethod
+    def once(self) -> Sequence[Transaction]:
+        """The transactions, for who goes through them once: what was taken apart for that is not kept."""
+
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
     """What a source hands to the queue at once, and the queue to a sink. Can be read alone.
@@ -222,6 +226,11 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
         if isinstance(transactions, Summarized):
             return sum(transactions.summary.counts)
         return sum(map(len, map(_CHANGES, transactions)))
+
+    def once(self) -> Sequence[Transaction]:
+        """The transactions, for who goes through them once."""
+        transactions = self.transactions
+        return transactions.once() if isinstance(transactions, Summarized) else transactions
 
     @property
     def has_ddl(self) -> bool:

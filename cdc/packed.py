@@ -126,14 +126,22 @@ class Packed(Summarized):
         )
         return Packed(b"".join((head, *pieces, self.data[at:])))
 
+    def once(self) -> Sequence[Transaction]:
+        """Taken apart anew, unless somebody has looked at them: objects weigh four times as much as their bytes."""
+        return self._taken_apart() if self._transactions is None else self._transactions
+
     def _unpacked(self) -> list[Transaction]:
         if self._transactions is None:
-            found = unpack(self.data)
-            if len(found) != self._count:
-                raise DecodeError(f"{self._count} packed transactions should be {len(found)}")
+            found = self._taken_apart()
             with _lock:
                 self._transactions = self._transactions or found
         return self._transactions
+
+    def _taken_apart(self) -> list[Transaction]:
+        found = unpack(self.data)
+        if len(found) != self._count:
+            raise DecodeError(f"{self._count} packed transactions should be {len(found)}")
+        return found
 
 
 def packed_part(head: Transaction, counts: Sequence[int], changes: bytes) -> Packed:

@@ -16,31 +16,22 @@ import structlog
 from cdc.change import Batch
 from cdc.config import SinkConfig
 from cdc.errors import TransientError
-from cdc.feed.composer import NO_CONTEXT, Composer, Context, Draft, Drafter, keys_of
+from cdc.feed.composer import NO_CONTEXT, Composer, Draft, Drafter, keys_of
 from cdc.feed.event import translator
 from cdc.feed.options import FeedOptions
 from cdc.feed.place import check, place_of, writer
 from cdc.feed.retention import Retention, remove
 from cdc.position import Position, SourcePosition
 from cdc.preflight import Finding
-from cdc.sink import Applied, SinkContext, are_same
+from cdc.sink import Applied, SinkContext
 
 PRUNE_SECONDS: Final = 0.5
 """How long the stream waits for retention at a time."""
 
 DRAFTS_AT_ONCE: Final = 1_000
-"""So many records are in memory in their final form, of which there are several on the way to a store."""
+"""So many changes are in memory as objects, of which there are several for each on the way to a store."""
 
 log = structlog.get_logger()
-
-
-class _Ahead(msgspec.Struct, frozen=True):
-    """What was drafted ahead. context, next_context: of the transactions that it begins and ends within."""
-
-    batches: Sequence[Batch]
-    context: Context
-    drafts: Sequence[Draft]
-    next_context: Context
 
 
 class DataChangesSink:
@@ -63,7 +54,6 @@ class DataChangesSink:
         self._composer = Composer(config.source, options, translate)
         self._retention = Retention(config.source, options)
         self._context = NO_CONTEXT
-        self._ahead: _Ahead | None = None
         self._is_open = self._may_repeat = False
 
     def open(self) -> Position | None:
@@ -74,21 +64,17 @@ class DataChangesSink:
         return position
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """Translate ahead what `apply` is to get next."""
-        self._ahead = self._draft(batches, NO_CONTEXT)
+        """Do nothing: as objects changes weigh much more than in batches, and a second thread would wait for the first.
+
+        (Both want the interpreter: SQLite gives it away for every row, and gets it back late.)
+        """
 
     def apply(self, batches: Sequence[Batch], position: Position) -> Applied:
         """Append in order; visible together with `position` when `batches` end with a complete transaction."""
         if not self._is_open:
             raise TransientError(f"sink {self.name} is not connected")
-        ahead, self._ahead = self._ahead, None
-        if ahead is None or not are_same(ahead.batches, batches) or ahead.context != self._context:
-            ahead = self._draft(batches, self._context)
-        drafts = self._new(ahead.drafts)
-        for start in range(0, len(drafts), DRAFTS_AT_ONCE):
-            some = drafts[start : start + DRAFTS_AT_ONCE]
-            self._writer.append(*self._composer.compose(some, self._writer.states(keys_of(some))))
-        self._context = ahead.next_context
+        for drafts in map(self._new, self._drafts(batches)):
+            self._writer.append(*self._composer.compose(drafts, self._writer.states(keys_of(drafts))))
         if batches[-1].complete:
             self._writer.commit(position)
             self._context = NO_CONTEXT
@@ -101,7 +87,6 @@ class DataChangesSink:
     def close(self) -> None:
         """Disconnect; what was not complete is rolled back."""
         self._is_open = False
-        self._ahead = None
         self._context = NO_CONTEXT
         self._writer.close()
 
@@ -158,6 +143,14 @@ class DataChangesSink:
         self._may_repeat = not new
         return new
 
-    def _draft(self, batches: Sequence[Batch], context: Context) -> _Ahead:
-        drafts, next_context = self._drafter.drafts(batches, context)
-        return _Ahead(batches, context, drafts, next_context)
+    def _drafts(self, batches: Sequence[Batch]) -> Iterator[Sequence[Draft]]:
+        """In pieces: few at a time, and not too few."""
+        drafts: list[Draft] = []
+        for batch in batches:
+            found, self._context = self._drafter.drafts([batch], self._context)
+            drafts += found
+            while len(drafts) >= DRAFTS_AT_ONCE:
+                yield drafts[:DRAFTS_AT_ONCE]
+                del drafts[:DRAFTS_AT_ONCE]
+        if drafts:
+            yield drafts

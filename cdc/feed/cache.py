@@ -18,7 +18,7 @@ _OVERHEAD_BYTES: Final = 600
 class StateCache:
     """The most recently used states of one source's entities, bounded by bytes."""
 
-    def __init__(self, max_bytes: int = 64 * 1024**2) -> None:
+    def __init__(self, max_bytes: int = 16 * 1024**2) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._states: OrderedDict[Key, EntityState] = OrderedDict()
@@ -38,13 +38,15 @@ class StateCache:
 
     def put(self, states: Iterable[EntityState]) -> None:
         """Remember, and forget what was not used for longest."""
+        kept = self._states
         for state in states:
             key = state.entity_type, state.key
-            before = self._states.pop(key, None)
-            self._bytes += _size(state) - (0 if before is None else _size(before))
-            self._states[key] = state
+            if (before := kept.pop(key, None)) is not None:
+                self._bytes -= _size(before)
+            self._bytes += _size(state)
+            kept[key] = state
         while self._bytes > self._max_bytes:
-            self._bytes -= _size(self._states.popitem(last=False)[1])
+            self._bytes -= _size(kept.popitem(last=False)[1])
 
     def clear(self) -> None:
         """Forget all."""

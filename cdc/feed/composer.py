@@ -7,13 +7,13 @@ and goes in order.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 import structlog
 
 from cdc.change import MESSAGE, Batch, Change, Message, TableName, Transaction
-from cdc.feed.event import Event, Told, Translator, View
+from cdc.feed.event import Event, Told, Translator
 from cdc.feed.options import Entity, FeedOptions
 from cdc.feed.record import ALL, ChangeType, EntityState, Record
 from cdc.position import format_position
@@ -37,20 +37,16 @@ class Context(msgspec.Struct, frozen=True, rename="camel"):
 NO_CONTEXT: Final = Context()
 
 
-class Draft(NamedTuple):
-    """An event, with what its transaction tells."""
+class Draft(msgspec.Struct, frozen=True, gc=False):
+    """An event, with what its transaction tells. key: of its entity's state."""
 
+    key: Key
     event: Event
     change: Change
     entity: Entity
     position: str
     changed_at: int
     context: Context
-
-    @property
-    def key(self) -> Key:
-        """Of its entity's state."""
-        return (self.entity.type, self.event.key)
 
 
 class Drafter:
@@ -68,7 +64,7 @@ class Drafter:
         """
         found: list[Draft] = []
         for batch in batches:
-            for transaction in batch.transactions:
+            for transaction in batch.once():
                 if transaction.first_ordinal == 0:
                     context = NO_CONTEXT
                 context = self._transaction(batch, transaction, context, found)
@@ -76,25 +72,26 @@ class Drafter:
 
     def _transaction(self, batch: Batch, transaction: Transaction, context: Context, found: list[Draft]) -> Context:
         """A message speaks for what follows it, and the first one also for what came before."""
-        told = [said for change in transaction.changes if (said := _context(change)) is not None]
+        changes = transaction.changes
+        told = [said for change in changes if change.operation == MESSAGE and (said := _context(change)) is not None]
         if told and context is NO_CONTEXT:
             context = told[0]
-        position = format_position(transaction.position)
-        for ordinal, change in enumerate(transaction.changes, transaction.first_ordinal):
+        position, changed_at = format_position(transaction.position), transaction.commit_time
+        for ordinal, change in enumerate(changes, transaction.first_ordinal):
             if change.operation == MESSAGE:
                 context = _context(change) or context
                 continue
             events = self._translator.events(batch.tables, change)
             for part, event in enumerate(events):
                 place = f"{position}:{ordinal}" if len(events) == 1 else f"{position}:{ordinal}.{part}"
-                entity = self._entity(event)
-                found.append(Draft(event, change, entity, place, transaction.commit_time, context))
+                entity = self._entity(event.table)
+                found.append(Draft((entity.type, event.key), event, change, entity, place, changed_at, context))
         return context
 
-    def _entity(self, event: Event) -> Entity:
-        entity = self._entities.get(event.table)
+    def _entity(self, table: TableName) -> Entity:
+        entity = self._entities.get(table)
         if entity is None:
-            entity = self._entities[event.table] = Entity.of(event.table, self._options)
+            entity = self._entities[table] = Entity.of(table, self._options)
         return entity
 
 
@@ -117,22 +114,24 @@ class Composer:
         touched: dict[Key, EntityState] = {}
         records = []
         for draft in drafts:
-            before = current.get(draft.key)
-            group = current.get((draft.entity.type, ALL))
+            key = draft.key
+            before, group = current.get(key), current.get((key[0], ALL))
             told = self._translator.complete(draft.event, draft.change, before, group.version if group else 0)
             record = self._record(draft, told, before)
             records.append(record)
-            current[draft.key] = touched[draft.key] = _state(draft, record, told)
+            current[key] = touched[key] = _state(draft, record, told)
         return records, list(touched.values())
 
     def _record(self, draft: Draft, told: Told, state: EntityState | None) -> Record:
         event, entity, context = draft.event, draft.entity, draft.context
         deleted = event.change_type == ChangeType.DELETE
         view = told.before if deleted else told.after
-        location = _said(context.location_id) or (view.location_id if view else None)
+        location = view.location_id if view else None
+        user = view.user_id if view and not deleted else None
+        if context is not NO_CONTEXT:
+            location, user = _said(context.location_id) or location, _said(context.user_id) or user
         if location is None and state is not None and (deleted or not entity.location):
             location = state.location_id
-        user = _said(context.user_id) or (view.user_id if view and not deleted else None)
         record = Record(
             source=self._source,
             position=draft.position,
@@ -144,8 +143,8 @@ class Composer:
             changed_at=draft.changed_at,
             location_id=location,
             user_id=user,
-            before=_shown(told.before),
-            after=_shown(told.after),
+            before=told.before.shown if told.before else None,
+            after=told.after.shown if told.after else None,
             changed=told.changed,
             delta=told.delta,
             lookup=told.lookup,
@@ -157,7 +156,8 @@ class Composer:
 
 def keys_of(drafts: Iterable[Draft]) -> set[Key]:
     """The states that `Composer.compose` needs: of the entities, and of all entities of their types."""
-    return {key for draft in drafts for key in (draft.key, (draft.entity.type, ALL))}
+    keys = {draft.key for draft in drafts}
+    return keys | {(entity_type, ALL) for entity_type in {entity_type for entity_type, _ in keys}}
 
 
 def _state(draft: Draft, record: Record, told: Told) -> EntityState:
@@ -178,12 +178,8 @@ def _scope_before(told: Told, state: EntityState | None) -> bytes | None:
     return state.scope if state is not None else None
 
 
-def _shown(view: View | None) -> bytes | None:
-    return None if view is None else view.shown
-
-
 def _size(record: Record) -> int:
-    return sum(len(part) for part in (record.before, record.after, record.delta) if part is not None)
+    return len(record.before or b"") + len(record.after or b"") + len(record.delta or b"")
 
 
 def _without_payload(record: Record) -> Record:

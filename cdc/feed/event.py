@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Final, NamedTuple, Protocol, cast
+from typing import Final, Protocol, cast
 
 import msgspec
 
@@ -50,7 +50,7 @@ class Event(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     changed: tuple[str, ...] | None = None
 
 
-class Told(NamedTuple):
+class Told(msgspec.Struct, frozen=True, gc=False):
     """An event, completed by what was known of its entity before.
 
     known: what to remember, for the next event.

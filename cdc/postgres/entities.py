@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
 
-from cdc.change import DDL, DELETE, INSERT, MESSAGE, TRUNCATE, UPDATE, Change, Table, TableName, Truncate
+from cdc.change import DDL, DELETE, INSERT, MESSAGE, TRUNCATE, UPDATE, Change, Column, Table, TableName, Truncate
 from cdc.errors import DecodeError
 from cdc.feed.event import Event, Told, View, bounded, masked, masked_text
 from cdc.feed.options import Entity, FeedOptions, Mask
@@ -31,22 +32,25 @@ class EntityTranslator:
         self._options = options
         self._primary_key = context.primary_key
         self._shapes: dict[Table, _Shape] = {}
+        self._tables: Sequence[Table] = ()  # of the batch at hand: to look for a table takes longer than for its place
+        self._shapes_at: list[_Shape | None] = []
 
     def events(self, tables: Sequence[Table], change: Change) -> Sequence[Event]:
         """A change of a key is two events: one entity ends, and another begins."""
-        if change.operation == TRUNCATE:
+        operation = change.operation
+        if operation == TRUNCATE:
             assert isinstance(change.detail, Truncate)
             return [_emptied(tables[index].qualified) for index in change.detail.tables]
-        if change.operation in (MESSAGE, DDL):
+        if operation in (MESSAGE, DDL):
             return ()
-        shape = self._shape(tables[change.table])
-        if change.operation == INSERT:
+        shape = self._shape_at(tables, change.table)
+        if operation == INSERT:
             return (shape.event(ChangeType.CREATE, after=_row(change.after)),)
-        if change.operation == UPDATE:
+        if operation == UPDATE:
             return shape.updated(change)
-        if change.operation == DELETE:
+        if operation == DELETE:
             return (shape.deleted(change),)
-        raise DecodeError(f"a change of an unknown kind: {change.operation}")
+        raise DecodeError(f"a change of an unknown kind: {operation}")
 
     def complete(self, event: Event, _change: Change, state: EntityState | None, _generation: int) -> Told:
         """Of a deleted row known by its key alone, the last known location and scope."""
@@ -54,6 +58,14 @@ class EntityTranslator:
         if before is not None and not before.whole and state is not None:
             before = msgspec.structs.replace(before, location_id=state.location_id, scope=state.scope)
         return Told(before, event.after, event.changed)
+
+    def _shape_at(self, tables: Sequence[Table], index: int) -> _Shape:
+        if tables is not self._tables:
+            self._tables, self._shapes_at = tables, [None] * len(tables)
+        shape = self._shapes_at[index]
+        if shape is None:
+            shape = self._shapes_at[index] = self._shape(tables[index])
+        return shape
 
     def _shape(self, table: Table) -> _Shape:
         shape = self._shapes.get(table)
@@ -69,11 +81,13 @@ class _Column(msgspec.Struct, frozen=True):
     index: int
     name: str
     prefix: bytes
-    encode: Encode
+    show: Encode
     mask: Mask | None
 
-    def show(self, value: bytes) -> Json:
-        return masked(value, self.mask) if self.mask else self.encode(value)
+    @classmethod
+    def of(cls, index: int, column: Column, mask: Mask | None) -> _Column:
+        show = partial(masked, mask=mask) if mask else encoder(column.type_oid)
+        return cls(index, column.name, _encode(column.name) + b":", show, mask)
 
 
 class _Shape:
@@ -83,14 +97,18 @@ class _Shape:
         at = {column.name: index for index, column in enumerate(table.columns)}
         self._table = table.qualified
         self._columns = [
-            _Column(index, each.name, _encode(each.name) + b":", encoder(each.type_oid), entity.mask.get(each.name))
+            _Column.of(index, each, entity.mask.get(each.name))
             for index, each in enumerate(table.columns)
             if entity.shows(each.name)
         ]
+        self._shows = [(column.index, column.show) for column in self._columns]
+        prefixes = [column.prefix.replace(b"%", b"%%") for column in self._columns]
+        self._whole = b"{%s}" % b",".join([prefix + b"%b" for prefix in prefixes])
         self._keys = [(at[name], entity.mask.get(name)) for name in keys if name in at]
         self._has_masked_key = any(mask for _, mask in self._keys)
         if not self._keys:  # named by what is shown of it: all else is nobody's to see
             self._keys = [(column.index, column.mask) for column in self._columns]
+        self._key = self._keys[0][0] if [mask for _, mask in self._keys] == [None] else None  # alone, and shown
         self._location, self._user = at.get(entity.location), at.get(entity.user)
         oids = {column.name: column.type_oid for column in table.columns}
         self._scope = [(_encode(name) + b":", at[name], oids[name]) for name in entity.scope if name in at]
@@ -140,6 +158,9 @@ class _Shape:
 
     def _names(self, row: Row) -> tuple[str, str]:
         """What tells the entity from others, and what it is called: with masks on, which may be one name for all."""
+        if self._key is not None and isinstance(value := row[self._key], bytes):
+            shown = bounded(value.decode("utf-8", "replace"))
+            return shown, shown
         shown = _joined([_masked(row[index], mask) for index, mask in self._keys])
         if not self._has_masked_key:
             return shown, shown
@@ -147,7 +168,7 @@ class _Shape:
 
     def _view(self, row: Row) -> View:
         return View(
-            shown=b"{%s}" % b",".join(self._shown(row)),
+            shown=self._shown(row),
             location_id=_text(row, self._location),
             user_id=_text(row, self._user),
             scope=b"{%s}" % b",".join([name + _plain(row[index], type_oid) for name, index, type_oid in self._scope])
@@ -155,15 +176,21 @@ class _Shape:
             else None,
         )
 
-    def _shown(self, row: Row) -> list[bytes]:
+    def _shown(self, row: Row) -> Json:
         """`"name":value` of each column that travelled."""
-        parts = []
-        for column in self._columns:
-            value = row[column.index]
-            if value is UNCHANGED:
-                continue
-            parts.append(column.prefix + (b"null" if value is None else column.show(value)))
-        return parts
+        values = [
+            show(value) if isinstance(value := row[index], bytes) else value if value is UNCHANGED else b"null"
+            for index, show in self._shows
+        ]
+        if UNCHANGED not in values:
+            return self._whole % tuple(values)
+        return b"{%s}" % b",".join(
+            [
+                column.prefix + value
+                for column, value in zip(self._columns, values, strict=True)
+                if value is not UNCHANGED
+            ]
+        )
 
     def _changed(self, before: Row, after: Row) -> tuple[str, ...]:
         return tuple(column.name for column in self._columns if before[column.index] != after[column.index])

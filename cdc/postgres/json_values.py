@@ -19,10 +19,10 @@ from cdc.feed.record import Json
 Encode = Callable[[bytes], Json]
 
 _encode: Final = msgspec.json.Encoder().encode
-_NUMBER: Final = re.compile(rb"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_NUMBER: Final = re.compile(rb"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?").fullmatch
 _TIMESTAMP: Final = re.compile(
     rb"([0-9]{4,}-[0-9]{2}-[0-9]{2}) ([0-9:.]+)([+-][0-9]{2})?(:[0-9]{2})?(:[0-9]{2})?( BC)?"
-)
+).fullmatch
 _ARRAY: Final = re.compile(rb"(?:(?:\[[-0-9]+:[-0-9]+\])+=)?(\{.*\})", re.DOTALL)
 """Bounds stand before one that does not begin with 1."""
 _ESCAPED: Final = re.compile(rb"\\(.)", re.DOTALL)
@@ -35,7 +35,7 @@ def text(value: bytes) -> Json:
 
 def number(value: bytes) -> Json:
     """A number with all its digits; what JSON has no number for is a string."""
-    return value if _NUMBER.fullmatch(value) else text(value)
+    return value if _NUMBER(value) else text(value)
 
 
 def boolean(value: bytes) -> Json:
@@ -45,7 +45,7 @@ def boolean(value: bytes) -> Json:
 
 def timestamp(value: bytes) -> Json:
     """ISO 8601: `2026-11-21T10:15:30.5+00:00`."""
-    match = _TIMESTAMP.fullmatch(value)
+    match = _TIMESTAMP(value)
     if match is None:
         return text(value)
     day, time, hours, minutes, rest, era = match.groups(b"")

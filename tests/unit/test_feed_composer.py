@@ -159,6 +159,12 @@ def test_what_did_not_travel_is_left_out_and_not_null() -> None:
     assert record.changed is None
 
 
+def test_columns_may_have_any_name_and_values_may_be_empty() -> None:
+    columns = tuple(Column(name, 25, is_key=name == "%b") for name in ("%b", "100%", 'a"b', "{}"))
+    (record,) = of_postgres()(insert("1", "", "%s", None), table=Table("public", "odd", columns))
+    assert record.after == b'{"%b":"1","100%":"","a\\"b":"%s","{}":null}'
+
+
 def test_several_key_columns_become_an_array() -> None:
     table = Table("public", "lines", (Column("a", 23, is_key=True), Column("b", 25, is_key=True)))
     (record,) = of_postgres()(insert("1", 'x"y'), table=table)

@@ -113,6 +113,16 @@ def test_a_batch_tells_the_same_of_packed_transactions_as_of_others() -> None:
     assert found.transactions != TRANSACTIONS[1:]
 
 
+def test_who_goes_through_them_once_leaves_nothing_behind() -> None:
+    batch = Batch((TABLE, TABLE), Packed(packed(TRANSACTIONS)), 2**63 + 8, 10)
+    assert list(batch.once()) == TRANSACTIONS
+    assert batch.once() is not batch.once()
+    assert batch.transactions[0] is batch.once()[0], "but what is there already is not made again"
+    assert Batch((TABLE, TABLE), TRANSACTIONS, 2**63 + 8, 10).once() is TRANSACTIONS
+    with pytest.raises(DecodeError):
+        Packed(packed(TRANSACTIONS)[:-1]).once()
+
+
 def test_the_queue_keeps_them(tmp_path: Path) -> None:
     path = tmp_path / "shop.queue"
     batch = Batch((TABLE, TABLE), Packed(packed(TRANSACTIONS[:1])), 108, 10)
