@@ -8,8 +8,9 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from itertools import chain
 from typing import Any, Final
 
 import msgspec
@@ -29,7 +30,7 @@ from cdc.feed.sqlite_file import (
     translated,
 )
 from cdc.feed.sqlite_reader import SqliteReader as Reader
-from cdc.feed.tables import COLUMNS, tables_of
+from cdc.feed.tables import given, tables_of
 from cdc.feed.writer import Locked, Session, StoreWriter
 from cdc.position import Position, format_position, parse_position
 from cdc.preflight import Finding
@@ -43,13 +44,16 @@ _QUERIES: Final = {
         DO UPDATE SET queue_id = excluded.queue_id, seq = excluded.seq, position = excluded.position""",
     "forget": "DELETE FROM {positions} WHERE source = ?",
     "doubt": "UPDATE {entities} SET known = NULL WHERE source = ? AND known IS NOT NULL",
-    "state": """SELECT entity_type, key, version, location_id, scope, known FROM {entities}
-        WHERE source = ? AND entity_type = ? AND key = ?""",
-    "put_state": """INSERT INTO {entities} VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (source, entity_type, key)
+    # a look-up for each, in one statement: the interpreter is given away and waited for once, not for every entity
+    "states": """WITH wanted (entity_type, key) AS (VALUES {{wanted}})
+        SELECT it.entity_type, it.key, version, location_id, scope, known FROM wanted CROSS JOIN {entities} AS it
+        WHERE it.source = ? AND it.entity_type = wanted.entity_type AND it.key = wanted.key""",
+    "add_states": "INSERT INTO {entities} ({{columns}}) VALUES ({{places}})",
+    "put_states": """INSERT INTO {entities} ({{columns}}) VALUES ({{places}}) ON CONFLICT (source, entity_type, key)
         DO UPDATE SET version = excluded.version, location_id = excluded.location_id, scope = excluded.scope,
         known = excluded.known""",
     "exists": "SELECT 1 FROM {main} WHERE source = ? AND position = ?",
-    "insert": "INSERT INTO {main} ({columns}) VALUES ({places})",
+    "insert": "INSERT INTO {main} ({{columns}}) VALUES ({{places}})",
     "commit": "UPDATE {state} SET last_id = ?, recorded_at = ?",
     "types": """WITH RECURSIVE found (entity_type) AS (
         SELECT min(entity_type) FROM {main} UNION ALL
@@ -67,6 +71,12 @@ _QUERIES: Final = {
         DO UPDATE SET through_id = max(through_id, excluded.through_id), rows = rows + excluded.rows,
         through_recorded_at = max(through_recorded_at, excluded.through_recorded_at)""",
 }
+
+
+_STATE_COLUMNS: Final = ("source", *EntityState.__struct_fields__)
+
+_KEYS_AT_ONCE: Final = 2_000
+"""How many a statement looks up; of 16,000 SQLite would say that they are too many."""
 
 
 def check(place: Place) -> Iterator[Finding]:
@@ -93,8 +103,7 @@ class _Session:
         tables = tables_of(place.table)
         self._path = place.file
         self._bell = bell_of(place)
-        columns = ", ".join(f'"{name}"' for name in COLUMNS)
-        names = {**msgspec.structs.asdict(tables), "columns": columns, "places": ", ".join("?" * len(COLUMNS))}
+        names = msgspec.structs.asdict(tables)
         self._sql = {name: query.format(**names) for name, query in _QUERIES.items()}
         self._connection = open_writing(self._path, tables)
         self._identity = identity(self._path)
@@ -120,10 +129,13 @@ class _Session:
 
     def states(self, source: str, keys: Sequence[Key]) -> Sequence[EntityState]:
         """Those of the states that are there."""
-        query, execute = self._sql["state"], self._connection.execute
-        with translated(self._path):
-            rows = [row for key in keys if (row := execute(query, (source, *key)).fetchone()) is not None]
-        return list(map(_state, rows))
+        found: list[EntityState] = []
+        for some in (keys[start : start + _KEYS_AT_ONCE] for start in range(0, len(keys), _KEYS_AT_ONCE)):
+            query = self._sql["states"].format(wanted=", ".join(["(?, ?)"] * len(some)))
+            with translated(self._path):
+                rows = self._connection.execute(query, (*chain.from_iterable(some), source)).fetchall()
+            found += map(_state, rows)
+        return found
 
     def existing(self, source: str, positions: Sequence[str]) -> set[str]:
         """Those of the positions of which there are records."""
@@ -136,7 +148,7 @@ class _Session:
         with translated(self._path):
             self._connection.execute("SAVEPOINT records")
             try:
-                self._connection.executemany(self._sql["insert"], map(CODEC.row, records))
+                self._insert_columns("insert", CODEC.columns(records))
             except sqlite3.IntegrityError as exc:
                 if exc.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_UNIQUE:
                     raise
@@ -147,11 +159,11 @@ class _Session:
             self._connection.execute("RELEASE records")
         return True
 
-    def put_states(self, source: str, states: Sequence[EntityState]) -> None:
-        """Insert or replace states."""
-        rows = ((source, *_state_row(state)) for state in states)
+    def put_states(self, source: str, states: Sequence[EntityState], *, new: bool = False) -> None:
+        """Insert states, or replace those that are there."""
+        columns = given(_STATE_COLUMNS, ((source, *_state_row(state)) for state in states))
         with translated(self._path):
-            self._connection.executemany(self._sql["put_state"], rows)
+            self._insert_columns("add_states" if new else "put_states", columns)
 
     def move(self, source: str, position: Position) -> None:
         """Store a position."""
@@ -209,6 +221,12 @@ class _Session:
         """Disconnect."""
         with suppress(sqlite3.Error):
             self._connection.close()
+
+    def _insert_columns(self, query: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Insert rows by their columns; those that are not given are NULL."""
+        names, places = ", ".join(f'"{name}"' for name in columns), ", ".join("?" * len(columns))
+        rows = zip(*columns.values(), strict=True)
+        self._connection.executemany(self._sql[query].format(columns=names, places=places), rows)
 
 
 def _state(row: Sequence[Any]) -> EntityState:

@@ -94,6 +94,14 @@ class Codec:
                 values[index] = convert(value)
         return values
 
+    def columns(self, records: Sequence[Record]) -> dict[str, Sequence[Any]]:
+        """The values of records by column, as far as there are some."""
+        found: dict[str, Sequence[Any]] = {**given(COLUMNS, map(msgspec.structs.astuple, records))}
+        for index, convert in self._kept:
+            if (values := found.get(name := COLUMNS[index])) is not None:
+                found[name] = [None if value is None else convert(value) for value in values]
+        return found
+
     def record(self, row: Iterable[Any]) -> Record:
         """The record with these values, in the order of `COLUMNS`."""
         values = dict(zip(COLUMNS, row, strict=True))
@@ -101,6 +109,13 @@ class Codec:
             if (value := values[name]) is not None:
                 values[name] = convert(value)
         return Record(**values)
+
+
+def given(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> dict[str, tuple[Any, ...]]:
+    """The values of rows by column, without columns that are NULL in all: to name one costs as much as its values."""
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+    nulls = (None,) * len(columns[names[0]])
+    return {name: values for name, values in columns.items() if values != nulls}
 
 
 class Window(msgspec.Struct, frozen=True):

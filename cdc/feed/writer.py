@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Final, Protocol
 
@@ -65,8 +65,8 @@ class Session(Protocol):
         """
         ...
 
-    def put_states(self, source: str, states: Sequence[EntityState]) -> None:
-        """Insert or replace states; no key comes twice."""
+    def put_states(self, source: str, states: Sequence[EntityState], *, new: bool = False) -> None:
+        """Insert or replace states; no key comes twice. new: there are none yet, and nothing is to be replaced."""
         ...
 
     def move(self, source: str, position: Position) -> None:
@@ -113,6 +113,7 @@ class StoreWriter(ABC):
         self._session: Session | None = None
         self._turn: _Turn | None = None
         self._cache = StateCache()
+        self._absent: Set[Key] = frozenset()  # were asked for last, and are not there
         self._other: Session | None = None
         self._other_lock = threading.Lock()
 
@@ -145,6 +146,7 @@ class StoreWriter(ABC):
                 read = session.states(self._source, missing)
                 found.update({(state.entity_type, state.key): state for state in read})
                 self._cache.put(read)
+            self._absent = set(missing) - found.keys()
         return found
 
     def known(self, positions: Collection[str]) -> Collection[str]:
@@ -155,16 +157,18 @@ class StoreWriter(ABC):
 
     def append(self, records: Sequence[Record], states: Sequence[EntityState]) -> None:
         """Add records, in order, in the open transaction, without those that are there; replace states."""
-        latest = list({(state.entity_type, state.key): state for state in states}.values())
+        latest = {(state.entity_type, state.key): state for state in states}
+        absent, self._absent = self._absent, frozenset()
         with self._leaving_on_error():
             session, turn = self._begun()
             if records and not turn.insert(session, records):
                 new = self._new(session, records)
                 if new and not turn.insert(session, new):
                     raise FatalError(f"the feed refuses what it does not have of {self._source}", hint=_DAMAGED)
-            if latest:
-                session.put_states(self._source, latest)
-        self._cache.put(latest)
+            for is_new in (True, False):
+                if some := [state for key, state in latest.items() if (key in absent) is is_new]:
+                    session.put_states(self._source, some, new=is_new)
+        self._cache.put(latest.values())
 
     def commit(self, position: Position) -> None:
         """Make all that was appended visible at once, durably, together with the position; wake the readers."""
@@ -249,6 +253,7 @@ class StoreWriter(ABC):
         if self._session is not None:
             self._session.close()
         self._session = self._turn = self._position = None
+        self._absent = frozenset()
         self._cache.clear()
 
     @contextmanager

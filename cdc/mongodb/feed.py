@@ -141,8 +141,14 @@ class _Session:
                 raise
         return True
 
-    def put_states(self, source: str, states: Sequence[EntityState]) -> None:
-        """Insert or replace states."""
+    def put_states(
+        self,
+        source: str,
+        states: Sequence[EntityState],
+        *,
+        new: bool = False,  # noqa: ARG002 - costs no less
+    ) -> None:
+        """Insert states, or replace those that are there."""
         writes = [ReplaceOne({"_id": _entity(source, (each.entity_type, each.key))}, _kept(each), upsert=True)
                   for each in states]  # fmt: skip
         with translated_errors():

@@ -6,26 +6,27 @@ that has the table's name.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 import psycopg
 
 from cdc.feed.cache import Key
 from cdc.feed.place import Place
 from cdc.feed.record import EntityState, Record
-from cdc.feed.tables import LOCK_SECONDS, tables_of
+from cdc.feed.tables import COLUMNS, LOCK_SECONDS, given, tables_of
 from cdc.feed.writer import Locked, Session, StoreWriter
 from cdc.position import Position, format_position, parse_position
 from cdc.postgres.connection import connect, translated_errors
 from cdc.postgres.feed_reader import PostgresReader as Reader
 from cdc.postgres.feed_tables import (
-    CODEC,
-    COLUMN_TYPES,
     adapt,
     check_tables,
     composed,
+    copy_data,
+    copy_query,
     create_tables,
     moment,
     schema_of,
@@ -75,7 +76,6 @@ _QUERIES: Final = {
         ON CONFLICT (source, entity_type, key) DO UPDATE SET version = excluded.version,
         location_id = excluded.location_id, scope = excluded.scope, known = excluded.known""",
     "existing": "SELECT position FROM {main} WHERE source = %s AND position = ANY (%s)",
-    "copy": "COPY {main} ({columns}) FROM STDIN (FORMAT binary)",
     "commit": "UPDATE {state} SET last_id = %s, recorded_at = %s",
     "notify": "SELECT pg_notify(%s, %s)",
     "types": """WITH RECURSIVE found (entity_type) AS (
@@ -134,6 +134,7 @@ class _Session:
     def __init__(self, place: Place) -> None:
         assert place.url is not None
         tables = tables_of(place.table, schemas=True)
+        self._tables = tables
         self._channel = tables.main
         self._unique = f"{tables.main}_source"
         self._sql = composed(tables, _QUERIES)
@@ -201,10 +202,7 @@ class _Session:
         with translated_errors():
             self._connection.execute("SAVEPOINT records")
             try:
-                with self._connection.cursor() as cursor, cursor.copy(self._sql["copy"]) as copy:
-                    copy.set_types(COLUMN_TYPES)
-                    for record in records:
-                        copy.write_row(CODEC.row(record))
+                self._copy("main", given(COLUMNS, map(msgspec.structs.astuple, records)))
             except psycopg.errors.UniqueViolation as exc:
                 if exc.diag.constraint_name != self._unique:
                     raise
@@ -213,18 +211,25 @@ class _Session:
             self._connection.execute("RELEASE SAVEPOINT records")
         return True
 
-    def put_states(self, source: str, states: Sequence[EntityState]) -> None:
-        """Insert or replace states."""
-        columns = [
-            [text(state.entity_type) for state in states],
-            [state.key.encode() for state in states],
-            [state.version for state in states],
-            [None if state.location_id is None else text(state.location_id) for state in states],
-            [None if state.scope is None else state.scope.decode() for state in states],
-            [state.known for state in states],
-        ]
+    def _copy(self, table: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        with self._connection.cursor() as cursor, cursor.copy(copy_query(self._tables, table, columns)) as copy:
+            copy.write(copy_data(columns))
+
+    def put_states(self, source: str, states: Sequence[EntityState], *, new: bool = False) -> None:
+        """Insert states, or replace those that are there: that is slower, since the server looks for each."""
+        columns: dict[str, list[Any]] = {
+            "entity_type": [text(state.entity_type) for state in states],
+            "key": [state.key.encode() for state in states],
+            "version": [state.version for state in states],
+            "location_id": [None if state.location_id is None else text(state.location_id) for state in states],
+            "scope": [None if state.scope is None else state.scope.decode() for state in states],
+            "known": [state.known for state in states],
+        }
         with translated_errors():
-            self._connection.execute(self._sql["put_states"], [source, *columns])
+            if new:
+                self._copy("entities", {"source": [source] * len(states), **columns})
+            else:
+                self._connection.execute(self._sql["put_states"], [source, *columns.values()])
 
     def move(self, source: str, position: Position) -> None:
         """Store a position."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Final, LiteralString
 
 import psycopg
 from psycopg import postgres, pq, sql
 from psycopg.abc import Buffer
-from psycopg.adapt import Dumper, Loader
+from psycopg.adapt import Loader
 
 from cdc.errors import FatalError
 from cdc.feed.tables import COLUMNS, Codec, Tables, check_format, not_ours
@@ -29,11 +30,9 @@ _EMPTY: Final = struct.pack("!iiI", 0, 0, postgres.types["text"].oid)
 _TYPES: Final = {
     "id": "int8", "version": "int8", "changed_at": "timestamptz", "recorded_at": "timestamptz", "changed": "text[]",
     "lookup": "bool", "truncated": "bool", "before": "json", "after": "json", "delta": "json", "scope_before": "json",
-    "scope_after": "json",
+    "scope_after": "json", "key": "bytea", "known": "bytea",
 }  # fmt: skip
-
-COLUMN_TYPES: Final = tuple(_TYPES.get(name, "text") for name in COLUMNS)
-"""For `Copy.set_types`."""
+"""Of the columns whose values are no texts."""
 
 
 def create_tables(connection: Connection, tables: Tables) -> None:
@@ -68,13 +67,9 @@ def composed(tables: Tables, queries: Mapping[str, LiteralString]) -> dict[str, 
 
 
 def adapt(connection: Connection) -> None:
-    """Let times be integers, and JSON bytes, on their way to and from this connection, in binary form."""
+    """Let times be integers, and JSON bytes, where they come from this connection in binary form."""
     connection.adapters.register_loader("json", _JsonLoader)
     connection.adapters.register_loader("timestamptz", _TimeLoader)
-    # found by the type of a column that is copied, never by a value's class
-    connection.adapters.register_dumper(_Json, _JsonDumper)
-    connection.adapters.register_dumper(_Time, _TimeDumper)
-    connection.adapters.register_dumper(_Names, _NamesDumper)
 
 
 def moment(microseconds: int) -> datetime:
@@ -95,12 +90,47 @@ def _array(names: tuple[str, ...]) -> bytes:
     return head + b"".join(len(item).to_bytes(4, "big") + item for item in items)
 
 
-CODEC: Final = Codec(
-    kept={
-        **dict.fromkeys(("entity_type", "entity_id", "channel", "event", "location_id", "user_id", "position"), text),
-    },
-    read={"changed": tuple},
-)
+def copy_query(tables: Tables, table: str, columns: Iterable[str]) -> sql.Composed:
+    """What takes `copy_data`, for `main` or `entities`; the columns that are not named are NULL."""
+    names = sql.SQL(", ").join(map(sql.Identifier, columns))
+    return sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(_names(tables)[table], names)
+
+
+def copy_data(columns: Mapping[str, Sequence[Any]]) -> bytes:
+    """Rows in COPY's binary format, from the values of records or entities' states by column."""
+    fields = [_fields(_ENCODERS[_TYPES.get(name, "text")], values) for name, values in columns.items()]
+    head = len(fields).to_bytes(2, "big")
+    return b"".join((_SIGNATURE, *chain.from_iterable(zip(repeat(head), *fields, strict=False)), _END))
+
+
+def _fields(encode: Callable[[Any], bytes], values: Sequence[Any]) -> list[bytes]:
+    return [_NULL if value is None else encode(value) for value in values]
+
+
+def _text(value: str) -> bytes:
+    return _sized(text(value).encode())
+
+
+def _sized(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + data
+
+
+_SIGNATURE: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_END: Final = b"\xff\xff"
+_NULL: Final = b"\xff\xff\xff\xff"
+_INT8: Final = struct.Struct("!Iq").pack
+
+_ENCODERS: Final[dict[str, Callable[[Any], bytes]]] = {
+    "text": _text,
+    "json": _sized,
+    "bytea": _sized,
+    "int8": partial(_INT8, 8),
+    "timestamptz": lambda microseconds: _INT8(8, microseconds - _SINCE_1970),
+    "bool": (b"\0\0\0\1\0", b"\0\0\0\1\1").__getitem__,
+    "text[]": lambda names: _sized(_array(names)),
+}
+
+CODEC: Final = Codec(kept={}, read={"changed": tuple})
 """The rest is done by `adapt`."""
 
 
@@ -134,42 +164,6 @@ def _names(tables: Tables) -> dict[str, sql.Composable]:
     found: dict[str, sql.Composable] = {name: sql.Identifier(schema, getattr(tables, name)) for name in names}
     indexes = ("source", "history", "types", "recorded")
     return found | {f"main_{name}": sql.Identifier(f"{tables.main}_{name}") for name in indexes}
-
-
-class _Json:
-    """Stands for JSON that is encoded already."""
-
-
-class _Time:
-    """Stands for microseconds since 1970."""
-
-
-class _Names:
-    """Stands for a tuple of names."""
-
-
-class _JsonDumper(Dumper):
-    format = pq.Format.BINARY
-    oid = postgres.types["json"].oid
-
-    def dump(self, obj: Any) -> Buffer:
-        return bytes(obj)
-
-
-class _TimeDumper(Dumper):
-    format = pq.Format.BINARY
-    oid = postgres.types["timestamptz"].oid
-
-    def dump(self, obj: Any) -> Buffer:
-        return (int(obj) - _SINCE_1970).to_bytes(8, "big", signed=True)
-
-
-class _NamesDumper(Dumper):
-    format = pq.Format.BINARY
-    oid = postgres.types["text"].array_oid
-
-    def dump(self, obj: Any) -> Buffer:
-        return _array(obj)
 
 
 class _JsonLoader(Loader):

@@ -235,6 +235,33 @@ def test_states_are_kept_whatever_their_keys(place: Place) -> None:
         assert other.states(list(wanted)) == {}
 
 
+def test_who_asked_for_states_that_were_not_there_keeps_them_all_the_same(place: Place) -> None:
+    """What is known to be new is written in another way."""
+    keys = ["a\0b", '{"a":"\\""}', "ä\t", "", *map(str, range(2_100))]
+    first = {("Product", key): state(0, 1, key=key, location_id="a\tb", scope=b'{"c":"\\u0000"}') for key in keys}
+    second = {key: state(0, 2, key=key[1], known=b"\0\xff") for key in list(first)[::2]}
+    with opened(place) as to:
+        assert to.states([*first]) == {}
+        to.append([], [*first.values(), *second.values()])  # the later of two is the one that counts
+        assert to.states([*first]) == first | second
+        to.append([], list(first.values()))
+        to.commit(Position("q", 1, 2))
+        to.open()  # so that nothing is remembered
+        assert to.states([*first, ("Other", "1")]) == first
+        to.append([], [state(0, 1, key="1", entity_type="Other"), *second.values()])
+        to.commit(Position("q", 2, 4))
+        to.open()
+        assert to.states([*first]) == first | second
+
+
+def test_what_only_some_records_have_is_nobody_elses(place: Place, feed: FeedReader) -> None:
+    told = [change(1), change(2, location_id="north", after=None), change(3, delta=b"{}", changed=("a",)), change(4)]
+    with opened(place) as to:
+        write(to, *told)
+        found = read_all(feed)
+    assert [msgspec.structs.replace(each, id=0, recorded_at=0) for each in found] == told
+
+
 def test_who_forgets_a_position_knows_no_documents_either(place: Place) -> None:
     """They may change before it begins again; versions and scopes are needed all the same."""
     told = state(1, 7, scope=b"{}", known=b"document")
