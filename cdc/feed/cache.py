@@ -18,7 +18,7 @@ _OVERHEAD_BYTES: Final = 600
 class StateCache:
     """The most recently used states of one source's entities, bounded by bytes."""
 
-    def __init__(self, max_bytes: int = 16 * 1024**2) -> None:
+    def __init__(self, max_bytes: int = 8 * 1024**2) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._states: OrderedDict[Key, EntityState] = OrderedDict()

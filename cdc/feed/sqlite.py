@@ -75,8 +75,8 @@ _QUERIES: Final = {
 
 _STATE_COLUMNS: Final = ("source", *EntityState.__struct_fields__)
 
-_KEYS_AT_ONCE: Final = 2_000
-"""How many a statement looks up; of 16,000 SQLite would say that they are too many."""
+_KEYS_AT_ONCE: Final = 1_024
+"""How many a statement looks up. A power of two: so many different statements there are at most, by its exponent."""
 
 
 def check(place: Place) -> Iterator[Finding]:
@@ -131,9 +131,11 @@ class _Session:
         """Those of the states that are there."""
         found: list[EntityState] = []
         for some in (keys[start : start + _KEYS_AT_ONCE] for start in range(0, len(keys), _KEYS_AT_ONCE)):
-            query = self._sql["states"].format(wanted=", ".join(["(?, ?)"] * len(some)))
+            places = 1 << (len(some) - 1).bit_length()  # few different statements: they are kept, and large
+            query = self._sql["states"].format(wanted=", ".join(["(?, ?)"] * places))
+            nothing = (None, None) * (places - len(some))
             with translated(self._path):
-                rows = self._connection.execute(query, (*chain.from_iterable(some), source)).fetchall()
+                rows = self._connection.execute(query, (*chain.from_iterable(some), *nothing, source)).fetchall()
             found += map(_state, rows)
         return found
 
