@@ -20,8 +20,8 @@ from cdc.feed.tables import LOCK_SECONDS, Codec, Tables, check_format, not_ours
 
 _PAGE_BYTES: Final = 8 * 1024
 _CHECKPOINT_BYTES: Final = 32 * 1024**2
-_CACHE_BYTES: Final = 16 * 1024**2
-"""Of each connection that writes. Four times as much is worth 15 % where a million entities change at random, and too
+_CACHE_BYTES: Final = 12 * 1024**2
+"""Of each connection that writes. Five times as much is worth 15 % where a million entities change at random, and too
 much to ask of everybody else."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
