@@ -13,6 +13,7 @@ from cdc.change import Batch
 from cdc.errors import HistoryLost, ResyncRequired, TransientError
 from cdc.failpoints import failpoint
 from cdc.position import SourcePosition, format_position
+from cdc.pulse import beat
 from cdc.queue import Queue
 from cdc.retry import keep_trying
 from cdc.source import Source
@@ -71,6 +72,7 @@ class Capture:
         """Capture until `stop` is set. Retries for ever what is transient; raises what is not."""
         try:
             while not stop.is_set():
+                beat()
                 if not self._running.is_set():
                     self._stats.state = State.PAUSED
                     stop.wait(READ_SECONDS)
@@ -97,6 +99,7 @@ class Capture:
             self._connect()
             full_since: float | None = None
             while self._running.is_set() and not stop.is_set():
+                beat()
                 if self._has_room():
                     full_since = None
                     progressed |= self._read()

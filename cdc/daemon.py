@@ -31,16 +31,19 @@ from cdc.directory import lock_directory
 from cdc.discards import tell_kept
 from cdc.errors import CdcError, FatalError
 from cdc.letter import DeadLetters
+from cdc.notify import Notifier
 from cdc.parking import Parker, ParkingBounds, can_park
 from cdc.pipeline import AnyPipeline, FillThenDeliver, Pipeline, contained
 from cdc.position import SourcePosition
 from cdc.process import on_signals, run_in_loop
+from cdc.pulse import Pulse
 from cdc.queue import Queue
 from cdc.sink import Sink
 from cdc.source import Source
 from cdc.stats import CaptureStats, DeliveryStats, State
 from cdc.status import DaemonStatus, snapshot
 from cdc.steering import Ordered, Replayed, replay, resync
+from cdc.supervision import Supervision
 from cdc.web import Web, listening
 from cdc.wishes import Wish
 
@@ -70,7 +73,7 @@ def run(config: Config, parts: Parts) -> bool:
     Returns whether everything ended within `drain_seconds`; if not, threads are still at work, and only leaving
     the process ends them. (Nothing is lost by that: what was not confirmed comes again.)
     """
-    return run_in_loop(Daemon(config, parts).run_until_signalled())
+    return run_in_loop(Daemon(config, parts, Notifier.from_environment()).run_until_signalled())
 
 
 def queue_path(data_dir: Path, source: str) -> Path:
@@ -96,9 +99,10 @@ def open_queue(config: Config, source: str) -> Queue:
 class Daemon:
     """All pipelines of a configuration, and how they are seen and steered (`cdc.api.backend.Backend`)."""
 
-    def __init__(self, config: Config, parts: Parts) -> None:
+    def __init__(self, config: Config, parts: Parts, notifier: Notifier = Notifier()) -> None:  # noqa: B008
         self._config = config
         self._parts = parts
+        self._supervision = Supervision(notifier, self.status, self._pulses)
         self._directory = Path(config.daemon.data_dir)
         self._started_at = time.time()
         self._sources = {name: Pipeline[CaptureStats](CaptureStats(name)) for name in config.sources}
@@ -280,16 +284,19 @@ class Daemon:
         async with asyncio.TaskGroup() as group:
             group.create_task(web.serve(), name="http")
             alerting = group.create_task(self._alerts.run(), name="alerts") if self._alerts is not None else None
+            supervising = group.create_task(self._supervision.run(), name="supervision")
             tasks = [group.create_task(work(pipeline), name=pipeline.stats.name) for pipeline in pipelines]
             await self._stopped_or_useless(tasks, failed)
             if alerting is not None:
                 alerting.cancel()
             log.info("draining", at_most_seconds=self._config.daemon.drain_seconds)
+            self._supervision.stop()
             stop.set()
             self._wake_all()
             drained = await _drain(tasks, self._config.daemon.drain_seconds)
             if self._alerts is not None and not self.stopping:
                 await self._alerts.look(last=True)
+            supervising.cancel()
             web.stop()
         threads.shutdown(wait=drained)
         return drained
@@ -333,6 +340,14 @@ class Daemon:
             if source.queue is not None:
                 with contained(source.stats):
                     source.queue.close()
+
+    def _pulses(self) -> dict[str, Pulse]:
+        """Of all threads that changes pass through."""
+        pipelines: list[AnyPipeline] = [*self._sources.values(), *self._sinks.values()]
+        queues = {f"queue of {name}": each.queue for name, each in self._sources.items() if each.queue is not None}
+        return {each.stats.name: each.pulse for each in pipelines} | {
+            name: queue.pulse for name, queue in queues.items()
+        }
 
     def _pipeline(self, name: str) -> AnyPipeline:
         found = self._sources.get(name) or self._sinks.get(name)

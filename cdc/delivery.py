@@ -19,6 +19,7 @@ from cdc.metrics import APPLY_SECONDS, LATENCY_SECONDS
 from cdc.parking import Parker
 from cdc.portion import Portion, bounded, select
 from cdc.position import Position, SourcePosition, format_position
+from cdc.pulse import beat
 from cdc.queue import Queue, Stored
 from cdc.read_ahead import ReadAhead
 from cdc.retry import keep_trying
@@ -118,6 +119,7 @@ class Delivery:
                 if self._running.is_set():
                     keep_trying(lambda: self._session(stop), stop, self._waiting)
                 else:
+                    beat()
                     self._stats.state = State.PAUSED
                     stop.wait(READ_SECONDS)
         wanted = self._fill_wanted.is_set() and not stop.is_set()
@@ -132,6 +134,7 @@ class Delivery:
 
         def wanted() -> bool:
             """Also asked while the target is held: so whoever waits for the parker is served in any case."""
+            beat()
             if self._parker is not None and self._parker.asked:
                 self._reading.wait()
                 self._parker.serve()

@@ -12,6 +12,7 @@ import structlog
 from cdc.delivery import Delivery
 from cdc.errors import CdcError
 from cdc.logs import redact
+from cdc.pulse import Pulse, beat, elsewhere
 from cdc.queue import Queue
 from cdc.stats import CaptureStats, DeliveryStats, State
 
@@ -48,12 +49,14 @@ class Pipeline(Generic[Stats]):
     """One source's capture, or one sink's delivery: its stats, and what is there once it could be assembled.
 
     failure: what it has failed with; it stands still then until it is told to try again.
+    pulse: of its thread.
     """
 
     def __init__(self, stats: Stats) -> None:
         self.stats = stats
         self.queue: Queue | None = None
         self.failure: BaseException | None = None
+        self.pulse = Pulse()
         self._worker: Worker | None = None
         self._again = threading.Event()
 
@@ -71,7 +74,7 @@ class Pipeline(Generic[Stats]):
         """
         while self._worker is not None and not stop.is_set():
             self._again.clear()
-            with contained(self.stats):
+            with contained(self.stats), self.pulse.felt():
                 try:
                     self._worker.run(stop)
                 except BaseException as exc:
@@ -133,13 +136,15 @@ class FillThenDeliver:
         """Fill, and deliver. Paused before that began, it does not begin; later the pause waits for its end."""
         fill_wanted = True
         while fill_wanted and self._may_begin(stop):
-            self._fill(stop)
+            with elsewhere():  # servers and programs copy, for hours if need be
+                self._fill(stop)
             fill_wanted = self._delivery.run(stop)
 
     def _may_begin(self, stop: threading.Event) -> bool:
         """Wait until the capture has begun, or what changes between the copy and it would be lost. False: stopped."""
         while not (self._running.is_set() and self._queue.position is not None):
             self._stats.state = State.STARTING if self._running.is_set() else State.PAUSED
+            beat()
             if stop.wait(_POLL_SECONDS):
                 return False
         return True

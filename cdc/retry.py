@@ -11,7 +11,6 @@ from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception,
-    sleep_using_event,
     stop_after_attempt,
     stop_when_event_set,
     wait_exponential,
@@ -21,6 +20,7 @@ from tenacity import (
 
 from cdc.config import RetryOptions
 from cdc.errors import PermanentError, TransientError
+from cdc.pulse import elsewhere
 
 MAX_WAIT_SECONDS: Final = 30.0
 
@@ -83,11 +83,15 @@ def keep_trying(
         assert error is not None
         waiting(error, state.upcoming_sleep)
 
+    def sleep(seconds: float) -> None:
+        with elsewhere():
+            stop.wait(seconds)
+
     retrying = Retrying(
         retry=retry_if_exception(lambda error: decide(error) is Decision.TRANSIENT and not stop.is_set()),
         wait=wait_exponential(multiplier=0.1, max=MAX_WAIT_SECONDS) + wait_random(0, 0.2),
         stop=stop_when_event_set(stop),
-        sleep=sleep_using_event(stop),
+        sleep=sleep,
         before_sleep=before_sleep,
         reraise=True,
     )

@@ -66,9 +66,9 @@ class Cdc:
         }
 
     @contextmanager
-    def running(self) -> Iterator[subprocess.Popen[str]]:
+    def running(self, **environment: str) -> Iterator[subprocess.Popen[str]]:
         """`cdc run`, ended by SIGTERM; its log is in the file `log`."""
-        surroundings = self.surroundings()
+        surroundings = self.surroundings(environment)
         with (self.folder / "log").open("a") as log:
             surroundings["stderr"] = log
             process = subprocess.Popen(self.command("run"), **surroundings)

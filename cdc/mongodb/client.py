@@ -32,6 +32,7 @@ from pymongo.uri_parser import parse_uri
 from cdc import __version__
 from cdc.errors import CdcError, DecodeError, FatalError, PermanentError, TransientError
 from cdc.mongodb.error_codes import CHANGE_STREAM_CODES, CODES, TRANSIENT_LABELS
+from cdc.pulse import elsewhere
 
 Client = MongoClient[RawBSONDocument]
 AsyncClient = AsyncMongoClient[RawBSONDocument]
@@ -89,12 +90,13 @@ def database_name(url: str) -> str | None:
 
 @contextmanager
 def translated_errors(*, streaming: bool = False) -> Iterator[None]:
-    """Turn PyMongo's errors into `CdcError`s.
+    """Turn PyMongo's errors into `CdcError`s. Whoever waits for a server meanwhile does not hang (`cdc.pulse`).
 
     streaming: a change stream is read or opened, where some codes have a meaning of their own.
     """
     try:
-        yield
+        with elsewhere():
+            yield
     except (PyMongoError, BSONError) as exc:
         raise to_cdc_error(exc, streaming=streaming) from exc
 

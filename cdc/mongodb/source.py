@@ -35,6 +35,7 @@ from cdc.mongodb.snapshot import MongoSnapshot, estimate_size
 from cdc.mongodb.stream import ChangeStream, Reply, Start, start_at, stream_options, stream_pipeline
 from cdc.position import SourcePosition
 from cdc.process import loop_factory
+from cdc.pulse import elsewhere
 from cdc.source import Beginning, Estimate, Facts
 from cdc.stats import CaptureStats, OplogStatus, State
 
@@ -322,7 +323,10 @@ class MongoSource:
         if self._runner is None:
             work.close()
             raise TransientError(f"source {self.name} is not connected")
-        return self._runner.get_loop().run_until_complete(work)  # `run` would print every reply, for a signal's sake
+        with elsewhere():
+            return self._runner.get_loop().run_until_complete(
+                work
+            )  # `run` would print every reply, for a signal's sake
 
 
 def _fed(assembler: Assembler, events: Sequence[bytes], at: int) -> int:

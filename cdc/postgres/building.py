@@ -22,6 +22,7 @@ from cdc.config import SinkConfig
 from cdc.postgres.bookkeeping import Bookkeeping, PendingEntry
 from cdc.postgres.connection import Connection, translated_errors, while_doing
 from cdc.postgres.preparation import ANALYZE, FOREIGN_KEY, Rename, rename_relations, renames
+from cdc.pulse import elsewhere
 
 log = structlog.get_logger()
 
@@ -65,7 +66,7 @@ class Builder:
         weight = self._weights(connections[0])
         free, ready, built = list(connections), list[tuple[int, PendingEntry]](), 0
         running: dict[Future[float], tuple[PendingEntry, Connection]] = {}
-        with ThreadPoolExecutor(len(free), "build") as pool, _cancelled_on_error(connections):
+        with elsewhere(), ThreadPoolExecutor(len(free), "build") as pool, _cancelled_on_error(connections):
             while order.is_active():
                 for entry in order.get_ready():
                     heapq.heappush(ready, (-weight(entry), entry))

@@ -9,9 +9,11 @@ from typing import Any, Final
 
 import psycopg
 from psycopg import pq
+from psycopg.abc import RV, PQGen
 from psycopg.conninfo import make_conninfo
 
 from cdc.errors import CdcError, FatalError, PermanentError, TransientError
+from cdc.pulse import elsewhere
 
 Connection = psycopg.Connection[Any]
 
@@ -65,6 +67,14 @@ _STARTUP_HINTS: Final = {
 """A failed connection attempt carries no SQLSTATE through libpq: these texts mean that trying again is in vain."""
 
 
+class _Connection(Connection):
+    """Its thread waits for a server, and does not hang: an index takes hours, a lock as long as who holds it wants."""
+
+    def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
+        with elsewhere():
+            return super().wait(gen, *args, **kwargs)
+
+
 def connect(url: str, *, application_name: str = "cdc", replication: bool = False, **settings: str) -> Connection:
     """Open a connection in autocommit mode whose session settings are fixed. Raises `CdcError` by the kind of failure.
 
@@ -74,7 +84,8 @@ def connect(url: str, *, application_name: str = "cdc", replication: bool = Fals
     extra: dict[str, Any] = {"replication": "database"} if replication else {}
     with translated_errors():
         conninfo, arguments = connect_arguments(url, application_name, **settings)
-        connection = psycopg.connect(conninfo, **arguments, **extra)
+        with elsewhere():
+            connection = _Connection.connect(conninfo, **arguments, **extra)
         try:
             lift_later_timeouts(connection)
         except psycopg.Error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cdc.change import Batch
 from cdc.errors import CdcError, FatalError
+from cdc.pulse import beat, elsewhere
 from cdc.queue.orders import Item
 from cdc.queue.tail import weight
 
@@ -73,7 +74,9 @@ class Handover:
     def take(self, seconds_left: Callable[[], float]) -> Sequence[Item]:
         """Wait for something, or until no seconds are left, or it is closing; returns all that has come."""
         while not (self._items or self.closing or (seconds := seconds_left()) <= 0):
-            self._come.wait(None if seconds == inf else seconds)
+            with elsewhere():
+                self._come.wait(None if seconds == inf else seconds)
+        beat()
         items, self._items = self._items, []
         return items
 

@@ -17,6 +17,7 @@ from cdc.change import Batch
 from cdc.errors import CdcError, FatalError
 from cdc.failpoints import failpoint
 from cdc.position import Position, SourcePosition
+from cdc.pulse import Pulse
 from cdc.queue.file import QueueFile
 from cdc.queue.handover import Handover
 from cdc.queue.orders import Begin, Contents, Cursor, Fact, Item, Restart, Stored, Upkeep
@@ -74,6 +75,7 @@ class Queue:
         self._in_transaction = False
         self._upkeep_at = time.monotonic()
         self._wakes = 0
+        self.pulse = Pulse()
         self._writer = threading.Thread(target=self._run, name=f"queue:{path.stem}", daemon=True)
         self._writer.start()
 
@@ -325,8 +327,9 @@ class Queue:
 
     def _run(self) -> None:
         try:
-            while self._write_round():
-                pass
+            with self.pulse.felt():
+                while self._write_round():
+                    pass
         except Exception as exc:  # noqa: BLE001 - the thread's outer edge: whoever appends next gets it, with its cause
             self._fail(exc)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -23,9 +24,10 @@ from pymongo.errors import (
 )
 
 from cdc.errors import CdcError, DecodeError, FatalError, PermanentError, ResyncRequired, TransientError
-from cdc.mongodb.client import _one_host, clean, connect, database_name, server_error, to_cdc_error
+from cdc.mongodb.client import _one_host, clean, connect, database_name, server_error, to_cdc_error, translated_errors
 from cdc.mongodb.deployment import is_full, majority_delay, read_deployment
 from cdc.mongodb.fingerprint import Fingerprint, check, encode
+from cdc.pulse import Pulse
 
 
 @pytest.mark.parametrize(
@@ -178,3 +180,11 @@ def test_oplog_is_full_shortly_before_it_is() -> None:
     assert is_full({"size": 95, "maxSize": 100})
     assert not is_full({"size": 50, "maxSize": 100})
     assert is_full({"size": 50})
+
+
+def test_whoever_waits_for_a_server_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    pulse = Pulse()
+    with pulse.felt(), translated_errors():
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 3600)
+        assert pulse.silent_seconds == 0
