@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, cast
@@ -100,7 +100,7 @@ def build_sink(config: Config, sink: SinkConfig) -> Sink:
     return cast("Sink", load_sink(sink.kind)(sink, context))
 
 
-def build_parts(config: Config) -> Parts:
+def build_parts(config: Config, reload: Callable[[], Config]) -> Parts:
     """What the daemon is made of."""
 
     def fill_sink(sink: SinkConfig, built: Sink, queue: Queue, stats: DeliveryStats, stop: threading.Event) -> None:
@@ -125,6 +125,7 @@ def build_parts(config: Config) -> Parts:
         source=lambda source, queue: build_source(config, source, queue),
         sink=lambda sink: build_sink(config, sink),
         fill=fill_sink,
+        reload=reload,
     )
 
 
@@ -189,7 +190,7 @@ def run(context: typer.Context) -> None:
     session = context.ensure_object(Session)
     config = session.config
     session.log_as_configured()
-    drained = daemon.run(config, build_parts(config))
+    drained = daemon.run(config, build_parts(config, session.reload))
     sys.stderr.flush()
     os._exit(0 if drained else 1)  # the interpreter would wait for threads that did not end in time
 

@@ -58,7 +58,7 @@ class Capture:
         self._gap: ResyncRequired | None = None
         self._running = threading.Event()
         self._running.set()
-        self._log = log.bind(source=source.name)
+        self._log = structlog.get_logger(source=source.name)
 
     def pause(self) -> None:
         """Disconnect, and stay so; the source's server keeps the changes."""

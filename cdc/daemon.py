@@ -10,24 +10,24 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import structlog
 
-from cdc import __version__
+from cdc import __version__, logs
 from cdc.alerts import Alerts
 from cdc.api.backend import UnknownName
 from cdc.capture import Capture
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.dead_letters import Box, Office
 from cdc.delivery import Delivery
-from cdc.directory import lock_directory
+from cdc.directory import lock_directory, told_address
 from cdc.discards import tell_kept
 from cdc.errors import CdcError, FatalError
 from cdc.letter import DeadLetters
@@ -35,9 +35,10 @@ from cdc.notify import Notifier
 from cdc.parking import Parker, ParkingBounds, can_park
 from cdc.pipeline import AnyPipeline, FillThenDeliver, Pipeline, contained
 from cdc.position import SourcePosition
-from cdc.process import on_signals, run_in_loop
+from cdc.process import finished, on_signals, run_in_loop
 from cdc.pulse import Pulse
 from cdc.queue import Queue
+from cdc.reload import changes
 from cdc.sink import Sink
 from cdc.source import Source
 from cdc.stats import CaptureStats, DeliveryStats, State
@@ -49,9 +50,6 @@ from cdc.wishes import Wish
 
 log = structlog.get_logger()
 
-ADDRESS_FILE: Final = "http"
-"""In the data directory: where the running daemon listens, for the command line."""
-
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -60,11 +58,13 @@ class Parts:
     source: also given the queue, for small facts that have to survive a restart.
     fill: blocks until the sink can take the stream (a mirror has every table) or `stop` is set; retries what is
         transient.
+    reload: reads the configuration again.
     """
 
     source: Callable[[SourceConfig, Queue], Source]
     sink: Callable[[SinkConfig], Sink]
     fill: Callable[[SinkConfig, Sink, Queue, DeliveryStats, threading.Event], None]
+    reload: Callable[[], Config]
 
 
 def run(config: Config, parts: Parts) -> bool:
@@ -115,10 +115,11 @@ class Daemon:
         self._stopping = asyncio.Event()
         options = config.alerts
         self._alerts = Alerts(options.webhook, options, self.status) if options.webhook is not None else None
+        self._web: Web | None = None
 
     async def run_until_signalled(self) -> bool:
         """Run until SIGTERM or SIGINT."""
-        on_signals(self._stopping)
+        on_signals(self._stopping, self.reload)
         return await self.run()
 
     async def run(self) -> bool:
@@ -129,8 +130,8 @@ class Daemon:
         """
         with ExitStack() as stack:
             stack.enter_context(lock_directory(self._directory))
-            web = stack.enter_context(listening(self._config, self))
-            stack.enter_context(_address_file(self._directory / ADDRESS_FILE, web.url))
+            web = self._web = stack.enter_context(listening(self._config, self))
+            stack.enter_context(told_address(self._directory, web.url))
             self._assemble()
             log.info("started", version=__version__, data_dir=str(self._directory), http=web.url)
             drained = await self._main_loop(web)
@@ -143,6 +144,31 @@ class Daemon:
     def stop(self) -> None:
         """Begin to drain. For the event loop's own thread."""
         self._stopping.set()
+
+    def reload(self) -> None:
+        """Go on with what is configured now; or as before, where that has a mistake or takes a restart."""
+        with self._supervision.reloading():
+            try:
+                config = self._parts.reload()
+                changed = changes(self._config, config)
+            except CdcError as exc:
+                log.error("not reloaded: all stays as it was", error=str(exc), hint=exc.hint)
+                return
+            self._adopt(config)
+            log.info("reloaded", changed=changed)
+
+    def _adopt(self, config: Config) -> None:
+        self._config = config
+        logs.configure(config.daemon.log_format, config.daemon.log_level)
+        for source in self._sources.values():
+            if (queue := source.queue) is not None:
+                options = config.queue
+                queue.max_bytes, queue.min_free_bytes = options.max_bytes, options.min_free_bytes
+                queue.keep_seconds = options.keep_seconds
+        for name, delivery in self._deliveries.items():
+            delivery.adopt(config.sinks[name])
+        if self._web is not None:
+            self._web.adopt(config.http)
 
     @property
     def stopping(self) -> bool:
@@ -293,8 +319,8 @@ class Daemon:
             self._supervision.stop()
             stop.set()
             self._wake_all()
-            drained = await _drain(tasks, self._config.daemon.drain_seconds)
-            if self._alerts is not None and not self.stopping:
+            drained = await finished(tasks, self._config.daemon.drain_seconds)
+            if self._alerts is not None and not self._stopping.is_set():
                 await self._alerts.look(last=True)
             supervising.cancel()
             web.stop()
@@ -375,25 +401,4 @@ def _parker(config: SinkConfig, sink: Sink, queue: Queue, stats: DeliveryStats) 
         return None
     if not can_park(sink):
         raise FatalError(f"sink {sink.name} cannot park changes", hint='set on_error = "stop"')
-    return Parker(sink, queue, stats, ParkingBounds(config.max_parked, config.max_parked_bytes), retry=config.retry)
-
-
-async def _drain(tasks: Sequence[asyncio.Task[None]], seconds: float) -> bool:
-    """Wait for the pipelines' threads; those that do not end in time are left alone."""
-    _, late = await asyncio.wait(tasks, timeout=seconds)
-    for task in late:
-        log.warning("did not end in time", name=task.get_name())
-        task.cancel()
-    return not late
-
-
-@contextmanager
-def _address_file(path: Path, url: str) -> Iterator[None]:
-    """Tell the command line where to ask, as long as the daemon runs."""
-    partial_file = path.with_name(f"{path.name}.new")
-    partial_file.write_text(url, encoding="ascii")
-    partial_file.replace(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+    return Parker(sink, queue, stats, ParkingBounds.of(config), retry=config.retry)

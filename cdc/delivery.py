@@ -11,19 +11,19 @@ from typing import Final
 import structlog
 
 from cdc.change import Batch
-from cdc.config import BatchBounds
+from cdc.config import BatchBounds, SinkConfig
 from cdc.errors import FatalError, PermanentError, ResyncRequired, TransientError
 from cdc.failpoints import failpoint
 from cdc.hold import Hold, Request
 from cdc.metrics import APPLY_SECONDS, LATENCY_SECONDS
-from cdc.parking import Parker
+from cdc.parking import Parker, ParkingBounds
 from cdc.portion import Portion, bounded, select
 from cdc.position import Position, SourcePosition, format_position
 from cdc.pulse import beat
 from cdc.queue import Queue, Stored
 from cdc.read_ahead import ReadAhead
 from cdc.retry import keep_trying
-from cdc.sink import Applied, Halted, NeedsFilling, Refreshing, Refused, Sink
+from cdc.sink import Adjustable, Applied, Halted, NeedsFilling, Refreshing, Refused, Sink
 from cdc.stats import DeliveryStats, State, count_changes, note_waiting
 from cdc.wishes import explained
 
@@ -66,7 +66,7 @@ class Delivery:
         self._running = threading.Event()
         self._running.set()
         self._hold = Hold()
-        self._log = log.bind(sink=sink.name)
+        self._log = structlog.get_logger(sink=sink.name)
         # where the target stands, and the last batch given to it: further only inside a large transaction
         self._stored = Position("", 0, 0)
         self._given_seq = 0
@@ -94,6 +94,14 @@ class Delivery:
         self._fill_wanted.set()
         self._show_filling()
         self._queue.wake()
+
+    def adopt(self, config: SinkConfig) -> None:
+        """Go on with other options, as far as `cdc.reload` lets them change. From any thread."""
+        self._portion.bounds = config.batch
+        if self._parker is not None:
+            self._parker.adopt(ParkingBounds.of(config), config.retry)
+        if isinstance(self._sink, Adjustable):
+            self._sink.adjust(config)
 
     def hold(self, until: SourcePosition | None, seconds: float) -> SourcePosition:
         """Let the target reach exactly `until` (`None`: where it is) and stand still there; returns its position.

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 from cdc.errors import DirectoryInUse, FatalError
+
+ADDRESS_FILE: Final = "http"
+"""Where the running daemon listens, for the command line."""
 
 
 class DirectoryLock:
@@ -48,3 +54,16 @@ def lock_directory(path: Path) -> DirectoryLock:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return DirectoryLock(descriptor)
+
+
+@contextmanager
+def told_address(directory: Path, url: str) -> Iterator[None]:
+    """Tell the command line where to ask, as long as the daemon runs."""
+    path = directory / ADDRESS_FILE
+    partial_file = path.with_name(f"{path.name}.new")
+    partial_file.write_text(url, encoding="ascii")
+    partial_file.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)

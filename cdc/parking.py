@@ -22,7 +22,7 @@ import structlog
 
 from cdc.admission import Admission, ParkedRows, admission, apart
 from cdc.change import Batch, Change, Transaction
-from cdc.config import RetryOptions
+from cdc.config import RetryOptions, SinkConfig
 from cdc.desk import Desk
 from cdc.errors import FatalError, PermanentError
 from cdc.letter import LetterId
@@ -55,6 +55,11 @@ class ParkingBounds(msgspec.Struct, frozen=True):
     max_changes: int
     max_bytes: int
 
+    @classmethod
+    def of(cls, sink: SinkConfig) -> ParkingBounds:
+        """As it is configured."""
+        return cls(sink.max_parked, sink.max_parked_bytes)
+
 
 def can_park(sink: Sink) -> TypeGuard[ParkingSink]:
     """Whether a sink offers what it takes."""
@@ -83,7 +88,7 @@ class Parker:
         self._bounds = bounds
         self._clock = clock or Clock()
         self._schedule = Schedule(retry, self._clock)
-        self._log = log.bind(sink=sink.name)
+        self._log = structlog.get_logger(sink=sink.name)
         self._rows = ParkedRows()
         self._reached = 0
         self._ahead: Ahead | None = None
@@ -96,6 +101,11 @@ class Parker:
         self._tried = threading.Event()  # all that has no more to wait for
         self._tried.set()
         self._see(queue.parked(sink.name))
+
+    def adopt(self, bounds: ParkingBounds, retry: RetryOptions) -> None:
+        """For what is refused from now on. From any thread."""
+        self._bounds = bounds
+        self._schedule.set_retry(retry)
 
     def open(self, stored: Position) -> None:
         """Begin where the target stands. What it never came to is forgotten: it comes again."""

@@ -25,9 +25,13 @@ class Schedule:
     """Of the changes that one sink's target has refused by themselves; those that wait behind them have no time."""
 
     def __init__(self, retry: RetryOptions, clock: Clock) -> None:
-        self._backoff = Backoff(retry)
+        self.set_retry(retry)
         self._clock = clock
         self._at: dict[ParkedId, float] = {}  # by the monotonic clock
+
+    def set_retry(self, retry: RetryOptions) -> None:
+        """For what is refused from now on."""
+        self._backoff = Backoff(retry)
 
     def restore(self, rows: Iterable[ParkedChange], *, at_once: bool) -> None:
         """Take the times that were stored. at_once: somebody may have put the target right."""

@@ -22,21 +22,23 @@ class Portion:
 
     The bounds are meant for what is written there. Where changes of the same rows come again and again, and the target
     writes each row once, it is more changes for as many rows: what it wrote for the last ones tells how many.
+
+    bounds: may be set at any time.
     """
 
     def __init__(self, bounds: BatchBounds) -> None:
-        self._bounds = bounds
+        self.bounds = bounds
         self._folding = 1.0
 
     @property
     def max_changes(self) -> int:
         """Of all batches together, unless it is one alone."""
-        return int(self._bounds.max_changes * self._folding)
+        return int(self.bounds.max_changes * self._folding)
 
     @property
     def max_bytes(self) -> int:
         """The same of `Batch.size`."""
-        return int(self._bounds.max_bytes * self._folding)
+        return int(self.bounds.max_bytes * self._folding)
 
     def applied(self, applied: Applied) -> None:
         """Learn from what was made of a portion."""

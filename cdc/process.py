@@ -8,7 +8,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
@@ -38,11 +38,25 @@ def run_in_loop(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
-def on_signals(stopping: asyncio.Event) -> None:
-    """Set the event on SIGTERM and SIGINT; a second signal ends the process at once. Call it in the event loop."""
+def on_signals(stopping: asyncio.Event, reload: Callable[[], None] | None = None) -> None:
+    """Set the event on SIGTERM and SIGINT; a second signal ends the process at once. Call it in the event loop.
+
+    reload: called on SIGHUP, which else ends the process.
+    """
     loop = asyncio.get_running_loop()
+    if reload is not None:
+        loop.add_signal_handler(signal.SIGHUP, reload)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stopping, number)
+
+
+async def finished(tasks: Sequence[asyncio.Task[None]], seconds: float) -> bool:
+    """Wait for tasks that wait for threads; those that do not end in time are left alone. Returns whether all did."""
+    _, late = await asyncio.wait(tasks, timeout=seconds)
+    for task in late:
+        log.warning("did not end in time", name=task.get_name())
+        task.cancel()
+    return not late
 
 
 def _on_signal(stopping: asyncio.Event, number: signal.Signals) -> None:

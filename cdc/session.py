@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from cdc import daemon, kinds, logs
+import msgspec
+
+from cdc import kinds, logs
 from cdc.api.client import Client, DaemonUnreachable
 from cdc.barrier import Barrier, HttpBarrier, NoBarrier
 from cdc.config import Config, SinkConfig, SourceConfig
-from cdc.directory import DirectoryLock, lock_directory
+from cdc.directory import ADDRESS_FILE, DirectoryLock, lock_directory
 from cdc.errors import DirectoryInUse, FatalError
 from cdc.kinds import build_source
 from cdc.letter import DeadLetters
@@ -36,8 +38,15 @@ class Session:
     def config(self) -> Config:
         """The checked configuration."""
         if self._config is None:
-            self._config = self._load()
+            self._config = self.reload()
         return self._config
+
+    def reload(self) -> Config:
+        """Read the configuration again. Raises `ConfigError`."""
+        config = self._load()
+        if self._debug:
+            config = msgspec.structs.replace(config, daemon=msgspec.structs.replace(config.daemon, log_level="debug"))
+        return config
 
     @property
     def data_dir(self) -> Path:
@@ -47,7 +56,7 @@ class Session:
     def log_as_configured(self) -> None:
         """For commands that run for long."""
         options = self.config.daemon
-        logs.configure(options.log_format, "debug" if self._debug else options.log_level)
+        logs.configure(options.log_format, options.log_level)
 
     def sinks(self, name: str | None) -> list[SinkConfig]:
         """One sink by name, or all. Raises `FatalError` for an unknown one."""
@@ -83,7 +92,7 @@ class Session:
     def client(self) -> Client:
         """The running daemon. Raises `DaemonUnreachable` where there is none."""
         try:
-            address = (self.data_dir / daemon.ADDRESS_FILE).read_text(encoding="ascii")
+            address = (self.data_dir / ADDRESS_FILE).read_text(encoding="ascii")
         except OSError as exc:
             raise DaemonUnreachable("the daemon is not running", hint="start it with `cdc run`") from exc
         return Client(address, self.config.http.admin_token)

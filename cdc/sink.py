@@ -15,7 +15,7 @@ from typing import Final, NamedTuple, Protocol, runtime_checkable
 import msgspec
 
 from cdc.change import Batch, Change, Image, Table, TableName
-from cdc.config import SourceConfig
+from cdc.config import SinkConfig, SourceConfig
 from cdc.errors import PermanentError
 from cdc.position import Position, SourcePosition
 from cdc.preflight import Finding
@@ -182,6 +182,15 @@ class Ahead(NamedTuple):
 
     position: SourcePosition
     seq: int
+
+
+@runtime_checkable
+class Adjustable(Protocol):
+    """A sink of whose own options some may change while it runs: those that `cdc.reload` names."""
+
+    def adjust(self, config: SinkConfig) -> None:
+        """Go on with these. From any thread."""
+        ...
 
 
 @runtime_checkable

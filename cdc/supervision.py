@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 import structlog
@@ -48,6 +49,17 @@ class Supervision:
         while self._notifier.is_heard:
             self._look()
             await asyncio.sleep(self._round_seconds)
+
+    @contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Around reading the configuration again."""
+        if self._ready:
+            self._notifier.reloading()
+        try:
+            yield
+        finally:
+            if self._ready:
+                self._notifier.ready()
 
     def stop(self) -> None:
         """The daemon drains from now on."""

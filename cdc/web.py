@@ -10,9 +10,11 @@ import structlog
 from cdc.api.app import create_app
 from cdc.api.backend import Backend
 from cdc.api.feed import Feed
+from cdc.api.keyring import Keyring
 from cdc.api.server import Server
 from cdc.config import Config
 from cdc.feed.place import served
+from cdc.http_config import Http
 
 log = structlog.get_logger()
 
@@ -24,7 +26,8 @@ class Web:
         """backend: the daemon; `None` for a gateway. Raises `FatalError` where the address cannot be listened on."""
         place = served(config)
         self._feed = None if place is None else Feed.at(place)
-        app = create_app(backend, config.http, self._feed)
+        self._http, self._keyring = config.http, Keyring(config.http)
+        app = create_app(backend, config.http, self._feed, self._keyring)
         self._server = Server(app, config.http.host_and_port, max_connections=config.http.max_connections)
 
     @property
@@ -44,6 +47,15 @@ class Web:
         finally:
             if self._feed is not None:
                 await self._feed.stop()
+
+    def adopt(self, http: Http) -> None:
+        """Go on with other tokens: streams end, and come back with one of them. Call it in the event loop."""
+        if http.tokens == self._http.tokens:
+            return
+        self._http = http
+        self._keyring.adopt(http)
+        if self._feed is not None:
+            self._feed.end_streams()
 
     def stop(self) -> None:
         """Let `serve` end: requests at hand get a second, open streams end at once. Call it in the event loop."""

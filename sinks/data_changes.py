@@ -84,6 +84,11 @@ class DataChangesSink:
         """Remove what is older than its retention."""
         self._retention.enforce(self._writer, seconds=PRUNE_SECONDS)
 
+    def adjust(self, config: SinkConfig) -> None:
+        """Only retention may change."""
+        assert isinstance(config.options, FeedOptions)
+        self._retention = Retention(self._source, config.options)
+
     def close(self) -> None:
         """Disconnect; what was not complete is rolled back."""
         self._is_open = False

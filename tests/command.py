@@ -40,6 +40,7 @@ class Cdc:
             {options.get("http", "")}
             [queue]
             min_free_bytes = 0
+            {options.get("queue", "")}
             [sources.shop]
             url = "{source_url}"
             {options.get("source", "")}

@@ -149,7 +149,7 @@ class Mirror:
     def restart(self) -> None:
         """Stop, forget all in memory but the queue's file, and start again."""
         self.stop()
-        path, max_bytes = self.queue._path, self.queue._max_bytes
+        path, max_bytes = self.queue._path, self.queue.max_bytes
         self.queue.close()
         self.queue = Queue(path, max_bytes=max_bytes, min_free_bytes=0)
         self._make()

@@ -47,10 +47,16 @@ class Group(Protocol):
         ...
 
 
-def create_app(backend: Backend | None = None, http: Http = Http(), feed: Feed | None = None) -> Starlette:  # noqa: B008
+def create_app(
+    backend: Backend | None = None,
+    http: Http = Http(),  # noqa: B008 - frozen
+    feed: Feed | None = None,
+    keyring: Keyring | None = None,
+) -> Starlette:
     """Build the application.
 
     backend: the daemon; `None` for a gateway that has none. feed: what applications read; `None` where there is none.
+    keyring: of `http`, for who wants to change it later.
     """
     tickets = Tickets()
     groups: list[Group] = [Service(), Page(), tickets]
@@ -70,7 +76,7 @@ def create_app(backend: Backend | None = None, http: Http = Http(), feed: Feed |
         middleware=[
             Middleware(Origins, allowed=http.origins, local=not http.guarded),
             *([_cors(http)] if http.origins else []),
-            Middleware(Guard, routes=routes, keyring=Keyring(http), tickets=tickets),
+            Middleware(Guard, routes=routes, keyring=keyring or Keyring(http), tickets=tickets),
         ],
         exception_handlers={HTTPException: _http_error, CdcError: _refused, Exception: _unexpected},
     )

@@ -65,7 +65,10 @@ class Guard:
         authorization = Headers(scope=scope).get("authorization")
         ticket = QueryParams(scope["query_string"]).get("ticket") if operation.tickets else None
         if authorization is None and ticket is not None and self._keyring.guarded:
-            return self._tickets.redeem(ticket)
+            principal = self._tickets.redeem(ticket)
+            if not self._keyring.still_knows(principal):
+                raise Unauthorized("the token that the ticket was given for is no longer let in")
+            return principal
         return self._keyring.principal(authorization)
 
 

@@ -54,8 +54,17 @@ class Keyring:
 
     def __init__(self, http: Http) -> None:
         self.guarded = http.guarded
-        self._tokens = [(_digest(_text(entry)), _principal(entry)) for entry in http.tokens]
         self._jwt = http.jwt
+        self.adopt(http)
+
+    def adopt(self, http: Http) -> None:
+        """Let others in from now on: those that the tokens belong to."""
+        self._tokens = [(_digest(_text(entry)), _principal(entry)) for entry in http.tokens]
+
+    def still_knows(self, principal: Principal) -> bool:
+        """Whether somebody who was let in before would be so now."""
+        of_a_token = any(principal == known for _, known in self._tokens)
+        return of_a_token or principal.expires_at is not None  # a JSON web token; they end by themselves
 
     def principal(self, authorization: str | None) -> Principal:
         """Whom that header belongs to. Raises `Unauthorized`."""

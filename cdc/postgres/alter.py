@@ -70,7 +70,7 @@ class MirrorTable:
         self, connection: Connection, sink: str, name: TableName, *, made: bool, written: Sequence[str] | None
     ) -> None:
         self.name = name
-        self._log = log.bind(sink=sink, table=str(name))
+        self._log = structlog.get_logger(sink=sink, table=str(name))
         self._connection = connection
         self._made = made
         self._written = written

@@ -40,7 +40,10 @@ _AGING_SECONDS: Final = 1.0
 
 
 class Queue:
-    """One source's batches in order, durable, until every sink has passed them. Any thread may call any method."""
+    """One source's batches in order, durable, until every sink has passed them. Any thread may call any method.
+
+    max_bytes, min_free_bytes, keep_seconds: may be set at any time.
+    """
 
     def __init__(
         self,
@@ -60,8 +63,8 @@ class Queue:
         self._file = QueueFile(path)
         self.queue_id = self._file.contents.state.queue_id
         self._path = path
-        self._max_bytes, self._min_free_bytes = max_bytes, min_free_bytes
-        self._keep_seconds = keep_seconds
+        self.max_bytes, self.min_free_bytes = max_bytes, min_free_bytes
+        self.keep_seconds = keep_seconds
 
         self._lock = threading.Lock()
         self._handover = Handover(path, self._lock)
@@ -167,9 +170,9 @@ class Queue:
         with self._lock:
             if self._handover.failure is not None:
                 return True
-            if self._handover.bytes > _HANDED_OVER_BYTES or free_bytes < self._min_free_bytes:
+            if self._handover.bytes > _HANDED_OVER_BYTES or free_bytes < self.min_free_bytes:
                 return False
-            return self._in_transaction or self._contents.bytes + self._handover.bytes < self._max_bytes
+            return self._in_transaction or self._contents.bytes + self._handover.bytes < self.max_bytes
 
     def read(self, after_seq: int, *, max_bytes: int, timeout_seconds: float) -> list[Stored]:
         """Durable batches after `after_seq`, in order: at least one if there is any, else up to `max_bytes` of them.
@@ -300,7 +303,7 @@ class Queue:
 
     def stats(self) -> QueueStats:
         """Cheap, and never waits for the disk's writes."""
-        return stats_of(self._path, self._contents, self._max_bytes, self._min_free_bytes)
+        return stats_of(self._path, self._contents, self.max_bytes, self.min_free_bytes)
 
     def close(self) -> None:
         """Write what was handed over, store the cursors, stop. Safe to call twice, and after a failure."""
@@ -361,7 +364,7 @@ class Queue:
         cursors = [Cursor(sink, seq, position) for sink, (seq, position) in self._cursors.items()]
         prune_to = min((cursor.seq for cursor in cursors), default=self._contents.last_seq)
         # without `keep_seconds` the clock, which may jump, has no say
-        created_before = time.time() - self._keep_seconds if self._keep_seconds else inf
+        created_before = time.time() - self.keep_seconds if self.keep_seconds else inf
         return Upkeep(cursors, min(prune_to, self._contents.last_seq), created_before)
 
     def _publish(self, items: Sequence[Item], stored: Sequence[Stored]) -> None:
@@ -392,5 +395,5 @@ class Queue:
     def _schedule_rest(self, upkeep: Upkeep) -> None:
         if self._file.has_more_upkeep:
             self._schedule(0.0)
-        elif self._keep_seconds and upkeep.prune_to > self._contents.state.pruned_seq:
+        elif self.keep_seconds and upkeep.prune_to > self._contents.state.pruned_seq:
             self._schedule(_AGING_SECONDS)

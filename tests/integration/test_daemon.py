@@ -21,7 +21,8 @@ from cdc.barrier import HttpBarrier
 from cdc.change import INSERT, Change, Column, Table
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.config_file import parse
-from cdc.daemon import ADDRESS_FILE, Daemon, Parts
+from cdc.daemon import Daemon, Parts
+from cdc.directory import ADDRESS_FILE
 from cdc.errors import CdcError, DirectoryInUse, FatalError, TransientError
 from cdc.hold import Hold
 from cdc.position import Position, SourcePosition
@@ -62,7 +63,7 @@ class World:
         )
 
     def parts(self) -> Parts:
-        return Parts(self.build_source, self.build_sink, self.copy)
+        return Parts(self.build_source, self.build_sink, self.copy, self.config)
 
     def build_source(self, config: SourceConfig, queue: Queue) -> MemorySource:
         return self.sources[config.name]

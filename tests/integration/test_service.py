@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cdc.api.client import Client
+from cdc.errors import CdcError
 from cdc.notify import Notifier
+from cdc.secret import Token
 from tests.command import Cdc
 from tests.faults.proxy import POSTGRES, Proxy
 from tests.processes import wait_until
@@ -107,6 +113,76 @@ def test_a_server_that_takes_its_time_is_no_thread_that_hangs(
             manager.said()
             manager.hear("WATCHDOG=1", times=4)
             assert "hangs" not in cdc.log
+
+
+TOKENS = """
+[[http.tokens]]
+name = "operator"
+token = "{}"
+scopes = ["admin"]
+"""
+
+
+def reloaded(cdc: Cdc, process: subprocess.Popen[str], event: str) -> dict[str, Any]:
+    """The line that tells what has become of a SIGHUP."""
+    before = len(cdc.log)
+    process.send_signal(signal.SIGHUP)
+    wait_until(lambda: event in cdc.log[before:], what=lambda: f"{event}: {cdc.log[before:]}")
+    lines: list[dict[str, Any]] = [json.loads(line) for line in cdc.log[before:].splitlines()]
+    (found,) = (line for line in lines if event in line["event"])
+    return found
+
+
+def test_f110_a_reload_changes_what_can_be_changed(
+    cdc: Cdc, shop: Database, target_db: Database, pg_dump: Path, manager: ServiceManager
+) -> None:
+    source = f'pg_dump = "{pg_dump}"'
+    cdc.configure(shop.url, target_db.url, source=source, http=TOKENS.format("geheim-1"))
+    with cdc.running(**manager.environment()) as process:
+        manager.hear("READY=1")
+        cdc.wait_for_sink("running")
+        address = (cdc.data_dir / "http").read_text()
+        before = Client(address, Token("geheim-1"))
+        assert before.status().ready
+        daemon = 'log_level = "debug"'
+        cdc.configure(
+            shop.url,
+            target_db.url,
+            source=source,
+            http=TOKENS.format("geheim-2"),
+            daemon=daemon,
+            queue="max_bytes = 12345678",
+        )
+        line = reloaded(cdc, process, "reloaded")
+        assert line["changed"] == ["daemon.log_level", "http.tokens", "queue.max_bytes"]
+        assert manager.hear("READY=1")[-2].startswith("RELOADING=1\nMONOTONIC_USEC=")
+        queue = Client(address, Token("geheim-2")).status().sources["shop"].queue
+        assert queue is not None
+        assert queue.max_bytes == 12345678
+        with pytest.raises(CdcError, match="token is wrong"):
+            before.status()
+    assert "geheim" not in cdc.log
+
+
+@pytest.mark.parametrize(
+    ("daemon", "error"),
+    [
+        ("log_level = 'loud'", "daemon.log_level: Invalid enum value"),
+        ("this is no TOML", "not valid TOML"),
+        ("log_level = 'debug'\n[sources.other]\nurl = 'postgresql://db/other'", "sources.other"),
+    ],
+)
+def test_f110_a_bad_configuration_changes_nothing(
+    cdc: Cdc, shop: Database, target_db: Database, manager: ServiceManager, daemon: str, error: str
+) -> None:
+    with cdc.running(**manager.environment()) as process:
+        manager.hear("READY=1")
+        cdc.configure(shop.url, target_db.url, daemon=daemon)
+        line = reloaded(cdc, process, "not reloaded")
+        assert error in line["error"]
+        assert line["hint"]
+        manager.hear("READY=1")  # the old one is in force
+        assert process.poll() is None
 
 
 def test_f109_a_stop_is_announced_and_drains(cdc: Cdc, shop: Database, manager: ServiceManager) -> None:
