@@ -20,6 +20,7 @@ from cdc.urls import KINDS, MONGODB, POSTGRES, database_of, hosts_of, kind_of, s
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
+LogLevel = Literal["debug", "info", "warning", "error"]
 Identifier = Annotated[str, msgspec.Meta(pattern="^[a-z][a-z0-9_]{0,39}$")]
 """Names of sources and sinks: they become parts of slot, file and metric names."""
 
@@ -32,7 +33,7 @@ class Daemon(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     daemons."""
     log_format: Literal["auto", "console", "json"] = "auto"
     """`auto`: for people on a terminal, JSON elsewhere."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: LogLevel = "info"
     """From `debug` over `info` and `warning` to `error`: what is less important is not logged."""
     drain_seconds: Seconds = 20.0
     """After SIGTERM, how long a batch at hand may take; keep it below the service manager's own limit."""

@@ -24,7 +24,7 @@ from cdc import __version__, logs
 from cdc.alerts import Alerts
 from cdc.api.backend import UnknownName
 from cdc.capture import Capture
-from cdc.config import Config, SinkConfig, SourceConfig
+from cdc.config import Config, LogLevel, SinkConfig, SourceConfig
 from cdc.dead_letters import Box, Office
 from cdc.delivery import Delivery
 from cdc.directory import lock_directory, told_address
@@ -170,11 +170,6 @@ class Daemon:
         if self._web is not None:
             self._web.adopt(config.http)
 
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` was called."""
-        return self._stopping.is_set()
-
     def status(self) -> DaemonStatus:
         """Take a snapshot. Never blocks."""
         return snapshot(
@@ -189,6 +184,11 @@ class Daemon:
             ],
         )
 
+    def set_log_level(self, level: LogLevel) -> None:
+        """Log more or less, until the configuration is read again."""
+        logs.configure(self._config.daemon.log_format, level)
+        log.warning("log level changed", to=level)
+
     def pause(self, name: str) -> None:
         """Pause a source or a sink until `resume`, also over restarts."""
         self._pipeline(name).pause()
@@ -202,8 +202,7 @@ class Daemon:
     def resync(self, name: str, tables: Sequence[str], *, yes: bool) -> Ordered:
         """Let a sink, or all sinks of a source, be made right beside the stream; what has failed tries again."""
         self._pipeline(name)
-        pipelines: list[AnyPipeline] = [*self._sources.values(), *self._sinks.values()]
-        failures = {each.stats.name: each.failure for each in pipelines if each.failure is not None}
+        failures = {each.stats.name: each.failure for each in self._pipelines if each.failure is not None}
         queues = {source: pipeline.queue for source, pipeline in self._sources.items() if pipeline.queue is not None}
         ordered = resync(self._config, queues, name, tables, failures=failures, yes=yes)
         log.info("resync ordered", sinks=ordered.sinks, tables=list(tables) or "all")
@@ -299,8 +298,7 @@ class Daemon:
 
     async def _main_loop(self, web: Web) -> bool:
         stop = threading.Event()
-        pipelines: list[AnyPipeline] = [*self._sources.values(), *self._sinks.values()]
-        threads = ThreadPoolExecutor(max_workers=len(pipelines), thread_name_prefix="pipeline")
+        threads = ThreadPoolExecutor(max_workers=len(self._pipelines), thread_name_prefix="pipeline")
         loop = asyncio.get_running_loop()
         failed = asyncio.Event()
 
@@ -311,7 +309,7 @@ class Daemon:
             group.create_task(web.serve(), name="http")
             alerting = group.create_task(self._alerts.run(), name="alerts") if self._alerts is not None else None
             supervising = group.create_task(self._supervision.run(), name="supervision")
-            tasks = [group.create_task(work(pipeline), name=pipeline.stats.name) for pipeline in pipelines]
+            tasks = [group.create_task(work(pipeline), name=pipeline.stats.name) for pipeline in self._pipelines]
             await self._stopped_or_useless(tasks, failed)
             if alerting is not None:
                 alerting.cancel()
@@ -349,9 +347,8 @@ class Daemon:
 
     def _raise_failure(self) -> None:
         """If it was not told to stop, say why it did."""
-        pipelines: list[AnyPipeline] = [*self._sources.values(), *self._sinks.values()]
-        failed = [pipeline.stats for pipeline in pipelines if pipeline.stats.state is State.FAILED]
-        if not self.stopping and failed:
+        failed = [pipeline.stats for pipeline in self._pipelines if pipeline.stats.state is State.FAILED]
+        if not self._stopping.is_set() and failed:
             raise CdcError(f"{failed[0].name}: {failed[0].error}", hint=failed[0].hint)
 
     def _wake_all(self) -> None:
@@ -369,11 +366,14 @@ class Daemon:
 
     def _pulses(self) -> dict[str, Pulse]:
         """Of all threads that changes pass through."""
-        pipelines: list[AnyPipeline] = [*self._sources.values(), *self._sinks.values()]
-        queues = {f"queue of {name}": each.queue for name, each in self._sources.items() if each.queue is not None}
-        return {each.stats.name: each.pulse for each in pipelines} | {
-            name: queue.pulse for name, queue in queues.items()
+        queues = {
+            f"queue of {name}": each.queue.pulse for name, each in self._sources.items() if each.queue is not None
         }
+        return {each.stats.name: each.pulse for each in self._pipelines} | queues
+
+    @property
+    def _pipelines(self) -> list[AnyPipeline]:
+        return [*self._sources.values(), *self._sinks.values()]
 
     def _pipeline(self, name: str) -> AnyPipeline:
         found = self._sources.get(name) or self._sinks.get(name)

@@ -1,4 +1,4 @@
-"""`cdc pause`, `resume`, `resync`, `replay` and `drop`: what a person orders of one source or one sink."""
+"""`cdc pause`, `resume`, `resync`, `replay`, `drop`: what a person orders of one source or one sink; `log-level`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ from cdc.wishes import wishes_of
 app = typer.Typer()
 
 Name = Annotated[str, typer.Argument(help="A source or a sink.")]
+
+
+@app.command(name="log-level")
+def log_level(
+    context: typer.Context, level: Annotated[str, typer.Argument(help="debug, info, warning or error.")]
+) -> None:
+    """Let the daemon log more or less, until it ends or reads its configuration again (SIGHUP)."""
+    context.ensure_object(Session).client().set_log_level(level)
+    print(f"the log begins at {level}")
 
 
 @app.command()

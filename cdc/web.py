@@ -12,6 +12,7 @@ from cdc.api.backend import Backend
 from cdc.api.feed import Feed
 from cdc.api.keyring import Keyring
 from cdc.api.server import Server
+from cdc.api.traced import Traced
 from cdc.config import Config
 from cdc.feed.place import served
 from cdc.http_config import Http
@@ -28,7 +29,7 @@ class Web:
         self._feed = None if place is None else Feed.at(place)
         self._http, self._keyring = config.http, Keyring(config.http)
         app = create_app(backend, config.http, self._feed, self._keyring)
-        self._server = Server(app, config.http.host_and_port, max_connections=config.http.max_connections)
+        self._server = Server(Traced(app), config.http.host_and_port, max_connections=config.http.max_connections)
 
     @property
     def url(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from cdc.config import LogLevel
 from cdc.errors import CdcError
 from cdc.letter import DeadLetters
 from cdc.position import SourcePosition
@@ -24,6 +25,10 @@ class Backend(Protocol):
 
     def status(self) -> DaemonStatus:
         """Take a snapshot. Never blocks."""
+        ...
+
+    def set_log_level(self, level: LogLevel) -> None:
+        """Until the configuration is read again, or the daemon ends."""
         ...
 
     def pause(self, name: str) -> None:

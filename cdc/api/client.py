@@ -40,6 +40,10 @@ class Client:
         except msgspec.DecodeError as exc:
             raise DaemonUnreachable(f"{self.url}: does not answer as a cdc daemon") from exc
 
+    def set_log_level(self, level: str) -> None:
+        """Let it log more or less."""
+        self.request("POST", "/log-level", msgspec.json.encode({"level": level}))
+
     def pause(self, name: str) -> None:
         """Pause a source or a sink."""
         self.request("POST", f"/pause/{quote(name, safe='')}")

@@ -1,4 +1,4 @@
-"""Routes that change something: pause and resume, resync and replay, hold and release."""
+"""Routes that change something: pause and resume, resync and replay, hold and release; how much is logged."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cdc.api.backend import Backend
 from cdc.api.operation import operation
 from cdc.api.requests import read_body
 from cdc.api.responses import answer
+from cdc.config import LogLevel
 from cdc.position import format_position, parse_position
 from cdc.steering import Ordered, Replayed
 
@@ -63,6 +64,12 @@ class ReplayRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, ren
     dry_run: bool = False
 
 
+class Logging(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /log-level`, and its answer."""
+
+    level: LogLevel
+
+
 class Control:
     """Each route calls one method of the daemon, in a thread: it may wait for a pipeline."""
 
@@ -72,6 +79,7 @@ class Control:
     def routes(self) -> list[BaseRoute]:
         """The routes of this group."""
         return [
+            Route("/log-level", self.log_level, methods=["POST"]),
             Route("/pause/{name}", self.pause, methods=["POST"]),
             Route("/resume/{name}", self.resume, methods=["POST"]),
             Route("/resync/{name}", self.resync, methods=["POST"]),
@@ -79,6 +87,13 @@ class Control:
             Route("/sinks/{name}/hold", self.hold, methods=["POST"]),
             Route("/sinks/{name}/release", self.release, methods=["POST"]),
         ]
+
+    @operation("admin", {200: Logging}, body=Logging)
+    async def log_level(self, request: Request) -> Response:
+        """Log more or less, until the configuration is read again."""
+        wanted = await read_body(request, Logging)
+        self._backend.set_log_level(wanted.level)
+        return answer(wanted)
 
     @operation("admin", {200: Paused}, errors=(404, 409))
     async def pause(self, request: Request) -> Response:

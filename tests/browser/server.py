@@ -17,6 +17,7 @@ from cdc.api.app import create_app
 from cdc.api.backend import UnknownName
 from cdc.api.feed import Feed
 from cdc.api.server import Server
+from cdc.config import LogLevel
 from cdc.dead_letters import Box, Office
 from cdc.feed.place import Place
 from cdc.http_config import Http, TokenConfig
@@ -59,6 +60,9 @@ class PlayedDaemon:
             sources=[(self._shop, queue)],
             sinks=[self._mirror, self._archive],
         )
+
+    def set_log_level(self, level: LogLevel) -> None:
+        raise UnknownName(level)
 
     def pause(self, name: str) -> None:
         self._named(name).state = State.PAUSED

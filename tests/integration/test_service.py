@@ -161,6 +161,8 @@ def test_f110_a_reload_changes_what_can_be_changed(
         assert queue.max_bytes == 12345678
         with pytest.raises(CdcError, match="token is wrong"):
             before.status()
+        assert cdc("log-level", "error").stdout == "the log begins at error\n"
+        assert cdc("log-level", "loud").returncode == 1
     assert "geheim" not in cdc.log
 
 

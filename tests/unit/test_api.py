@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,9 +11,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from cdc import logs
 from cdc.api.app import create_app
 from cdc.api.backend import UnknownName
 from cdc.api.requests import MAX_BODY_BYTES
+from cdc.api.traced import Traced
+from cdc.config import LogLevel
 from cdc.dead_letters import Office
 from cdc.errors import CdcError, TransientError
 from cdc.http_config import Http, TokenConfig
@@ -44,6 +49,9 @@ class FakeBackend:
             sinks=[self.delivery],
             now=2.0,
         )
+
+    def set_log_level(self, level: LogLevel) -> None:
+        self._call("set_log_level", level)
 
     def pause(self, name: str) -> None:
         self._call("pause", name)
@@ -162,10 +170,26 @@ def test_openmetrics_where_asked_for(client: TestClient) -> None:
     assert answer.text.endswith("# EOF\n")
 
 
+@pytest.mark.parametrize(("sent", "kept"), [("proxy-7", True), ("two words", False), ("x" * 65, False), (None, False)])
+def test_a_request_has_an_id_in_its_answer_and_in_the_log(backend: FakeBackend, sent: str | None, kept: bool) -> None:
+    stream = io.StringIO()
+    logs.configure("json", stream=stream)
+    backend.error = RuntimeError("broken")
+    client = TestClient(Traced(create_app(backend)), base_url=LOCAL, raise_server_exceptions=False)
+    answer = client.post("/pause/shop", headers={} if sent is None else {"X-Request-ID": sent})
+    assert answer.status_code == 500
+    given = answer.headers["X-Request-ID"]
+    assert given == sent if kept else len(given) == 16
+    (line,) = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (line["event"], line["request_id"]) == ("request failed", given)
+
+
 def test_pause_and_resume(client: TestClient, backend: FakeBackend) -> None:
     assert client.post("/pause/shop").json() == {"paused": True}
     assert client.post("/resume/shop").json() == {"paused": False}
-    assert backend.calls == [("pause", "shop"), ("resume", "shop")]
+    assert client.post("/log-level", json={"level": "debug"}).json() == {"level": "debug"}
+    assert client.post("/log-level", json={"level": "loud"}).status_code == 400
+    assert backend.calls == [("pause", "shop"), ("resume", "shop"), ("set_log_level", "debug")]
 
 
 def test_hold_and_release(client: TestClient, backend: FakeBackend) -> None:

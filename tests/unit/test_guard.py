@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jwt
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -125,6 +126,7 @@ def test_f105_a_route_that_forgot_is_for_admins() -> None:
         ("POST", "/api/tickets", {"reader", "limited", "publisher", "admin"}),
         ("POST", "/publish", {"publisher", "admin"}),
         ("POST", "/api/changes/poll/cleanup", {"admin"}),
+        ("POST", "/log-level", {"admin"}),
         ("POST", "/pause/shop", {"admin"}),
         ("POST", "/resume/shop", {"admin"}),
         ("POST", "/sinks/mirror/hold", {"admin"}),
@@ -405,6 +407,20 @@ def test_f105_a_ticket_does_not_outlive_its_token(tickets: Tickets, clock: Clock
     clock.now = 1_100.0
     with pytest.raises(Unauthorized, match="the token that"):
         tickets.redeem(ticket)
+
+
+def test_f105_a_ticket_does_not_outlive_the_removal_of_its_token() -> None:
+    keyring, feed = Keyring(HTTP), MemoryFeed()
+    app = create_app(FakeBackend(), HTTP, Feed(feed.reader(), feed.writer("@publish")), keyring)
+    with TestClient(app, base_url=URL) as client:
+        tickets = [
+            client.post("/api/tickets", headers=who).json()["ticket"]
+            for who in (bearer("reader"), bearer("admin"), {"Authorization": f"Bearer {jwt.encode(claims(), SECRET)}"})
+        ]
+        keyring.adopt(msgspec.structs.replace(HTTP, tokens=HTTP.tokens[1:]))
+        assert client.get("/status", headers=bearer("reader")).status_code == 401
+        opened = [client.get(f"/api/changes/stream?ticket={ticket}") for ticket in tickets]
+        assert [answer.status_code for answer in opened] == [401, 503, 503]  # for who is let in nobody reads the feed
 
 
 def test_f107_tickets_are_bounded(tickets: Tickets, clock: Clock) -> None:

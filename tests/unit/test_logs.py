@@ -99,3 +99,15 @@ def test_f113_secrets_are_struck_out(write: Any, log_format: logs.Format) -> Non
     text = logged(write, log_format)
     assert text
     assert "gehe" not in text
+
+
+def test_the_level_changes_for_loggers_that_are_there() -> None:
+    early = structlog.get_logger(
+        source="shop"
+    )  # as the daemon's threads have theirs; one that is bound keeps its level
+    stream = io.StringIO()
+    logs.configure("json", "warning", stream)
+    early.info("too little")
+    logs.configure("json", "debug", stream)
+    early.debug("now wanted")
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["now wanted"]
