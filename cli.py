@@ -139,9 +139,9 @@ def _show_version(wanted: bool) -> None:
 def options(
     context: typer.Context,
     *,
-    config: Annotated[Path, typer.Option("--config", envvar="CDC_CONFIG", help="The configuration file.")] = Path(
-        "cdc.toml"
-    ),
+    config: Annotated[
+        Path, typer.Option("--config", envvar="CDC_CONFIG", readable=False, help="The configuration file.")
+    ] = Path("cdc.toml"),
     debug: Annotated[bool, typer.Option("--debug", help="Log everything, and show tracebacks.")] = False,
     version: Annotated[  # noqa: ARG001 - its callback does it
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")

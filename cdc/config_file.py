@@ -30,9 +30,12 @@ def load(path: Path, environment: Mapping[str, str] | None = None, *, options_of
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
-        raise ConfigError(
-            f"{path}: {exc.strerror or exc}", hint="name the file with --config, or write it from config.example.toml"
-        ) from exc
+        hint = "name the file with --config, or write it from config.example.toml"
+        if isinstance(exc, PermissionError):
+            hint = (
+                "let the user that runs cdc read it; what nobody else may see belongs into files of its own (url_file)"
+            )
+        raise ConfigError(f"{path}: {exc.strerror or exc}", hint=hint) from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path}: not valid TOML: {exc}", hint="see config.example.toml") from exc
     try:

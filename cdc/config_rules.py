@@ -17,6 +17,9 @@ from cdc.urls import KINDS, MONGODB, POSTGRES, backup_of, database_of, kind_of
 ALL_OPTIONS: Final = "config.example.toml lists every option"
 
 
+_SCHEMES: Final = f"one of: {', '.join(f'{scheme}://' for scheme in KINDS)}"
+
+
 def complete_alerts(options: AlertOptions) -> AlertOptions:
     """Read the secret that is in a file. Raises `ConfigError` where it is no URL of a webhook."""
     webhook = from_file(Token, "alerts.webhook", options.webhook, options.webhook_file)
@@ -25,15 +28,22 @@ def complete_alerts(options: AlertOptions) -> AlertOptions:
     return msgspec.structs.replace(options, webhook=webhook)
 
 
+def _check_url(key: str, url: Secret) -> None:
+    """What is neither an URL nor libpq's `name=value` is not quoted: it may be a password, from the wrong file."""
+    text = url.reveal()
+    if "://" not in text and "=" not in text:
+        raise ConfigError(f"{key}: {'not an url' if text else 'empty'}", hint=_SCHEMES)
+
+
 def complete_source(name: str, source: SourceConfig) -> SourceConfig:
     """Fill in what follows from the rest. Raises `ConfigError` for what does not fit together."""
     url = from_file(Secret, f"sources.{name}.url", source.url, source.url_file)
     if url is None:
         raise ConfigError(f"sources.{name}.url: missing", hint="set url or url_file")
+    _check_url(f"sources.{name}.url", url)
     if kind_of(url.reveal()) is None:
         raise ConfigError(
-            f"sources.{name}.url: no database has the scheme {url.reveal().partition('://')[0][:20]!r}",
-            hint=f"one of: {', '.join(f'{scheme}://' for scheme in KINDS)}",
+            f"sources.{name}.url: no database has the scheme {url.reveal().partition('://')[0][:20]!r}", hint=_SCHEMES
         )
     source = msgspec.structs.replace(source, name=name, url=url)
     _check_kind(name, source)
@@ -88,6 +98,8 @@ def complete_sink(
     if sink.options is not None:
         raise ConfigError(f"sinks.{name}.options: unknown option", hint=ALL_OPTIONS)
     url = from_file(Secret, f"sinks.{name}.url", sink.url, sink.url_file)
+    if url is not None:
+        _check_url(f"sinks.{name}.url", url)
     source = sources[sink.source]
     sink = msgspec.structs.replace(sink, name=name, kind=sink.kind or source.kind, url=url, options=options)
     return _complete_mirror(sink, source) if sink.is_mirror else _complete_follower(sink)

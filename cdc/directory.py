@@ -41,8 +41,10 @@ def lock_directory(path: Path) -> DirectoryLock:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as exc:
-        hint = "create it for the daemon's user, or set another data_dir"
-        raise FatalError(f"cannot use the data directory {path}: {exc.strerror}", hint=hint) from exc
+        raise FatalError(
+            f"cannot use the data directory {path}: {exc.filename}: {exc.strerror}",
+            hint="it and all in it must belong to the user that runs cdc (chown -R); or set another data_dir",
+        ) from exc
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as exc:

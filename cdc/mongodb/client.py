@@ -59,6 +59,8 @@ _NOT_OF_ONE_HOST: Final = frozenset({
     "replicaset", "directconnection", "loadbalanced", "srvservicename", "srvmaxhosts",
 })  # fmt: skip
 
+_CERTIFICATES: Final = "check tlsCAFile and tlsCertificateKeyFile of the url, and until when the certificates are valid"
+
 _REACHABLE: Final = "is the server running, and reachable from here?"
 
 
@@ -107,6 +109,8 @@ def to_cdc_error(error: PyMongoError | BSONError, *, streaming: bool = False) ->
         return _of_operation(error, streaming=streaming)
     if isinstance(error, InvalidURI | ConfigurationError):
         return _of_configuration(error)
+    if isinstance(error, ConnectionFailure) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return FatalError(_first_reason(str(error)), hint=_CERTIFICATES)
     if isinstance(error, ServerSelectionTimeoutError):
         return TransientError(f"no server could be used: {_first_reason(str(error))}", hint=_REACHABLE)
     # a ProtocolError ends its connection: what came was no message, and the next connection may be a better one
@@ -164,6 +168,8 @@ def _of_configuration(error: PyMongoError) -> CdcError:
         return TransientError("the url's host name could not be resolved by DNS (SRV)", hint="check host and DNS")
     if "Authentication" in text or "authentication" in text:
         return FatalError("the url asks for an authentication that cannot be had", hint="correct its authMechanism")
+    if "certificate" in text:
+        return FatalError("the certificate of the url's tlsCertificateKeyFile cannot be used", hint=_CERTIFICATES)
     # PyMongo's text may quote the url, and a password with an unescaped character is where it stumbles
     hint = "as in mongodb://user:password@host:27017/?replicaSet=rs0; special characters are written as %XX"
     return FatalError("the url of a MongoDB server cannot be read", hint=hint)
@@ -181,6 +187,11 @@ def _reading_url() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of options that PyMongo does not know: `cdc check` tells them
             yield
+    except OSError as exc:  # ssl.SSLError is one; both come before anything is sent
+        named = f"{exc.filename}: " if exc.filename else ""
+        raise FatalError(
+            f"a file of the url's tls options cannot be used: {named}{exc.strerror}", hint=_CERTIFICATES
+        ) from exc
     except (PyMongoError, ValueError, TypeError) as exc:
         if isinstance(exc, PyMongoError):
             raise to_cdc_error(exc) from None

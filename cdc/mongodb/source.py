@@ -93,6 +93,7 @@ class MongoSource:
         """
         self.close()
         self._runner = asyncio.Runner(loop_factory=loop_factory())
+        self._runner.get_loop().set_exception_handler(_forgotten)
         return self._run(self._open(position))
 
     def restart(self) -> Beginning:
@@ -327,6 +328,11 @@ class MongoSource:
             return self._runner.get_loop().run_until_complete(
                 work
             )  # `run` would print every reply, for a signal's sake
+
+
+def _forgotten(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """PyMongo leaves futures of handshakes that fail: what they failed with is what no server can be selected for."""
+    log.debug("dropped by the driver", message=context.get("message"), error=repr(context.get("exception")))
 
 
 def _fed(assembler: Assembler, events: Sequence[bytes], at: int) -> int:

@@ -62,6 +62,8 @@ _STARTUP_HINTS: Final = {
     r"password authentication failed|no password supplied|pg_hba\.conf|role \".*\" does not exist": _FATAL_HINTS["28"],
     r"database \".*\" does not exist": _FATAL_HINTS["3D"],
     r"start WAL ?sender": "ALTER ROLE ... REPLICATION, for the user of the url",
+    r"certificate|private key|support SSL": "check sslmode, sslrootcert, sslcert and sslkey of the url, and until when "
+    "the certificates are valid",
     r"unsupported startup parameter": "the url leads to a connection pooler: connect to the server itself",
 }
 """A failed connection attempt carries no SQLSTATE through libpq: these texts mean that trying again is in vain."""

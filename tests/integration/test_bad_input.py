@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import socket
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from tests.command import NOWHERE, Cdc, assert_complaint
 from tests.servers import Database, PostgresServer
+from tests.tls import TlsServer, write_certificate
 
 TABLE = "CREATE TABLE items (id int PRIMARY KEY, name text)"
 BOTH = pytest.mark.parametrize("command", ["copy", "run"])
@@ -65,7 +72,7 @@ def test_unreachable_server(cdc: Cdc) -> None:
 
 def last_lines(stderr: str) -> tuple[str, str]:
     error, hint = stderr.splitlines()[-2:]
-    assert "Traceback" not in stderr
+    assert "Traceback" not in stderr, stderr.replace("\\n", "\n")
     return error, hint
 
 
@@ -154,3 +161,144 @@ def test_f117_a_mirror_of_itself(cdc: Cdc, source: Database, pg_dump: object) ->
     error, _ = last_lines(result.stderr)
     assert "same database" in error or "itself" in error
     assert source.execute("SELECT FROM pg_namespace WHERE nspname = 'cdc'") == []
+
+
+# --- what surrounds the daemon ----------------------------------------------------------------------------------------
+
+WITHOUT_PRIVILEGES = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--"] if os.geteuid() == 0 else []
+"""Even root is held to what files allow."""
+
+
+def refused(cdc: Cdc, command: str = "run") -> subprocess.CompletedProcess[str]:
+    """What a command says that is to end by itself."""
+    arguments = [*WITHOUT_PRIVILEGES, *cdc.command(command)]
+    return subprocess.run(arguments, check=False, timeout=60, **cdc.surroundings())
+
+
+@contextmanager
+def mode(path: Path, bits: int) -> Iterator[None]:
+    """Files have other permissions meanwhile."""
+    before = path.stat().st_mode
+    path.chmod(bits)
+    try:
+        yield
+    finally:
+        path.chmod(before)
+
+
+@pytest.mark.parametrize("command", ["run", "check", "status"])
+def test_f112_configuration_that_cannot_be_read(cdc: Cdc, command: str) -> None:
+    cdc.configure(NOWHERE)
+    with mode(cdc.file, 0):
+        assert_complaint(
+            refused(cdc, command), 2, "cdc.toml: Permission denied", hint="let the user that runs cdc read"
+        )
+
+
+def test_data_directory_that_cannot_be_made(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    with mode(cdc.folder, 0o555):
+        assert_complaint(refused(cdc), 1, "data directory .*/data: Permission denied", hint="must belong to the user")
+
+
+def test_data_directory_of_somebody_else(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    cdc.data_dir.mkdir()
+    with mode(cdc.data_dir, 0o555):
+        assert_complaint(refused(cdc), 1, "data directory .*/lock: Permission denied", hint="must belong to the user")
+
+
+@pytest.mark.parametrize("name", ["lock", "shop.queue"])
+def test_file_of_somebody_else_in_the_data_directory(cdc: Cdc, name: str) -> None:
+    cdc.configure(NOWHERE)
+    with cdc.running():
+        pass
+    with mode(cdc.data_dir / name, 0o444):
+        result = refused(cdc)
+    assert result.returncode == 1
+    error, hint = last_lines(result.stderr)
+    assert name in error
+    assert "user" in hint
+
+
+def test_port_that_is_in_use(cdc: Cdc) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        cdc.configure(NOWHERE)
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        cdc.file.write_text(cdc.file.read_text().replace("127.0.0.1:0", address))
+        assert_complaint(refused(cdc), 1, f"cannot listen on {address}: Address already in use", hint="http.address")
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (None, "No such file"),
+        (b"", "empty"),
+        (b"geheim\n", "not an url"),
+        (b"\xff\xfe", "not text"),
+        (b"mysql://me:geheim@db/shop", "no database has the scheme 'mysql'"),
+    ],
+)
+def test_f113_wrong_credential_file(cdc: Cdc, tmp_path: Path, content: bytes | None, error: str) -> None:
+    cdc.configure(NOWHERE)
+    secret = tmp_path / "shop_url"
+    if content is not None:
+        secret.write_bytes(content)
+    cdc.file.write_text(cdc.file.read_text().replace(f'url = "{NOWHERE}"', f'url_file = "{secret}"'))
+    result = refused(cdc)
+    assert_complaint(result, 2, f"sources.shop.url.*{error}", hint=".")
+    assert "geheim" not in result.stderr
+
+
+def test_credential_file_that_cannot_be_read(cdc: Cdc, tmp_path: Path) -> None:
+    secret = tmp_path / "shop_url"
+    secret.write_text(NOWHERE)
+    cdc.configure(NOWHERE)
+    cdc.file.write_text(cdc.file.read_text().replace(f'url = "{NOWHERE}"', f'url_file = "{secret}"'))
+    with mode(secret, 0):
+        assert_complaint(refused(cdc), 2, "url_file: .*/shop_url: Permission denied", hint="readable by this user")
+
+
+# --- certificates -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    folder = tmp_path_factory.mktemp("certificates")
+    (folder / "garbage.pem").write_text("garbage")
+    return {
+        "good": write_certificate(folder, "good"),
+        "other": write_certificate(folder, "other"),
+        "expired": write_certificate(folder, "expired", expired=True),
+        "garbage": (folder / "garbage.pem", folder / "garbage.pem"),
+        "missing": (folder / "missing.pem", folder / "missing.pem"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("shown", "trusted", "error"),
+    [
+        ("expired", "expired", "certificate verify failed"),
+        ("good", "other", "certificate verify failed"),
+        ("good", "missing", r"missing\.pem"),
+        ("good", "garbage", r"garbage\.pem|no certificate"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["postgresql", "mongodb"])
+def test_certificate_that_is_not_accepted(
+    cdc: Cdc, certificates: dict[str, tuple[Path, Path]], kind: str, shown: str, trusted: str, error: str
+) -> None:
+    authority = certificates[trusted][0]
+    options = {
+        "postgresql": f"sslmode=verify-full&sslrootcert={authority}",
+        "mongodb": f"directConnection=true&tls=true&tlsCAFile={authority}&serverSelectionTimeoutMS=2000",
+    }
+    with TlsServer(certificates[shown], asked=kind == "postgresql") as server:
+        url = f"{kind}://me:geheim@127.0.0.1:{server.port}/shop?{options[kind]}"
+        cdc.configure(url, f"{kind}://127.0.0.1:1/other")
+        result = refused(cdc)
+    assert result.returncode == 1
+    said, hint = last_lines(result.stderr)
+    assert re.search(error, said), said
+    assert "certificates are valid" in hint
+    assert "geheim" not in result.stderr
