@@ -32,8 +32,8 @@ from cdc.discards import tell_kept
 from cdc.errors import CdcError, FatalError
 from cdc.letter import DeadLetters
 from cdc.notify import Notifier
-from cdc.parking import Parker, ParkingBounds, can_park
-from cdc.pipeline import AnyPipeline, FillThenDeliver, Pipeline, contained
+from cdc.parking import Parker
+from cdc.pipeline import AnyPipeline, FillThenDeliver, Pipeline, contained, parker_of
 from cdc.position import SourcePosition
 from cdc.process import finished, on_signals, run_in_loop
 from cdc.pulse import Pulse
@@ -276,7 +276,7 @@ class Daemon:
     def _deliver(self, name: str, queue: Queue) -> FillThenDeliver:
         config, stats = self._config.sinks[name], self._sinks[name].stats
         sink = self._parts.sink(config)
-        parker = _parker(config, sink, queue, stats)
+        parker = parker_of(config, sink, queue, stats)
         if parker is not None:
             self._parkers[name] = parker
         delivery = self._deliveries[name] = Delivery(sink, queue, stats, config.batch, parker=parker)
@@ -393,12 +393,3 @@ class Daemon:
         if sink.stats.state in {State.FAILED, State.STOPPED, State.PAUSED, State.COPYING}:
             raise CdcError(f"sink {name} is {sink.stats.state}: it does not move", hint=sink.stats.hint)
         return self._deliveries[name]
-
-
-def _parker(config: SinkConfig, sink: Sink, queue: Queue, stats: DeliveryStats) -> Parker | None:
-    """What parks changes, where that is wanted. Raises `FatalError` where this sink's cannot be."""
-    if not config.parks:
-        return None
-    if not can_park(sink):
-        raise FatalError(f"sink {sink.name} cannot park changes", hint='set on_error = "stop"')
-    return Parker(sink, queue, stats, ParkingBounds.of(config), retry=config.retry)

@@ -9,11 +9,14 @@ from typing import Final, Generic, Protocol, TypeVar
 
 import structlog
 
+from cdc.config import SinkConfig
 from cdc.delivery import Delivery
-from cdc.errors import CdcError
+from cdc.errors import CdcError, FatalError
 from cdc.logs import redact
+from cdc.parking import Parker, ParkingBounds, can_park
 from cdc.pulse import Pulse, beat, elsewhere
 from cdc.queue import Queue
+from cdc.sink import Sink
 from cdc.stats import CaptureStats, DeliveryStats, State
 
 log = structlog.get_logger()
@@ -158,6 +161,15 @@ class FillThenDeliver:
         """Go on."""
         self._running.set()
         self._delivery.resume()
+
+
+def parker_of(config: SinkConfig, sink: Sink, queue: Queue, stats: DeliveryStats) -> Parker | None:
+    """What parks changes, where that is wanted. Raises `FatalError` where this sink's cannot be."""
+    if not config.parks:
+        return None
+    if not can_park(sink):
+        raise FatalError(f"sink {sink.name} cannot park changes", hint='set on_error = "stop"')
+    return Parker(sink, queue, stats, ParkingBounds.of(config), retry=config.retry)
 
 
 @contextmanager
