@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, Self, TypeVar
 
@@ -82,9 +82,13 @@ class EventLoop:
         self._thread = threading.Thread(target=self._loop.run_forever, name=name)
         self._thread.start()
 
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run it beside the caller."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Wait for its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+        return self.start(coroutine).result(30)
 
     def call(self, callback: Callable[[], object]) -> None:
         """Call it soon."""
