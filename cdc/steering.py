@@ -98,6 +98,8 @@ def replay(config: Config, queue: Queue, sink: str, since: str, *, dry_run: bool
     if oldest is None or seq + 1 < oldest[0]:
         kept = "nothing is" if oldest is None else f"the oldest is batch {oldest[0]}, of {_time(oldest[1])}"
         raise Refused(f"what follows batch {seq} is not kept any more: {kept}", hint="queue.keep_seconds says how long")
+    if seq > (last := queue.stats().last_seq):
+        raise Refused(f"batch {seq + 1} is not there yet", hint=f"the last one is {last}")
     changes = queue.replayable(seq)
     if not dry_run:
         seq = queue.rewind(sink, seq).seq

@@ -197,6 +197,7 @@ def test_replay(run: Run) -> None:
         run.source_db.execute("UPDATE items SET name = 'x' WHERE id = 3; DELETE FROM items WHERE id = 4")
         run.source_db.execute("UPDATE items SET id = 300 WHERE id = 5; INSERT INTO items VALUES (5, 'last')")
         run.wait_for_row("last")
+        assert_complaint(run.cdc("replay", "mirror", "--from", "99999999"), 1, "is not there yet", "the last one is")
         dry = run.cdc("replay", "mirror", "--from", str(first), "--dry-run")
         assert "6 changes would be" in dry.stdout, dry
         dry = run.cdc("replay", "mirror", "--from", later, "--dry-run")
