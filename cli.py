@@ -95,6 +95,7 @@ def build_sink(config: Config, sink: SinkConfig) -> Sink:
         reread=source.reread,
         primary_key=source.primary_key,
         shapes=source.shapes,
+        dump_schema=source.dump_schema,
         row_limits=config.http.row_limits,
     )
     return cast("Sink", load_sink(sink.kind)(sink, context))

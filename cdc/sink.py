@@ -63,6 +63,7 @@ class SinkContext:
     data_dir: for what a sink keeps on this machine.
     reread: asks the source for a row. primary_key: asks it for the columns of a table's primary key, if it has one.
     shapes: asks the catalog of a PostgreSQL source for the `cdc.postgres.shape.TableShape` of each OID that is there.
+    dump_schema: see `cdc.source.Source`.
     row_limits: fields by which tokens of the HTTP interface are limited to rows.
     """
 
@@ -71,6 +72,7 @@ class SinkContext:
     reread: Reread | None = None
     primary_key: Callable[[TableName], Sequence[str]] | None = None
     shapes: Callable[[Collection[int]], Sequence[object]] | None = None
+    dump_schema: Callable[[], object] | None = None
     row_limits: tuple[str, ...] = ()
 
 
@@ -358,7 +360,8 @@ class Mirror(Sink, Protocol):
     def finish_copy(self, position: SourcePosition) -> bool:
         """Build what has waited for the mirror to be consistent: indexes, constraints, triggers.
 
-        position: the mirror stands there. Returns False while a table's copy position is still ahead: call again later.
+        position: the mirror stands there. Returns False while a table's copy position is still ahead, or something
+        waits for the stream: call again later.
         Killed in the middle, it goes on where it was.
         """
         ...

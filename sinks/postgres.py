@@ -62,7 +62,7 @@ class PostgresSink(RefreshTarget):
     all_or_nothing = True
 
     def __init__(self, config: SinkConfig, context: SinkContext) -> None:
-        super().__init__(config, context.shapes)
+        super().__init__(config, context.shapes, context.dump_schema)
         self._reread = context.reread
         self._source = context.source
         self._connection: Connection | None = None

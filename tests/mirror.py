@@ -79,7 +79,12 @@ class Mirror:
         self.delivery = Delivery(self.sink, self.queue, self.delivery_stats, sink.batch, parker=self.parker)
 
     def _context(self) -> SinkContext:
-        return SinkContext(source=self.config.sources["shop"], reread=self.source.reread, shapes=self.source.shapes)
+        return SinkContext(
+            source=self.config.sources["shop"],
+            reread=self.source.reread,
+            shapes=self.source.shapes,
+            dump_schema=self.source.dump_schema,
+        )
 
     def prepare(self) -> None:
         """Create publication, slot and the mirror's tables; all tables must be empty."""

@@ -15,6 +15,10 @@ from cdc.postgres.connection import Connection, table_exists, while_doing
 from cdc.postgres.dump import SchemaEntry
 from cdc.postgres.shape import Followed, TableShape, decode
 
+ANALYZE: Final = "ANALYZE"
+FOREIGN_KEY: Final = "FOREIGN KEY"
+"""Kinds of post-data besides those of the dump. Their SQL has the target's names, all other has the source's."""
+
 FORGOTTEN: Final = Lsn(2**64 - 1)
 """The copy position of a table that is no longer captured: every change comes before it, and is left out."""
 
@@ -30,13 +34,20 @@ class Mark(NamedTuple):
 
 
 class PendingEntry(NamedTuple):
-    """Something that is to be built. `relations` are the tables that it is about, by their names at the source."""
+    """Something that is to be built. `relations` are the tables that it is about, by their names at the source.
+
+    outdated: a table has changed since: it has to be looked up at the source again (`cdc.postgres.renewal`).
+    object_id: see `SchemaEntry`; zeros also where an earlier version has recorded it.
+    """
 
     ordinal: int
     kind: str
     name: str
     relations: tuple[TableName, ...]
     sql: str
+    table: TableName | None = None
+    outdated: bool = False
+    object_id: tuple[int, int] = (0, 0)
 
 
 EntryKey = tuple[str, str, TableName | None]
@@ -180,19 +191,56 @@ class Bookkeeping:
     def record(self, entries: Sequence[SchemaEntry]) -> None:
         """Note what is to be built, after all that was noted before; once more, if it is noted already."""
         keys = [(self._sink, kind, name, *(table or (None, None))) for kind, name, table in map(key_of, entries)]
-        rows = [(*key, Jsonb(entry.relations), entry.sql, self._sink) for key, entry in zip(keys, entries, strict=True)]
+        rows = [
+            (*key, Jsonb(entry.relations), entry.sql, Jsonb(entry.object_id), self._sink)
+            for key, entry in zip(keys, entries, strict=True)
+        ]
         with self._connection.cursor() as cursor:
             cursor.executemany(_DELETE_ENTRY, keys)
             cursor.executemany(_INSERT_ENTRY, rows)
 
     def pending(self) -> list[PendingEntry]:
         """What is left to build, in order."""
-        query = """SELECT ordinal, kind, name, relations, sql FROM cdc.post_data
-                    WHERE sink = %s AND NOT done ORDER BY ordinal"""
+        query = """SELECT ordinal, kind, name, relations, sql, source_schema, source_table, outdated, object_id
+                     FROM cdc.post_data WHERE sink = %s AND NOT done ORDER BY ordinal"""
         return [
-            PendingEntry(ordinal, kind, name, tuple(TableName(*relation) for relation in relations), text)
-            for ordinal, kind, name, relations, text in self._connection.execute(query, [self._sink]).fetchall()
+            PendingEntry(
+                ordinal,
+                kind,
+                name,
+                tuple(TableName(*relation) for relation in relations),
+                text,
+                None if table is None else TableName(schema, table),
+                outdated,
+                tuple(object_id or (0, 0)),
+            )
+            for ordinal, kind, name, relations, text, schema, table, outdated, object_id in self._connection.execute(
+                query, [self._sink]
+            ).fetchall()
         ]
+
+    def outdate(self, tables: Collection[TableName] | None = None) -> None:
+        """What is left to build, and may be about these tables (`None`: any), was said of what they were before."""
+        self._connection.execute(_OUTDATE, [self._sink, None if tables is None else Jsonb(list(tables))])
+
+    def renew(self, entry: PendingEntry, found: SchemaEntry) -> None:
+        """Build it, in its turn, as it is found at the source now."""
+        self._connection.execute(
+            """UPDATE cdc.post_data
+                  SET kind = %s, name = %s, source_schema = %s, source_table = %s, relations = %s, sql = %s,
+                      object_id = %s, outdated = false
+                WHERE sink = %s AND ordinal = %s""",
+            [
+                *(found.kind, found.name, *(found.table or (None, None)), Jsonb(found.relations), found.sql),
+                *(Jsonb(found.object_id), self._sink, entry.ordinal),
+            ],
+        )
+
+    def leave_out(self, entry: PendingEntry) -> None:
+        """Build it never."""
+        self._connection.execute(
+            "DELETE FROM cdc.post_data WHERE sink = %s AND ordinal = %s", [self._sink, entry.ordinal]
+        )
 
     def built(self, entry: PendingEntry) -> None:
         """Note that it is built."""
@@ -266,11 +314,26 @@ DELETE FROM cdc.post_data
 """
 
 _INSERT_ENTRY: Final = """
-INSERT INTO cdc.post_data (sink, kind, name, source_schema, source_table, relations, sql, ordinal)
-SELECT %s, %s, %s, %s, %s, %s, %s, coalesce(max(ordinal) + 1, 0) FROM cdc.post_data WHERE sink = %s
+INSERT INTO cdc.post_data (sink, kind, name, source_schema, source_table, relations, sql, object_id, ordinal)
+SELECT %s, %s, %s, %s, %s, %s, %s, %s, coalesce(max(ordinal) + 1, 0) FROM cdc.post_data WHERE sink = %s
 """
 
-_LATER_COLUMNS: Final = (("cdc.tables", "shape", "jsonb"), ("cdc.resyncs", "since", "pg_lsn"))
+_OUTDATE: Final = f"""
+UPDATE cdc.post_data p SET outdated = true
+ WHERE sink = %s AND NOT done AND kind NOT IN ('{ANALYZE}', '{FOREIGN_KEY}')
+   AND EXISTS (SELECT FROM jsonb_array_elements(relations) AS relation
+                WHERE relation IN (SELECT jsonb_array_elements(coalesce(%s, relations)))
+                   OR NOT EXISTS (SELECT FROM cdc.tables t  -- a partition: of any of them
+                                   WHERE t.sink = p.sink AND t.source_schema = relation->>0
+                                     AND t.source_table = relation->>1))
+"""  # noqa: S608 - constants
+
+_LATER_COLUMNS: Final = (
+    ("cdc.tables", "shape", "jsonb"),
+    ("cdc.resyncs", "since", "pg_lsn"),
+    ("cdc.post_data", "outdated", "boolean NOT NULL DEFAULT false"),
+    ("cdc.post_data", "object_id", "jsonb"),
+)
 """Those that earlier versions did not have."""
 
 _HAS: Final = "SELECT FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = %s"
@@ -315,6 +378,8 @@ CREATE TABLE IF NOT EXISTS cdc.post_data (
     relations jsonb NOT NULL,
     sql text NOT NULL,
     done boolean NOT NULL DEFAULT false,
+    outdated boolean NOT NULL DEFAULT false,
+    object_id jsonb,
     PRIMARY KEY (sink, ordinal)
 );
 """

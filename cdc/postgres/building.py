@@ -19,9 +19,10 @@ from psycopg import sql
 
 from cdc.change import TableName
 from cdc.config import SinkConfig
-from cdc.postgres.bookkeeping import Bookkeeping, PendingEntry
-from cdc.postgres.connection import Connection, translated_errors, while_doing
-from cdc.postgres.preparation import ANALYZE, FOREIGN_KEY, Rename, rename_relations, renames
+from cdc.errors import PermanentError
+from cdc.postgres.bookkeeping import ANALYZE, FOREIGN_KEY, Bookkeeping, PendingEntry
+from cdc.postgres.connection import Connection, to_cdc_error, translated_errors, while_doing
+from cdc.postgres.preparation import Rename, rename_relations, renames
 from cdc.pulse import elsewhere
 
 log = structlog.get_logger()
@@ -36,28 +37,53 @@ class Builder:
     """Builds what one sink's tables wait for.
 
     session: connects to the target, where commits wait for the disk. jobs: how many are built at a time.
+    look_again: renews what is outdated; `None`: the source cannot be asked.
     """
 
     def __init__(
-        self, config: SinkConfig, session: Callable[[], AbstractContextManager[Connection]], *, jobs: int
+        self,
+        config: SinkConfig,
+        session: Callable[[], AbstractContextManager[Connection]],
+        *,
+        jobs: int,
+        look_again: Callable[[Connection], None] | None = None,
     ) -> None:
         self._config = config
         self._session = session
         self._jobs = jobs
+        self._look_again = look_again
 
-    def build(self, kinds: Collection[str] | None = None) -> None:
+    def build(self, kinds: Collection[str] | None = None) -> bool:
         """Run pending entries, each in a transaction that also records that it is done. kinds: of these only.
 
-        Return when all are built; raise the first error, once nothing is under way any more.
+        Returns whether all are built: what is about tables that are to follow the source waits for the stream. Raises
+        the first error, once nothing is under way any more.
         """
         with ExitStack() as sessions:
             first = sessions.enter_context(self._session())
+            bookkeeping = Bookkeeping(first, self._config.name)
+            bookkeeping.create()  # one of an older version is completed
+            try:
+                return self._attempt(kinds, first, sessions)
+            except _Lacking:
+                if self._look_again is None:
+                    raise
+            # it may have another name, or be gone: altered here by hand, or before anything was noted
             with translated_errors():
-                pending = Bookkeeping(first, self._config.name).pending()
-            entries = [entry for entry in pending if kinds is None or entry.kind in kinds]
-            if entries:
-                more = range(1, min(self._jobs, len(entries)))
-                self._build_in_order(entries, [first, *(sessions.enter_context(self._session()) for _ in more)])
+                bookkeeping.outdate()
+            return self._attempt(kinds, first, sessions)
+
+    def _attempt(self, kinds: Collection[str] | None, first: Connection, sessions: ExitStack) -> bool:
+        if self._look_again is not None:
+            self._look_again(first)
+        with translated_errors():
+            pending = Bookkeeping(first, self._config.name).pending()
+        wanted = [entry for entry in pending if kinds is None or entry.kind in kinds]
+        entries = [entry for entry in wanted if not entry.outdated or self._look_again is None]
+        if entries:
+            more = range(1, min(self._jobs, len(entries)))
+            self._build_in_order(entries, [first, *(sessions.enter_context(self._session()) for _ in more)])
+        return len(entries) == len(wanted)
 
     def _build_in_order(self, entries: Collection[PendingEntry], connections: Sequence[Connection]) -> None:
         """Of those that may begin the one of the largest table first: the end should not be waiting for it alone."""
@@ -84,10 +110,14 @@ class Builder:
     def _build_one(self, connection: Connection, entry: PendingEntry) -> float:
         """Returns how many seconds it took."""
         started = time.monotonic()
-        with while_doing(f"building {entry.kind} {entry.name} on the target"), connection.transaction():
-            connection.execute(_MORE_MEMORY, [_SORT_MEMORY])
-            self._run(connection, entry)
-            Bookkeeping(connection, self._config.name).built(entry)
+        try:
+            with while_doing(f"building {entry.kind} {entry.name} on the target"), connection.transaction():
+                connection.execute(_MORE_MEMORY, [_SORT_MEMORY])
+                self._run(connection, entry)
+                Bookkeeping(connection, self._config.name).built(entry)
+        except PermanentError as exc:
+            exc.hint = exc.hint or _HINT.format(sink=self._config.name, ordinal=entry.ordinal)
+            raise
         return time.monotonic() - started
 
     def _log(self, entry: PendingEntry, seconds: float, *, n: int, of: int) -> None:
@@ -119,6 +149,8 @@ class Builder:
         try:
             with connection.transaction():
                 connection.execute(entry.sql.encode())
+        except _NOT_THERE as exc:
+            raise _Lacking(str(to_cdc_error(exc))) from exc
         except psycopg.errors.DuplicateTable:
             self._make_way(connection, entry)
             connection.execute(entry.sql.encode())
@@ -151,6 +183,10 @@ class Builder:
                 sql=entry.sql,
                 error=exc.diag.message_primary,
             )
+
+
+class _Lacking(PermanentError):
+    """What an entry names is not there."""
 
 
 def build_order(
@@ -205,6 +241,13 @@ def _cancelled_on_error(connections: Collection[Connection]) -> Iterator[None]:
                 connection.cancel_safe()
         raise
 
+
+_NOT_THERE: Final = (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedTable, psycopg.errors.UndefinedObject)
+
+_HINT: Final = (
+    "correct what it finds on the mirror (its SQL is in cdc.post_data there), then `cdc resume {sink}`; to do without "
+    "it: UPDATE cdc.post_data SET done = true WHERE sink = '{sink}' AND ordinal = {ordinal}"
+)
 
 _INDEXES: Final = """
 SELECT n.nspname, c.relname, i.relname, i.oid::bigint

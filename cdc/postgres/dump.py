@@ -68,6 +68,7 @@ class SchemaEntry(msgspec.Struct, frozen=True):
     kind: one of `KEY_KINDS` where the stream needs it, else pg_dump's word (`TABLE`, `INDEX`, `FK CONSTRAINT`...).
     table: the table (or partition) it belongs to, by its name at the source.
     relations: all tables and partitions that it is about, or that what it depends on is about.
+    object_id: catalog and OID at the source, which stay while names change; zeros where it stands for no object.
     """
 
     number: int
@@ -77,6 +78,7 @@ class SchemaEntry(msgspec.Struct, frozen=True):
     relations: tuple[TableName, ...]
     depends_on: tuple[int, ...]
     sql: str
+    object_id: tuple[int, int] = (0, 0)
 
 
 class Selection(NamedTuple):
@@ -309,6 +311,7 @@ def _entries(
             relations=tuple(sorted({known[n].table for n in reach([entry.dump_id], edges) if n in known})),
             depends_on=entry.depends_on,
             sql=text,
+            object_id=(entry.catalog, entry.oid),
         )
 
 

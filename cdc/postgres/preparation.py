@@ -13,15 +13,11 @@ from cdc.change import TableName
 from cdc.config import SinkConfig
 from cdc.errors import FatalError
 from cdc.postgres.alter import ForeignKey, MirrorTable
-from cdc.postgres.bookkeeping import EntryKey, Mark, key_of
+from cdc.postgres.bookkeeping import ANALYZE, FOREIGN_KEY, EntryKey, Mark, key_of
 from cdc.postgres.connection import Connection, while_doing
 from cdc.postgres.dump import PRIMARY_KEY, TABLE, SchemaDump, SchemaEntry, Selection
 from cdc.postgres.schema import SchemaColumn, SchemaTable, read_tables, type_holds
 from cdc.postgres.shape import Followed
-
-ANALYZE: Final = "ANALYZE"
-FOREIGN_KEY: Final = "FOREIGN KEY"
-"""Kinds of post-data besides those of the dump. Their SQL has the target's names, all other has the source's."""
 
 Rename = tuple[TableName, TableName]
 

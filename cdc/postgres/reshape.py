@@ -233,6 +233,8 @@ class Reshaper:
         if evolution.copy_because:
             self._copy_again(mirrored.name, evolution.copy_because)
         steps = evolution.steps
+        if steps:
+            self._bookkeeping.outdate([mirrored.name])
         if any(isinstance(step, SetKey) for step in steps):
             self._refreshes.restart(mirrored.name)
         if self._config.schema_changes == "stop":

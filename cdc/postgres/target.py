@@ -25,6 +25,7 @@ from cdc.postgres.dump import KEY_KINDS, SchemaDump
 from cdc.postgres.preparation import Preparation, mirrored_columns
 from cdc.postgres.refresh_marks import RefreshMarks
 from cdc.postgres.renaming import Renaming
+from cdc.postgres.renewal import LookAgain, renew
 from cdc.postgres.schema import SchemaTable, database_identity, read_tables
 from cdc.postgres.sequences import SequenceValue, set_sequences
 from cdc.postgres.shape import TableShape
@@ -44,8 +45,13 @@ class CopyTarget:
 
     consistent = True
 
-    def __init__(self, config: SinkConfig, shapes: Callable[[Collection[int]], Sequence[object]] | None = None) -> None:
-        """shapes: asks the source's catalog for the shapes of tables (`cdc.sink.SinkContext`)."""
+    def __init__(
+        self,
+        config: SinkConfig,
+        shapes: Callable[[Collection[int]], Sequence[object]] | None = None,
+        dump_schema: Callable[[], object] | None = None,
+    ) -> None:
+        """shapes, dump_schema: ask the source for its tables as they are now (`cdc.sink.SinkContext`)."""
         assert config.url is not None, "cdc.config derives one"
         self.name = config.name
         self.config = config
@@ -53,7 +59,10 @@ class CopyTarget:
         self.read_shapes = cast("Callable[[Collection[int]], Sequence[TableShape]] | None", shapes)
         self._columns: dict[TableName, dict[str, str]] = {}
         self._warned = False
-        self._builder = Builder(config, self._session, jobs=config.copy.workers)
+        look_again = None
+        if self.read_shapes is not None and dump_schema is not None:
+            look_again = LookAgain(config, self.read_shapes, cast("Callable[[], SchemaDump]", dump_schema))
+        self._builder = Builder(config, self._session, jobs=config.copy.workers, look_again=look_again)
 
     def stored_position(self) -> Position | None:
         """The position in the target; `None` if it was never written to."""
@@ -132,9 +141,12 @@ class CopyTarget:
                 marks, followed = bookkeeping.marks(), bookkeeping.followed()
                 preparation = Preparation(connection, self.config, marks, bookkeeping.recorded(), followed)
                 prepared = preparation.run(schema)
+                complete = {table for table, mark in marks.items() if mark.copied_at is not None}
+                bookkeeping.outdate([table.name for table in schema.tables if table.name not in complete])
                 bookkeeping.record(prepared.later)
                 bookkeeping.mark([table.name for table in schema.tables], prepared.made)
                 bookkeeping.follow_copies(schema.shapes)
+                renew(bookkeeping, schema, sink=self.name)
                 bookkeeping.begin(start)
             present = read_tables(connection)
             copied = {name for name, mark in bookkeeping.marks().items() if mark.copied_at is not None}
@@ -173,8 +185,8 @@ class CopyTarget:
         """Build all that has waited, in order; `False` while a table is incomplete or ahead of `position`."""
         with self._session() as connection, translated_errors():
             waiting = Bookkeeping(connection, self.name).waiting(as_lsn(position))
-        self._builder.build(KEY_KINDS if waiting else None)
-        return not waiting
+        built = self._builder.build(KEY_KINDS if waiting else None)
+        return built and not waiting
 
     def set_sequences(self, sequences: object) -> None:
         """Set every sequence that the target has to where the source's stands; log those that cannot be."""
