@@ -17,7 +17,7 @@ from cdc.postgres.shape import Followed, TableShape, decode
 
 ANALYZE: Final = "ANALYZE"
 FOREIGN_KEY: Final = "FOREIGN KEY"
-"""Kinds of post-data besides those of the dump. Their SQL has the target's names, all other has the source's."""
+"""Kinds of post-data besides those of the dump. A foreign key's SQL has the target's names, all other the source's."""
 
 FORGOTTEN: Final = Lsn(2**64 - 1)
 """The copy position of a table that is no longer captured: every change comes before it, and is left out."""
@@ -162,10 +162,8 @@ class Bookkeeping:
             name = sql.Identifier(table)
             self._connection.execute(sql.SQL(forget).format(name), [self._sink, *new])
             self._connection.execute(sql.SQL(move).format(name), [*new, self._sink, *old])
-
-    def building(self, table: TableName) -> bool:
-        """Whether something is left to build that is about a table."""
-        return any(table in entry.relations for entry in self.pending())
+        self.outdate([new, old])
+        self._connection.execute(_RENAME_RELATION, [Jsonb(old), Jsonb(new), self._sink])
 
     def waiting(self, position: Lsn) -> bool:
         """Whether a table is incomplete, or the stream has not reached its copy at `position`."""
@@ -201,21 +199,19 @@ class Bookkeeping:
 
     def pending(self) -> list[PendingEntry]:
         """What is left to build, in order."""
-        query = """SELECT ordinal, kind, name, relations, sql, source_schema, source_table, outdated, object_id
-                     FROM cdc.post_data WHERE sink = %s AND NOT done ORDER BY ordinal"""
         return [
             PendingEntry(
                 ordinal,
                 kind,
                 name,
-                tuple(TableName(*relation) for relation in relations),
-                text,
-                None if table is None else TableName(schema, table),
-                outdated,
-                tuple(object_id or (0, 0)),
+                relations=tuple(TableName(*relation) for relation in relations),
+                sql=text,
+                table=None if table is None else TableName(*table),
+                outdated=outdated,
+                object_id=tuple(object_id),
             )
-            for ordinal, kind, name, relations, text, schema, table, outdated, object_id in self._connection.execute(
-                query, [self._sink]
+            for ordinal, kind, name, relations, text, table, outdated, object_id in self._connection.execute(
+                _PENDING, [self._sink]
             ).fetchall()
         ]
 
@@ -318,6 +314,15 @@ INSERT INTO cdc.post_data (sink, kind, name, source_schema, source_table, relati
 SELECT %s, %s, %s, %s, %s, %s, %s, %s, coalesce(max(ordinal) + 1, 0) FROM cdc.post_data WHERE sink = %s
 """
 
+_PENDING: Final = """
+SELECT ordinal, kind, name, relations, sql,
+       CASE WHEN source_table IS NOT NULL THEN ARRAY[source_schema, source_table] END,
+       outdated, coalesce(object_id, '[0, 0]')
+  FROM cdc.post_data
+ WHERE sink = %s AND NOT done
+ ORDER BY ordinal
+"""
+
 _OUTDATE: Final = f"""
 UPDATE cdc.post_data p SET outdated = true
  WHERE sink = %s AND NOT done AND kind NOT IN ('{ANALYZE}', '{FOREIGN_KEY}')
@@ -327,6 +332,13 @@ UPDATE cdc.post_data p SET outdated = true
                                    WHERE t.sink = p.sink AND t.source_schema = relation->>0
                                      AND t.source_table = relation->>1))
 """  # noqa: S608 - constants
+
+_RENAME_RELATION: Final = """
+UPDATE cdc.post_data
+   SET relations = (SELECT coalesce(jsonb_agg(CASE relation WHEN %s THEN %s ELSE relation END), '[]')
+                      FROM jsonb_array_elements(relations) AS relation)
+ WHERE sink = %s AND NOT done
+"""
 
 _LATER_COLUMNS: Final = (
     ("cdc.tables", "shape", "jsonb"),

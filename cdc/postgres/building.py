@@ -144,6 +144,10 @@ class Builder:
         if entry.kind == FOREIGN_KEY:
             self._restore(connection, entry)
             return
+        if entry.kind == ANALYZE:
+            target = sql.Identifier(*self._config.target_name(entry.relations[0]))
+            connection.execute(sql.SQL("ANALYZE {}").format(target))
+            return
         pairs = self._renames(entry)
         rename_relations(connection, [(target, source) for source, target in pairs])
         try:

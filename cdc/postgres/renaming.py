@@ -34,10 +34,9 @@ class Renaming:
 
     @property
     def possible(self) -> bool:
-        """Whether nobody has the new name, the table's options stay, and nothing waits to be built by the old name."""
+        """Whether nobody has the new name, and the table's options stay."""
         same_options = self._config.table(self._old) == self._config.table(self._new)
-        free = self.done or not self._new_there
-        return same_options and free and not self._bookkeeping.building(self._old)
+        return same_options and (self.done or not self._new_there)
 
     def carry_out(self) -> None:
         """Rename, if it is possible."""

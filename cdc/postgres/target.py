@@ -18,7 +18,7 @@ from cdc.change import TableName
 from cdc.config import SinkConfig
 from cdc.errors import FatalError, TransientError
 from cdc.position import Lsn, Position, SourcePosition, as_lsn
-from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, changed_tables
+from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Mark, changed_tables
 from cdc.postgres.building import Builder
 from cdc.postgres.connection import Connection, connect, parsed, translated_errors, while_doing
 from cdc.postgres.dump import KEY_KINDS, SchemaDump
@@ -139,20 +139,24 @@ class CopyTarget:
             with translated_errors(), connection.transaction():
                 connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdc.prepare', 0))")
                 marks, followed = bookkeeping.marks(), bookkeeping.followed()
+                self._renew(bookkeeping, schema, marks)
                 preparation = Preparation(connection, self.config, marks, bookkeeping.recorded(), followed)
                 prepared = preparation.run(schema)
-                complete = {table for table, mark in marks.items() if mark.copied_at is not None}
-                bookkeeping.outdate([table.name for table in schema.tables if table.name not in complete])
                 bookkeeping.record(prepared.later)
                 bookkeeping.mark([table.name for table in schema.tables], prepared.made)
                 bookkeeping.follow_copies(schema.shapes)
-                renew(bookkeeping, schema, sink=self.name)
                 bookkeeping.begin(start)
             present = read_tables(connection)
             copied = {name for name, mark in bookkeeping.marks().items() if mark.copied_at is not None}
         # those that are copied may have yet to follow the source's columns
         incomplete = [table for table in schema.tables if table.name not in copied]
         self._columns = {table.name: self._column_types(table, present) for table in incomplete}
+
+    def _renew(self, bookkeeping: Bookkeeping, schema: SchemaDump, marks: Mapping[TableName, Mark]) -> None:
+        """What is left to build of tables that were begun earlier: they are given the shape that they have now."""
+        bookkeeping.outdate([table for table, mark in marks.items() if mark.copied_at is None])
+        bookkeeping.follow_copies(schema.shapes)
+        renew(bookkeeping, schema, sink=self.name)
 
     def column_types(self, table: TableName) -> dict[str, str]:
         """Column name -> type name on the target, in the order the loader writes them. After `prepare_copy`."""
