@@ -110,13 +110,13 @@ class _Filling:
             queue.set(filled_fact(mirror.name), None)  # nothing is there: as at the first time
         else:
             tables = None if anew or wish.tables is None else [table_name(each) for each in wish.tables]
-            self._order(tables, end_of(queue) if anew else None)
+            self._order(tables, anew=anew)
         queue.set(resync_fact(mirror.name), None)
 
-    def _order(self, tables: Sequence[TableName] | None, start: Position | None) -> None:
+    def _order(self, tables: Sequence[TableName] | None, *, anew: bool) -> None:
         """A wish that cannot be granted is dropped: else it would stop the sink, now and after each start."""
         try:
-            resync = self._mirror.want_resync(tables, start)
+            resync = self._mirror.want_resync(tables, end_of(self._queue), anew=anew)
         except UnknownTable as exc:
             log.error("resync refused", sink=self._mirror.name, error=str(exc), hint=exc.hint)
             return

@@ -366,11 +366,12 @@ class Mirror(Sink, Protocol):
         """
         ...
 
-    def want_resync(self, tables: Collection[TableName] | None, start: Position | None) -> Resync:
+    def want_resync(self, tables: Collection[TableName] | None, end: Position, *, anew: bool = False) -> Resync:
         """Order that tables (`None`: all) become right again, whatever the mirror holds. Durable; needs no `open`.
 
-        start: let the mirror stand there from now on, together with the order. Raises `UnknownTable`, and orders
-        nothing, for tables that it does not mirror.
+        end: of what is captured. What the tables are read from holds all before it, so nothing of that which was parked
+        is applied any more: there may be a gap behind it. anew: let the mirror stand there from now on, together with
+        the order. Raises `UnknownTable`, and orders nothing, for tables that it does not mirror.
         """
         ...
 

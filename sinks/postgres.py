@@ -163,9 +163,9 @@ class PostgresSink(RefreshTarget):
             return self._do(connection, applier, todo)
 
     def apply_parked(self, batches: Sequence[Batch]) -> Applied:
-        """Apply in a transaction that also remembers which they were; without what a later copy holds."""
+        """Apply in a transaction that also remembers which they were; without what a later copy or resync holds."""
         connection, applier = self._opened()
-        todo = self._look_at(applier, with_ends(batches, last_ends=True))
+        todo = self._look_at(applier, with_ends(batches, last_ends=True), parked=True)
         changes = [(as_lsn(each.position), each.first_ordinal) for batch in batches for each in batch.transactions]
         try:
             with self._all_or_nothing(connection, applier):
@@ -325,8 +325,8 @@ class PostgresSink(RefreshTarget):
             raise TransientError(f"sink {self.name} is not connected")
         return self._connection, self._applier
 
-    def _look_at(self, applier: Applier, batches: Sequence[Batch]) -> _Todo:
-        wanted = [self._uncopied.of(applier.plans.roster, batch) for batch in batches]
+    def _look_at(self, applier: Applier, batches: Sequence[Batch], *, parked: bool = False) -> _Todo:
+        wanted = [self._uncopied.of(applier.plans.roster, batch, parked=parked) for batch in batches]
         return self._todo(applier, batches, wanted)
 
     @staticmethod

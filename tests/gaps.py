@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,12 @@ class Daemon:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def wait_until_parked(self, count: int) -> None:
+        def parked() -> bool:
+            return bool(self.status()["sinks"]["mirror"]["parked"] == count)
+
+        wait_until(parked, what=lambda: f"{count} to be parked: {self.status()}\n{self.cdc.log}")
+
     def wait_until_resynced(self) -> None:
         def done() -> bool:
             status = self.status()
@@ -118,9 +125,9 @@ class Run(Daemon):
         self.cdc.configure(source_db.url, self.target_db.url, source=source, **options)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        with self.cdc.running():
-            yield
+    def running(self) -> Iterator[subprocess.Popen[str]]:
+        with self.cdc.running() as process:
+            yield process
 
     def fill_and_stop(self) -> None:
         with self.cdc.running():

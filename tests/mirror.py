@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cdc.capture import Capture
+from cdc.change import TableName
 from cdc.config_file import parse
 from cdc.delivery import Delivery
 from cdc.filling import fill
@@ -18,8 +19,9 @@ from cdc.parking_schedule import Clock
 from cdc.position import Position
 from cdc.postgres.source import PostgresSource
 from cdc.queue import Queue
-from cdc.sink import SinkContext
+from cdc.sink import Resync, SinkContext
 from cdc.stats import CaptureStats, DeliveryStats, State
+from cdc.wishes import end_of
 from sinks.postgres import PostgresSink
 from tests.servers import Database
 
@@ -117,6 +119,11 @@ class Mirror:
         self.delivery_stats.state = State.STARTING
         self.fill()
         self.deliver()
+
+    def want_resync(self, *tables: str) -> Resync:
+        """Order that tables of schema `public` (or all) are put right, while nothing is delivered."""
+        names = [TableName("public", table) for table in tables]
+        return self.sink.want_resync(names or None, end_of(self.queue))
 
     def deliver(self) -> None:
         """Deliver what is captured, after `fill`."""

@@ -120,10 +120,10 @@ class MongoCopyTarget:
             positions.remove(tables)
             positions.end()
 
-    def want_resync(self, tables: Collection[TableName] | None, start: Position | None) -> Resync:
-        """Let collections (`None`: all) be copied over what is there. start: the mirror stands there from now on."""
+    def want_resync(self, tables: Collection[TableName] | None, end: Position, *, anew: bool = False) -> Resync:
+        """Let collections (`None`: all) be copied over what is there. anew: the mirror stands at `end` from now on."""
         with self._session() as client:
-            return order(client, self.database, self.name, tables, start)
+            return order(client, self.database, self.name, tables, end if anew else None)
 
     def rewind(self, position: Position) -> None:
         """Let the mirror stand at an earlier position: what follows it is delivered once more."""

@@ -131,6 +131,16 @@ class Bookkeeping:
         """Note that what is in these tables is of no use."""
         self._move(tables, None)
 
+    def retry_from(self, tables: Collection[TableName], position: Lsn) -> None:
+        """Note that parked changes of tables which commit below `position` are not to be applied any more."""
+        with self._connection.cursor() as cursor:
+            cursor.executemany(_RETRY_FROM, [(format_lsn(position), self._sink, *table) for table in tables])
+
+    def retried_from(self) -> dict[TableName, Lsn]:
+        """The positions that were given to `retry_from`. After `create`."""
+        rows = self._connection.execute(_RETRIED_FROM, [self._sink]).fetchall()
+        return {TableName(schema, name): parse_lsn(position) for schema, name, position in rows}
+
     def followed(self) -> dict[TableName, Followed]:
         """The shape that each table has followed, where one was kept. After `create`."""
         query = "SELECT source_schema, source_table, shape::text FROM cdc.tables WHERE sink = %s AND shape IS NOT NULL"
@@ -340,8 +350,17 @@ UPDATE cdc.post_data
  WHERE sink = %s AND NOT done
 """
 
+_RETRY_FROM: Final = (
+    "UPDATE cdc.tables SET retried_from = %s WHERE sink = %s AND source_schema = %s AND source_table = %s"
+)
+
+_RETRIED_FROM: Final = """
+SELECT source_schema, source_table, retried_from::text FROM cdc.tables WHERE sink = %s AND retried_from IS NOT NULL
+"""
+
 _LATER_COLUMNS: Final = (
     ("cdc.tables", "shape", "jsonb"),
+    ("cdc.tables", "retried_from", "pg_lsn"),
     ("cdc.resyncs", "since", "pg_lsn"),
     ("cdc.post_data", "outdated", "boolean NOT NULL DEFAULT false"),
     ("cdc.post_data", "object_id", "jsonb"),
@@ -378,6 +397,7 @@ CREATE TABLE IF NOT EXISTS cdc.tables (
     rows bigint,
     copied_at timestamptz,
     shape jsonb,
+    retried_from pg_lsn,
     PRIMARY KEY (sink, source_schema, source_table)
 );
 CREATE TABLE IF NOT EXISTS cdc.post_data (

@@ -19,23 +19,25 @@ from cdc.sink import Resync
 class RefreshTarget(CopyTarget):
     """Adds to a mirror: `cdc.sink.Mirror.want_resync` and `rewind`. Every method has its own connection."""
 
-    def want_resync(self, tables: Collection[TableName] | None, start: Position | None) -> Resync:
+    def want_resync(self, tables: Collection[TableName] | None, end: Position, *, anew: bool = False) -> Resync:
         """Let tables (`None`: all) be put right beside the stream; those without a usable key are copied again.
 
-        start: the mirror stands there from now on, whatever it holds.
+        anew: the mirror stands at `end` from now on, whatever it holds.
         """
         with self._session() as connection, translated_errors():
             bookkeeping = Bookkeeping(connection, self.name)
             if not bookkeeping.exists:
                 return Resync((), ())
+            bookkeeping.create()  # one of an older version is completed
             with connection.transaction():
                 connection.execute("SELECT FROM cdc.positions WHERE sink = %s FOR UPDATE", [self.name])
                 marks = bookkeeping.marks()
                 refreshed, again = self._divided(connection, marks, tables)
                 refreshes = RefreshMarks(connection, self.name)
-                if start is not None:
-                    refreshes.begin_anew(start)
+                if anew:
+                    refreshes.begin_anew(end)
                 refreshes.want(refreshed)
+                bookkeeping.retry_from(marks if anew else refreshed, as_lsn(end.source))
                 refreshes.done(again)
                 bookkeeping.copy_again(again)
         return Resync(tuple(refreshed), tuple(again))

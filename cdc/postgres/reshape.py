@@ -82,12 +82,12 @@ class Reshaper:
 
     def reload(self) -> None:
         """Read the mirror's own catalog and bookkeeping."""
-        followed = self._bookkeeping.followed()
+        followed, retried_from = self._bookkeeping.followed(), self._bookkeeping.retried_from()
         self._made = {name for name, mark in self._bookkeeping.marks().items() if mark.made}
         self.plans = Plans(
             self._config,
             Roster(
-                Mirrored(name, mark.copied_at, followed.get(name))
+                Mirrored(name, mark.copied_at, followed.get(name), retried_from.get(name, Lsn(0)))
                 for name, mark in self._bookkeeping.marks().items()
                 if mark.copied_at is not None
             ),

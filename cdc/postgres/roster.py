@@ -21,11 +21,13 @@ class Mirrored(msgspec.Struct, frozen=True):
 
     name: at the source, as the bookkeeping has it. applied_from: the position from which on changes are applied.
     followed: the shape of the source's table that it has followed; `None` where none was kept (an old mirror).
+    retried_from: the same for changes that were parked: a resync reads again what earlier ones were about.
     """
 
     name: TableName
     applied_from: Lsn
     followed: Followed | None = None
+    retried_from: Lsn = Lsn(0)
 
 
 class Roster:

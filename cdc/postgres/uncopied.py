@@ -1,4 +1,4 @@
-"""Changes of the stream without what a mirror's initial copy holds already, table by table."""
+"""Changes without what a mirror's initial copy holds already, or a resync will bring, table by table."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Uncopied:
         self._sink = sink
         self._strangers: set[TableName] = set()
 
-    def of(self, roster: Roster, batch: Batch) -> Batch:
-        """What is left of a batch."""
+    def of(self, roster: Roster, batch: Batch, *, parked: bool = False) -> Batch:
+        """What is left of a batch; of one that was `parked`, nothing that a resync reads again."""
         if not batch.transactions:
             return batch
         known = [roster.find(table) for table in batch.tables]
         self._note_strangers(batch, known)
-        copied_at = [NEVER if table is None else table.applied_from for table in known]
+        copied_at = [NEVER if table is None else _wanted_from(table, parked=parked) for table in known]
         if as_lsn(batch.summary.first) >= max(copied_at, default=Lsn(0)):
             return batch
         return msgspec.structs.replace(
@@ -48,6 +48,10 @@ class Uncopied:
         for table in strangers - self._strangers:
             log.warning("not mirrored: copied once it is captured", sink=self._sink, table=str(table))
         self._strangers |= strangers
+
+
+def _wanted_from(table: Mirrored, *, parked: bool) -> Lsn:
+    return max(table.applied_from, table.retried_from) if parked else table.applied_from
 
 
 def _uncopied(copied_at: Sequence[Lsn], transaction: Transaction) -> Transaction:

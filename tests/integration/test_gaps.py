@@ -16,7 +16,7 @@ from tests.conftest import NewDatabase
 from tests.gaps import ANEW, MISSED, MISSED_AGAIN, SCHEMA, Daemon, Run, drop_slot, lose_slot, read_slot
 from tests.mongo import at
 from tests.mongod.fixture import NewStandIn
-from tests.processes import wait_until
+from tests.processes import kill_tree, wait_until
 from tests.servers import Database, PostgresServer
 
 
@@ -59,6 +59,39 @@ def test_f8_f9_the_slot_is_dropped_again_while_the_mirror_is_still_put_right(run
                 run.wait_until_resyncing()
         run.assert_right()
     assert run.cdc.log.count(ANEW) == 2
+
+
+PARKS = 'on_error = "park"\nretry = {max = 1, attempts = 1000}'
+
+
+def test_f8_f89_what_was_parked_before_a_gap_is_not_applied_to_what_is_put_right(run: Run) -> None:
+    """It would be done to rows that have changed in the gap: also while the rest of their table is still refused."""
+    run.configure(run.source_db, sink=PARKS)
+    source, target = run.source_db, run.target_db
+    target.execute("ALTER TABLE items ADD CONSTRAINT poison CHECK (name <> 'poison')")
+    target.execute("ALTER TABLE items ADD CONSTRAINT more CHECK (id < 500)")
+    with run.running() as process:
+        source.execute("UPDATE items SET name = 'poison' WHERE id = 1")
+        source.execute("UPDATE items SET id = 102 WHERE id = 1")
+        run.wait_until_parked(2)
+        missed = "UPDATE items SET name = 'mine' WHERE id = 102; INSERT INTO items VALUES (1, 'new'), (500, 'more')"
+        drop_slot_in_use(source, missed)
+        run.follow(run.failed("shop")["hint"], "resync", "shop")
+        run.wait_until_resyncing()
+        kill_tree(process.pid)
+        process.wait()
+    (run.cdc.data_dir / "http").unlink()
+    with run.running():
+        run.wait_for_row("new")
+        run.wait_for_row("mine")
+        target.execute("ALTER TABLE items DROP CONSTRAINT poison")
+        run.wait_until_parked(0)
+        found = target.execute("SELECT id, name FROM items WHERE id IN (1, 102) ORDER BY id")
+        assert found == [(1, "new"), (102, "mine")]
+        target.execute("ALTER TABLE items DROP CONSTRAINT more")
+        run.cdc("pause", "mirror")
+        run.cdc("resume", "mirror")
+        run.assert_right()
 
 
 def drop_slot_in_use(database: Database, missed: str) -> None:

@@ -343,7 +343,7 @@ def test_f65_a_resync_keeps_no_index_of_a_collection_that_was_made_anew(copying:
         copying.db.orders.create_index("c")
     source = SourceConfig(name="shop", url=Secret(copying.url))
     target = MongoCopyTarget(copying.config, source)
-    target.want_resync(None, None)
+    target.want_resync(None, START)
     copying.copy(target=target)
     assert target.finish_copy(LATER)
     found = copying.indexes(copying.mirror_db, "orders")

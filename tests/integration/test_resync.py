@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from psycopg.errors import SerializationFailure, UniqueViolation
 
-from cdc.change import Batch, TableName
+from cdc.change import Batch
 from cdc.postgres import ddl_capture, refresh_read, refresh_rounds
 from cdc.postgres.apply import Applier
 from cdc.postgres.connection import connect
@@ -63,8 +63,7 @@ def mirror(source_db: Database, target_db: Database, tmp_path: Path, pg_dump: Pa
 def resync(mirror: Mirror, *tables: str) -> None:
     """As `cdc resync` orders it: written down while the sink stands still, and found when it goes on."""
     mirror.stop()
-    names = [TableName("public", table) for table in tables]
-    mirror.sink.want_resync(names or None, None)
+    mirror.want_resync(*tables)
     mirror.refill()
 
 
@@ -277,7 +276,7 @@ def test_f29_f32_a_table_is_altered_meanwhile(
     wait_until(lambda: not target_db.execute("SELECT 1 FROM cdc.post_data WHERE NOT done"), what="all to be built")
     target_db.execute("UPDATE few SET n = -1")
     mirror.stop()
-    mirror.sink.want_resync([TableName("public", "few")], None)
+    mirror.want_resync("few")
     with target_db.connect() as blocker, blocker.transaction():
         blocker.execute("SELECT FROM cdc.positions FOR UPDATE")
         mirror.refill()
@@ -329,7 +328,7 @@ def test_tables_without_a_usable_key_are_copied_again(mirror: Mirror, source_db:
     mirror.stop()
     target_db.execute("ALTER TABLE names DROP CONSTRAINT names_mail_key, ADD UNIQUE (mail) DEFERRABLE")
     target_db.execute("UPDATE names SET n = 0; UPDATE keyless SET n = 0; UPDATE items SET name = ''")
-    ordered = mirror.sink.want_resync(None, None)
+    ordered = mirror.want_resync()
     assert [table.name for table in ordered.refreshed] == ["items", "pairs"]
     assert [table.name for table in ordered.copied_again] == ["keyless", "names"]
     mirror.refill()
@@ -351,7 +350,7 @@ def test_columns_filters_and_other_names(
         target_db.execute("UPDATE other.b SET secret = 'mine'; INSERT INTO other.b VALUES ('word 7', 7)")
         target_db.execute("DELETE FROM other.b WHERE word > 'Word 8'; UPDATE other.b SET word = upper(word::text)")
         mirror.stop()
-        mirror.sink.want_resync([TableName("public", "a")], None)
+        mirror.want_resync("a")
         mirror.refill()
         wait_until_done(mirror)
         wanted = source_db.execute("SELECT word::text, n FROM a WHERE n > 50 ORDER BY 2")

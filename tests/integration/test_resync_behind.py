@@ -59,7 +59,7 @@ class Snapshots:
 
 def resync(mirror: Mirror) -> None:
     mirror.stop()
-    mirror.sink.want_resync(None, None)
+    mirror.want_resync()
     mirror.refill()
 
 

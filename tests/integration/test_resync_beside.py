@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from cdc.change import TableName
 from cdc.postgres import refresh_read, refresh_rounds
 from tests.mirror import Mirror, running_mirror
 from tests.processes import wait_until
@@ -34,7 +33,7 @@ def mirror(source_db: Database, target_db: Database, tmp_path: Path, pg_dump: Pa
 
 def resync(mirror: Mirror) -> None:
     mirror.stop()
-    mirror.sink.want_resync([TableName("public", "items")], None)
+    mirror.want_resync("items")
     mirror.refill()
 
 
