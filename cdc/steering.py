@@ -82,7 +82,8 @@ def resync(
     if name == source:
         queue.set(restart_fact(source), ANYTHING if yes else GAP)
     for sink in concerned:
-        queue.set(resync_fact(sink), Wish(tuple(tables) or None).encode())
+        wish, before = Wish(tuple(tables) or None), Wish.read(queue, sink)
+        queue.set(resync_fact(sink), (wish if before is None else wish.beside(before)).encode())
     return Ordered(concerned)
 
 

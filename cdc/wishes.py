@@ -34,6 +34,12 @@ class Wish(msgspec.Struct, frozen=True):
         text = queue.get(resync_fact(sink))
         return None if text is None else msgspec.json.decode(text, type=Wish)
 
+    def beside(self, other: Wish) -> Wish:
+        """Both."""
+        if self.tables is None or other.tables is None:
+            return Wish(None, self.anew or other.anew)
+        return Wish((*other.tables, *(table for table in self.tables if table not in other.tables)))
+
     def encode(self) -> str:
         """As it is kept."""
         return msgspec.json.encode(self).decode()
