@@ -104,21 +104,21 @@ class Narrowing:
             if isinstance(error, Halted):
                 return self._behind([Part(items, part.before)], error)
             if len(items) > 1:
-                return [Part(piece, part.before) for piece in _pieces(items, error)]
+                return list(_parts(part, _pieces(items, error)))
             self._lot.refused(items[0], error)
         if part.items:
-            self._end(part.items[-1], items, position)
+            self._end(part.last or part.items[-1], items, position)
         return ()
 
     def _behind(self, parts: Iterable[Part], halted: Halted) -> Sequence[Part]:
         """Park the change that the target has halted at; return what is not applied."""
         left = list(parts)
-        for number, (items, before) in enumerate(left):
+        for number, (items, before, last) in enumerate(left):
             for at, item in enumerate(items):
                 if item.change is halted.change:
                     self._lot.refused(item, halted)
                     rest = [each for each in items[at + 1 :] if not _is_about(each, halted.ahead)]
-                    return [Part(rest, before), *left[number + 1 :]]
+                    return [Part(rest, before, last), *left[number + 1 :]]
         raise FatalError(
             f"the target refuses a change that it was not given: {halted}", hint="this is a bug"
         ) from halted
@@ -172,6 +172,15 @@ def _pieces(items: Sequence[Item], error: PermanentError) -> Iterator[Sequence[I
         behind = bisect_right(cuts, at)
         cuts = cuts[max(behind - 1, 0) : behind + 1]
     return (items[start:end] for start, end in pairwise([0, *cuts, len(items)]))
+
+
+def _parts(part: Part, pieces: Iterable[Sequence[Item]]) -> Iterator[Part]:
+    """A part, cut into pieces of what is left of it: each still ends where the next one begins."""
+    pieces = list(pieces)
+    place_of = {item.id: number for number, item in enumerate(part.items)}
+    for piece, following in pairwise([*pieces, ()]):
+        last = part.items[place_of[following[0].id] - 1] if following else part.last or part.items[-1]
+        yield Part(piece, part.before, last)
 
 
 def _positions(batch: Batch, transactions: Sequence[Transaction]) -> Batch:

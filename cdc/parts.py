@@ -121,10 +121,14 @@ class Item(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What is applied together, and the transaction before it where that must be told."""
+    """What is applied together, and the transaction before it where that must be told.
+
+    last: what it ends with, if that is not among its items: it is parked already.
+    """
 
     items: Sequence[Item]
     before: Transaction | None = None
+    last: Item | None = None
 
 
 def items_of(piece: Stored) -> Iterator[Item]:

@@ -38,7 +38,6 @@ from cdc.sink import Ahead, Applied, NeedsFilling, QuickLook, Refused, ResyncSta
 FEW_CHANGES = 64
 """Up to so many changes, prepared statements in one pipeline are faster than staging tables."""
 
-
 log = structlog.get_logger()
 
 
@@ -113,7 +112,8 @@ class PostgresSink(RefreshTarget):
         todo, self._ahead = self._ahead, None
         if todo is None or todo.plans is not applier.plans or not are_same(todo.batches, batches):
             todo = self._look_at(applier, batches)
-        if todo.few and batches[-1].complete and not applier.transaction.is_open:
+        late = todo.few and self.config.parks and applier.late_keys.concern(applier.plans, todo.wanted)
+        if todo.few and batches[-1].complete and not applier.transaction.is_open and not late:
             with translated_errors():
                 applied = self._at_once(applier, todo, position)
             if applied is not None:
@@ -205,6 +205,8 @@ class PostgresSink(RefreshTarget):
             raise failure
         if failure is not None:
             self._slowly(connection, applier, todo, late=late)
+        if self.config.parks:  # else they hold
+            applier.late_keys.check(applier.plans, todo.wanted, without=applier.stale.tables)
         return self._done(
             todo,
             missing=applier.missing - missing,

@@ -35,6 +35,7 @@ from cdc.errors import PermanentError
 from cdc.position import Lsn, as_lsn, format_position
 from cdc.postgres.connection import Connection, to_cdc_error
 from cdc.postgres.fold import FoldError
+from cdc.postgres.late_keys import LateKeys
 from cdc.postgres.plan import TablePlan, truncate
 from cdc.postgres.prepared import Statement, execute, strict
 from cdc.postgres.reshape import Reshaper
@@ -53,6 +54,7 @@ class Applier:
     """Applies changes on one connection.
 
     stale: rows of the mirror that the source may have no longer: these give way to others.
+    late_keys: for the caller to check, where some changes are left out.
     missing: updates and deletes whose row was not there; healed: rows put right. Both only grow.
     """
 
@@ -70,6 +72,7 @@ class Applier:
         self._reshaper = reshaper
         self._reread = reread
         self.stale = StaleRows(connection, reread)
+        self.late_keys = LateKeys(connection)
         self._staging = Staging(connection)
         connection.adapters.register_dumper(bytes, _TextDumper)
         self._deferrable = bool(

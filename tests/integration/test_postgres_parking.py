@@ -133,11 +133,15 @@ def test_f89_rows_change_places_beside_one_that_is_refused(mirror_of: MirrorOf, 
     heal(mirror, "places", "items")
 
 
+@pytest.mark.parametrize("server_checks", [True, False])
 @pytest.mark.parametrize("then", ["", "INSERT INTO items VALUES (8)"])
-def test_f89_a_transaction_whose_rest_fails_its_deferred_check_waits_as_a_whole(mirror_of: MirrorOf, then: str) -> None:
+def test_f89_a_transaction_whose_rest_fails_its_deferred_check_waits_as_a_whole(
+    mirror_of: MirrorOf, then: str, *, server_checks: bool
+) -> None:
     """One half of a swap is refused: the other is not, but may not stay without it. Later ones are not held."""
     mirror = mirror_of(*SWAPS)
-    mirror.target_db.execute(CHECK_ALWAYS)
+    if server_checks:
+        mirror.target_db.execute(CHECK_ALWAYS)
     mirror.target_db.execute("ALTER TABLE places ADD CONSTRAINT poison CHECK (id <> 2 OR place <> 1)")
     run(mirror, "INSERT INTO places VALUES (1, 1), (2, 2), (3, 3)")
     mirror.sync()
@@ -150,6 +154,34 @@ def test_f89_a_transaction_whose_rest_fails_its_deferred_check_waits_as_a_whole(
     assert mirror.delivery_stats.parked >= 3
     mirror.target_db.execute("ALTER TABLE places DROP CONSTRAINT poison")
     heal(mirror, "places", "items")
+
+
+def test_f89_a_deferred_check_is_made_where_the_end_of_a_transaction_waits(mirror_of: MirrorOf) -> None:
+    mirror = mirror_of(*SWAPS)
+    mirror.target_db.execute("ALTER TABLE places ADD CONSTRAINT poison CHECK (id <> 2 OR place <> 1)")
+    mirror.target_db.execute("ALTER TABLE items ADD CONSTRAINT poison CHECK (id <> 7)")
+    run(mirror, "INSERT INTO places VALUES (1, 1), (2, 2), (3, 3)", "INSERT INTO items VALUES (7)")
+    mirror.sync()
+    run(mirror, "UPDATE places SET place = CASE id WHEN 1 THEN 2 ELSE 1 END WHERE id < 3", "DELETE FROM items")
+    run(mirror, "UPDATE places SET place = 4 WHERE id = 3")
+    mirror.sync()
+    assert sorted(mirror.target_db.execute("TABLE places")) == [(1, 1), (2, 2), (3, 4)]
+    mirror.target_db.execute("ALTER TABLE places DROP CONSTRAINT poison; ALTER TABLE items DROP CONSTRAINT poison")
+    heal(mirror, "places", "items")
+
+
+def test_f89_who_wants_what_a_parked_change_would_free_waits(mirror_of: MirrorOf) -> None:
+    """Also where only a deferrable constraint says that a value is unique."""
+    mirror = mirror_of(*SWAPS)
+    mirror.target_db.execute("ALTER TABLE places ADD CONSTRAINT poison CHECK (place <> 9)")
+    run(mirror, "INSERT INTO places VALUES (1, 1), (2, 2)")
+    run(mirror, "UPDATE places SET place = 9 WHERE id = 1")
+    run(mirror, "INSERT INTO places SELECT g, g FROM generate_series(100, 200) g", "INSERT INTO places VALUES (3, 1)")
+    run(mirror, "UPDATE places SET place = 3 WHERE id = 2")
+    mirror.sync()
+    assert mirror.target_db.execute("SELECT id, place FROM places WHERE id < 10 ORDER BY id") == [(1, 1), (2, 3)]
+    mirror.target_db.execute("ALTER TABLE places DROP CONSTRAINT poison")
+    heal(mirror, "places")
 
 
 def test_f40_f89_a_large_transaction_becomes_visible_without_what_is_refused(mirror_of: MirrorOf) -> None:
@@ -305,6 +337,10 @@ RANDOM_SCHEMA = (
     "ALTER TABLE log REPLICA IDENTITY FULL",
 )
 TABLES = ("items", "places", "ranks", "codes", "log")
+DUPLICATES = """
+SELECT 'place', place FROM places WHERE place IS NOT NULL GROUP BY 2 HAVING count(*) > 1
+UNION ALL SELECT 'rank', rank FROM ranks GROUP BY 2 HAVING count(*) > 1
+"""
 
 
 class Load:
@@ -426,6 +462,7 @@ def test_f89_f90_f94_at_random(
                 with suppress(psycopg.errors.UniqueViolation, psycopg.errors.ObjectInUse):
                     run(mirror, *load.transaction())
             mirror.sync()
+            assert not mirror.target_db.execute(DUPLICATES)
             parked += mirror.delivery_stats.parked
             now[0] += load.choose.choice([0, 1, 400])
             if load.choose.random() < 0.3:
