@@ -18,8 +18,8 @@ from cdc.change import Batch, Change, Table, TableName
 from cdc.config import SinkConfig
 from cdc.errors import PermanentError, TransientError
 from cdc.position import Lsn, Position, SourcePosition, as_lsn
-from cdc.postgres.apply import Applier
-from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Settled
+from cdc.postgres.apply import Applier, Todo
+from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping
 from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
 from cdc.postgres.fold import FoldError
 from cdc.postgres.parking import SubjectFinder, read_uniqueness, with_ends
@@ -29,8 +29,9 @@ from cdc.postgres.refresh_read import Part
 from cdc.postgres.refresh_target import RefreshTarget
 from cdc.postgres.reshape import CopyAgain, Reshaper
 from cdc.postgres.roster import Plans
+from cdc.postgres.settled import Settled
 from cdc.postgres.staging import FIND_BY_INDEX
-from cdc.postgres.steps import Step, written_by
+from cdc.postgres.steps import written_by
 from cdc.postgres.target_transaction import TargetTransaction
 from cdc.postgres.uncopied import Uncopied
 from cdc.sink import Ahead, Applied, NeedsFilling, QuickLook, Refused, ResyncStatus, SinkContext, Subject, are_same
@@ -39,20 +40,6 @@ FEW_CHANGES = 64
 """Up to so many changes, prepared statements in one pipeline are faster than staging tables."""
 
 log = structlog.get_logger()
-
-
-class _Todo(msgspec.Struct, frozen=True):
-    """What `apply` has to do.
-
-    plans: the state of the mirror that it was made for. wanted: the batches without what the initial copy holds.
-    few: send them one by one, in a pipeline. folded: else do this; `None` where only the careful way will do.
-    """
-
-    plans: Plans
-    batches: Sequence[Batch]
-    wanted: Sequence[Batch]
-    few: bool
-    folded: Sequence[Step] | None
 
 
 class PostgresSink(RefreshTarget):
@@ -70,7 +57,7 @@ class PostgresSink(RefreshTarget):
         self._uncopied = Uncopied(config.name)
         self._finished = False
         self._subjects: tuple[Plans, SubjectFinder] | None = None
-        self._ahead: _Todo | None = None
+        self._ahead: Todo | None = None
         self._unrefreshed_tables: dict[TableName, RefreshMark] = {}
         self._replaying_until: Lsn | None = None
         self._refresh: Refresh | None = None
@@ -194,7 +181,7 @@ class PostgresSink(RefreshTarget):
             change = exc.change if isinstance(exc, Refused) else None
             raise Refused(str(exc), hint=exc.hint, change=change, undone=True) from exc
 
-    def _do(self, connection: Connection, applier: Applier, todo: _Todo, *, late: bool = False) -> Applied:
+    def _do(self, connection: Connection, applier: Applier, todo: Todo, *, late: bool = False) -> Applied:
         """Apply, and leave the target transaction open.
 
         Where many are refused together and may be parked, the caller will find out which in pieces, set-wise: faster.
@@ -215,7 +202,7 @@ class PostgresSink(RefreshTarget):
             rows=written_by(todo.folded) if todo.folded is not None and failure is None else None,
         )
 
-    def _at_once(self, applier: Applier, todo: _Todo, position: Position) -> Applied | None:
+    def _at_once(self, applier: Applier, todo: Todo, position: Position) -> Applied | None:
         """Apply a few changes in a target transaction of their own; `None`, and nothing done, where that fails."""
         missing = applier.missing
         try:
@@ -228,7 +215,7 @@ class PostgresSink(RefreshTarget):
         return self._done(todo, missing=applier.missing - missing)
 
     def _done(
-        self, todo: _Todo, *, missing: int, healed: int = 0, fallback: bool = False, rows: int | None = None
+        self, todo: Todo, *, missing: int, healed: int = 0, fallback: bool = False, rows: int | None = None
     ) -> Applied:
         if self._refresh is not None:  # not before: what is refused comes again, in pieces
             self._refresh.observe(todo.batches)
@@ -327,23 +314,23 @@ class PostgresSink(RefreshTarget):
             raise TransientError(f"sink {self.name} is not connected")
         return self._connection, self._applier
 
-    def _look_at(self, applier: Applier, batches: Sequence[Batch], *, parked: bool = False) -> _Todo:
+    def _look_at(self, applier: Applier, batches: Sequence[Batch], *, parked: bool = False) -> Todo:
         wanted = [self._uncopied.of(applier.plans.roster, batch, parked=parked) for batch in batches]
         return self._todo(applier, batches, wanted)
 
     @staticmethod
-    def _todo(applier: Applier, batches: Sequence[Batch], wanted: Sequence[Batch]) -> _Todo:
+    def _todo(applier: Applier, batches: Sequence[Batch], wanted: Sequence[Batch]) -> Todo:
         plans = applier.plans
         few = sum(batch.change_count for batch in wanted) <= FEW_CHANGES
         if not few:
-            return _Todo(plans, batches, wanted, few, applier.fold(wanted))
+            return Todo(plans, batches, wanted, few, applier.fold(wanted))
         try:
             applier.check_shapes(wanted)
         except FoldError:
             few = False
-        return _Todo(plans, batches, wanted, few, None)
+        return Todo(plans, batches, wanted, few, None)
 
-    def _slowly(self, connection: Connection, applier: Applier, todo: _Todo, *, late: bool) -> None:
+    def _slowly(self, connection: Connection, applier: Applier, todo: Todo, *, late: bool) -> None:
         """Apply what the fast way has refused as a whole: in the runs between transactions that need care for certain.
 
         Only where such a run is refused as well, it goes transaction by transaction, with care for those that need it.
@@ -358,6 +345,10 @@ class PostgresSink(RefreshTarget):
         if todo.few or len(parts) == 1:
             self._carefully(connection, applier, todo.wanted, late=late)
             return
+        with applier.transaction.as_a_whole():
+            self._in_runs(connection, applier, parts, late=late)
+
+    def _in_runs(self, connection: Connection, applier: Applier, parts: Sequence[Batch], *, late: bool) -> None:
         for needs_care, run in groupby(parts, applier.needs_care):
             together = list(run)
             whole = needs_care or len(together) == len(parts)  # which is what has been tried
@@ -378,7 +369,7 @@ class PostgresSink(RefreshTarget):
             log.warning("table is copied again", sink=self.name, table=str(again.table), reason=str(again))
             raise NeedsFilling(str(again)) from again
 
-    def _apply_fast(self, connection: Connection, applier: Applier, todo: _Todo) -> PermanentError | FoldError | None:
+    def _apply_fast(self, connection: Connection, applier: Applier, todo: Todo) -> PermanentError | FoldError | None:
         """Try the fast way that suits. Where it does not work all of it is undone, and the reason returned."""
         failure: PermanentError | FoldError = FoldError()
         applier.transaction.begin()

@@ -50,6 +50,20 @@ from cdc.sink import Refused, Reread
 _CHECK_DEFERRED: Final[Statement] = b"SET CONSTRAINTS ALL IMMEDIATE", ()
 
 
+class Todo(msgspec.Struct, frozen=True):
+    """What a sink has to apply at once.
+
+    plans: the state of the mirror that it was made for. wanted: the batches without what the initial copy holds.
+    few: send them one by one, in a pipeline. folded: else do this; `None` where only the careful way will do.
+    """
+
+    plans: Plans
+    batches: Sequence[Batch]
+    wanted: Sequence[Batch]
+    few: bool
+    folded: Sequence[Step] | None
+
+
 class Applier:
     """Applies changes on one connection.
 

@@ -7,11 +7,12 @@ from collections.abc import Collection, Mapping
 from cdc.change import TableName
 from cdc.errors import UnknownTable
 from cdc.position import Position, as_lsn
-from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Mark, Settled
+from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Mark
 from cdc.postgres.conflicts import checked_late
 from cdc.postgres.connection import Connection, translated_errors
 from cdc.postgres.refresh_marks import RefreshMark, RefreshMarks
 from cdc.postgres.schema import read_tables
+from cdc.postgres.settled import Settled
 from cdc.postgres.target import CopyTarget
 from cdc.sink import Resync
 

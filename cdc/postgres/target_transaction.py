@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, LiteralString
 
-from cdc.errors import TransientError
+import psycopg
+
+from cdc.errors import CdcError, TransientError
 from cdc.failpoints import failpoint
 from cdc.position import Lsn, Position, as_lsn, format_lsn
 from cdc.postgres.connection import Connection
@@ -83,6 +85,18 @@ class TargetTransaction:
         self._connection.execute("COMMIT")
         self.is_open = False
 
+    @contextmanager
+    def as_a_whole(self) -> Iterator[None]:
+        """Let an error undo all that is done in it, whatever was kept meanwhile; then the savepoint is set there."""
+        self._execute("RELEASE SAVEPOINT batch", "SAVEPOINT whole", "SAVEPOINT batch")
+        try:
+            yield
+        except (CdcError, psycopg.Error):
+            if self.is_open and not self._connection.closed:
+                self._execute("ROLLBACK TO SAVEPOINT whole", "RELEASE SAVEPOINT whole", "SAVEPOINT batch")
+            raise
+        self._execute("RELEASE SAVEPOINT whole", "SAVEPOINT batch")
+
     def roll_back(self) -> None:
         """Undo all of it."""
         self._connection.execute("ROLLBACK")
@@ -94,5 +108,8 @@ class TargetTransaction:
 
     def keep(self) -> None:
         """Let what was done since the savepoint stay, whatever is undone after it."""
-        self._connection.execute("RELEASE SAVEPOINT batch")
-        self._connection.execute("SAVEPOINT batch")
+        self._execute("RELEASE SAVEPOINT batch", "SAVEPOINT batch")
+
+    def _execute(self, *statements: LiteralString) -> None:
+        for statement in statements:
+            self._connection.execute(statement)

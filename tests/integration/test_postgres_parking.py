@@ -70,6 +70,26 @@ def test_f89_one_row_is_refused_and_the_others_flow(mirror_of: MirrorOf) -> None
     heal(mirror, "items", "log")
 
 
+def test_f89_f94_what_went_well_before_a_refusal_is_not_done_twice(mirror_of: MirrorOf) -> None:
+    """A table is altered, so that it goes transaction by transaction; then one is refused. Rows without key tell."""
+    log = "CREATE TABLE log (n int); ALTER TABLE log REPLICA IDENTITY FULL"
+    mirror = mirror_of("CREATE TABLE items (id int PRIMARY KEY, n int)", log)
+    run(mirror, "INSERT INTO items SELECT g, 0 FROM generate_series(1, 10) g")
+    mirror.sync()
+    mirror.stop()
+    mirror.target_db.execute("ALTER TABLE items ADD CONSTRAINT poison CHECK (n <> 666)")
+    run(mirror, "INSERT INTO log SELECT generate_series(1, 300)")
+    run(mirror, "ALTER TABLE items ADD COLUMN c int", "UPDATE items SET n = 1")
+    run(mirror, "INSERT INTO log SELECT generate_series(301, 600)")
+    run(mirror, "UPDATE items SET n = 666 WHERE id = 5")
+    mirror.start()
+    mirror.sync()
+    assert mirror.rows("log")[0] == mirror.rows("log")[1]
+    assert mirror.delivery_stats.parked
+    mirror.target_db.execute("ALTER TABLE items DROP CONSTRAINT poison")
+    heal(mirror, "items", "log")
+
+
 IDENTITY_BESIDE_KEY = (
     "CREATE TABLE items (id int PRIMARY KEY, name text NOT NULL CONSTRAINT by_name UNIQUE, n int, note text)",
     "ALTER TABLE items REPLICA IDENTITY USING INDEX by_name",
