@@ -64,7 +64,10 @@ def retry(
     sink: Annotated[str, typer.Option(help="Only those of this sink.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Try parked changes now, as if they had never been tried. Those behind them follow, in order."""
+    """Try parked changes now, as if they had never been tried. Those behind them follow, in order.
+
+    What was refused because a parked row still has a unique value that it wants is tried by itself: see --all.
+    """
     if every == bool(ids):
         raise FatalError(
             "it is not said what to try again", hint="name ids of `cdc dead-letters list`, or --all [--sink NAME]"

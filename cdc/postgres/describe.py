@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from cdc.change import Batch, Change, Message, Operation, Table, Truncate
+from cdc.change import Batch, Change, Ddl, Message, Operation, Table, Truncate
 from cdc.letter import Described
 from cdc.postgres.row import UNCHANGED, Row, decode_key, decode_row
 
@@ -49,6 +49,8 @@ def _content(tables: Sequence[Table], table: Table | None, change: Change) -> di
             "cascade": change.detail.cascade,
             "restartIdentity": change.detail.restart_identity,
         }
+    elif isinstance(change.detail, Ddl):
+        found["ddl"] = {"kind": change.detail.kind, "shape": msgspec.Raw(change.detail.description)}
     elif isinstance(change.detail, Message):
         found["message"] = {"prefix": change.detail.prefix, "content": _text(change.detail.content)}
     return found

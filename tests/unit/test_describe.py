@@ -43,6 +43,11 @@ def test_a_truncate_names_its_tables() -> None:
     }
 
 
+def test_a_change_of_shape_tells_the_shape() -> None:
+    change = Change(DDL, 0, None, None, None, Ddl("shape", b'{"oid": 5, "columns": []}'))
+    assert described("postgres", change)[2] == {"ddl": {"kind": "shape", "shape": {"oid": 5, "columns": []}}}
+
+
 @pytest.mark.parametrize(
     "value",
     [1, bson.Int64(1), 1.0, bson.Decimal128("1.0"), float("inf"), bson.ObjectId(), bson.Binary(b"x", 4), None,
