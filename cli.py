@@ -45,13 +45,12 @@ from cdc.kinds import build_source
 from cdc.position import Position
 from cdc.queue import Queue
 from cdc.session import NoFacts, Session
-from cdc.sink import Mirror, Sink, SinkContext, StreamSink
+from cdc.sink import Mirror, Pruning, Sink, SinkContext, StreamSink
 from cdc.stats import CaptureStats, DeliveryStats
 from cdc.status import DaemonStatus, to_json
 from cdc.terminal import AnySink, AsJson, exit_unless, out, print_json
 from sinks import load as load_sink
 from sinks import options_of
-from sinks.data_changes import DataChangesSink
 
 app = typer.Typer(
     help="Capture every change of a database, and mirror it.",
@@ -223,14 +222,15 @@ def prune(
 ) -> None:
     """Remove old changes from the feed now; the daemon does so by itself."""
     session = context.ensure_object(Session)
-    chosen = [each for each in session.sinks(sink) if not each.is_mirror]
+    built = [session.build_sink(each) for each in session.sinks(sink)]
+    chosen = [each for each in built if isinstance(each, Pruning)]
     if not chosen:
         raise FatalError("there is no feed to prune", hint='name a sink of kind = "data_changes"')
     if entity_type is not None and hours_to_keep is None:
         raise FatalError("--type goes with --hours-to-keep", hint="without, every type has its own retention")
     seconds = None if hours_to_keep is None else hours_to_keep * 3600
     for each in chosen:
-        removed = cast("DataChangesSink", build_sink(session.config, each)).prune(seconds, entity_type)
+        removed = each.prune(seconds, entity_type)
         print(f"{each.name}: {removed:,} changes removed")
 
 

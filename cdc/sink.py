@@ -282,6 +282,19 @@ class StreamSink(Sink, Protocol):
         ...
 
 
+@runtime_checkable
+class Pruning(Protocol):
+    """What a sink offers besides that removes what is older than its readers need."""
+
+    def prune(self, seconds_to_keep: float | None, entity_type: str | None) -> int:
+        """Remove now, beside a running daemon or without one; returns how many changes. Needs no `open`.
+
+        seconds_to_keep: whatever the sink's own retention says; `None` to do what that says. entity_type: of this type
+        alone; only with seconds_to_keep.
+        """
+        ...
+
+
 class Loader(Protocol):
     """One worker's connection for the initial copy."""
 

@@ -20,10 +20,11 @@ NOWHERE = "postgresql://me:geheim@127.0.0.1:1/shop"
 
 
 class Cdc:
-    """Runs `cdc` with one configuration file."""
+    """Runs `cdc` with one configuration file, from this checkout or another."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, checkout: Path = CHECKOUT) -> None:
         self.folder = folder
+        self.checkout = checkout
         self.file = folder / "cdc.toml"
         self.data_dir = folder / "data"
 
@@ -55,12 +56,12 @@ class Cdc:
         return subprocess.run(self.command(*arguments), check=False, timeout=60, **self.surroundings(environment))
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, str(CHECKOUT / "cli.py"), "--config", str(self.file), *arguments]
+        return [sys.executable, str(self.checkout / "cli.py"), "--config", str(self.file), *arguments]
 
     def surroundings(self, environment: dict[str, str] | None = None) -> dict[str, Any]:
         return {
             "cwd": self.folder,
-            "env": {**os.environ, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200", **(environment or {})},
+            "env": {**os.environ, "PYTHONPATH": str(self.checkout), "COLUMNS": "200", **(environment or {})},
             "text": True,
             "stdout": subprocess.PIPE,
             "stderr": subprocess.PIPE,

@@ -42,6 +42,7 @@ ONLY: Final = {
         "cdc.status",
         "cdc.config",
         "cdc.feed",
+        "cdc.kinds",
         "cdc.postgres",
         "cdc.mongodb",
         "cdc.preflight",
