@@ -24,7 +24,7 @@ from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
 from cdc.change import TableName
-from cdc.errors import TransientError
+from cdc.errors import FatalError, TransientError
 from cdc.failpoints import failpoint
 from cdc.mongodb.client import Client, translated_errors
 from cdc.position import Position
@@ -33,6 +33,10 @@ POSITIONS: Final = "cdc_positions"
 """The collection's name. It begins like all names that are cdc's own: they are left out of everything."""
 
 OWN_PREFIX: Final = "cdc_"
+
+FORMAT: Final = 1
+"""Of a sink's documents. A later version whose documents would mislead this one puts a higher `format` into the first.
+"""
 
 DURABLE: Final = WriteConcern(w="majority", j=True, wtimeout=60_000)
 """A write that a majority does not confirm in a minute is an error that is tried again: status must not look fine."""
@@ -94,7 +98,7 @@ class Positions:
         self._collection = cast("Collection[dict[str, Any]]", collection)
 
     def position(self) -> Position | None:
-        """Where the sink stands; `None` if it never wrote anything."""
+        """Where the sink stands; `None` if it never wrote anything. Raises `FatalError` for a later version's."""
         with translated_errors():
             found = self._collection.find_one({"_id": self._sink})
         return None if found is None else _position(found)
@@ -223,4 +227,9 @@ def _fields(position: Position) -> dict[str, Any]:
 
 
 def _position(found: Mapping[str, Any]) -> Position:
+    if (written := found.get("format", FORMAT)) != FORMAT:
+        raise FatalError(
+            f"{POSITIONS} of the target has format {written}, this version of cdc knows format {FORMAT}",
+            hint="run the version of cdc that wrote it",
+        )
     return Position(found["queue_id"], int(found["seq"]), bytes(found["token"]))

@@ -10,6 +10,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from cdc.change import TableName
+from cdc.errors import FatalError
 from cdc.position import Lsn, Position, as_lsn, format_lsn, parse_lsn
 from cdc.postgres.connection import Connection, table_exists, while_doing
 from cdc.postgres.dump import SchemaEntry
@@ -18,6 +19,10 @@ from cdc.postgres.shape import Followed, TableShape, decode
 ANALYZE: Final = "ANALYZE"
 FOREIGN_KEY: Final = "FOREIGN KEY"
 """Kinds of post-data besides those of the dump. A foreign key's SQL has the target's names, all other the source's."""
+
+FORMAT: Final = 1
+"""Of all tables of the schema. What later versions added so far is added where it is missing, and does not harm earlier
+ones; what would, makes a table `cdc.format` whose only row holds a higher number."""
 
 FORGOTTEN: Final = Lsn(2**64 - 1)
 """The copy position of a table that is no longer captured: every change comes before it, and is left out."""
@@ -87,10 +92,21 @@ class Bookkeeping:
                     self._connection.execute(alter.format(sql.SQL(table), sql.Identifier(column), sql.SQL(kind)))
 
     def position(self) -> Position | None:
-        """Where the sink stands; `None` if it never wrote anything."""
+        """Where the sink stands; `None` if it never wrote anything. Raises `FatalError` for a later format."""
+        self._check_format()
         query = "SELECT queue_id, seq, position::text FROM cdc.positions WHERE sink = %s"
         rows = self._connection.execute(query, [self._sink]).fetchall()
         return Position(rows[0][0], rows[0][1], parse_lsn(rows[0][2])) if rows else None
+
+    def _check_format(self) -> None:
+        if not table_exists(self._connection, "cdc.format"):
+            return
+        (found,) = self._connection.execute("SELECT max(format) FROM cdc.format").fetchone() or (None,)
+        if found != FORMAT:
+            raise FatalError(
+                f"the schema cdc of the target has format {found}, this version of cdc knows format {FORMAT}",
+                hint="run the version of cdc that wrote it",
+            )
 
     def begin(self, start: Position) -> None:
         """Store `start`, unless a position is stored."""
