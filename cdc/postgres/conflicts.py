@@ -19,7 +19,7 @@ from cdc.postgres.connection import Connection
 
 
 class UniqueIndex(msgspec.Struct, frozen=True):
-    """A unique index that is no primary key. expressions: what is unique, as SQL; where: of which rows.
+    """A unique index. expressions: what is unique, as SQL; where: of which rows.
 
     nulls_equal: whether NULL is a value that only one row may have (NULLS NOT DISTINCT, of PostgreSQL 15 and later).
     """
@@ -29,9 +29,9 @@ class UniqueIndex(msgspec.Struct, frozen=True):
     nulls_equal: bool
 
 
-def unique_indexes(connection: Connection, table: TableName) -> list[UniqueIndex]:
-    """Those of a table that are checked at once."""
-    rows = connection.execute(_UNIQUE, [*table]).fetchall()
+def unique_indexes(connection: Connection, table: TableName, key: Sequence[str]) -> list[UniqueIndex]:
+    """Those of a table that are checked at once, but for that of the key by which rows are known."""
+    rows = connection.execute(_UNIQUE, [*table, sorted(key)]).fetchall()
     return [UniqueIndex(tuple(expressions), where, nulls_equal) for expressions, where, nulls_equal in rows]
 
 
@@ -85,7 +85,10 @@ _UNIQUE: Final = """
 SELECT (SELECT array_agg(pg_get_indexdef(i.indexrelid, n, true) ORDER BY n) FROM generate_series(1, i.indnkeyatts) n),
        pg_get_expr(i.indpred, i.indrelid, true), coalesce((to_jsonb(i) ->> 'indnullsnotdistinct')::bool, false)
   FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE n.nspname = %s AND c.relname = %s AND i.indisunique AND NOT i.indisprimary AND i.indimmediate AND i.indislive
+ WHERE n.nspname = %s AND c.relname = %s AND i.indisunique AND i.indimmediate AND i.indislive
+   AND (i.indexprs IS NOT NULL OR i.indpred IS NOT NULL OR %s::text[] <>
+        (SELECT array_agg(a.attname::text ORDER BY a.attname::text COLLATE "C") FROM pg_attribute a
+          WHERE a.attrelid = c.oid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1])))
 """
 
 _LATE: Final = """

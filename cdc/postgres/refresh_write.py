@@ -119,7 +119,7 @@ class _Writer:
     def replace(self) -> tuple[int, int]:
         """The same where unique values have moved from row to row: those rows go first, and then come anew."""
         table = self._table
-        indexes = unique_indexes(self._connection, table.target)
+        indexes = unique_indexes(self._connection, table.target, table.key)
         remove_conflicts(self._connection, table.target, table.key, indexes, _STAGE)
         delete = SQL("DELETE FROM {} AS t USING {} AS s WHERE {} AND {}")
         updated = self._run(delete, table.on_target, _STAGE, self._same_key, self._differs)

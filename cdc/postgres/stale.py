@@ -33,7 +33,7 @@ class StaleRows:
         self.tables: set[TableName] = set()
         self._connection = connection
         self._reread = reread
-        self._unique: dict[TableName, Sequence[UniqueIndex]] = {}
+        self._unique: dict[tuple[TableName, tuple[str, ...]], Sequence[UniqueIndex]] = {}
 
     def moves_in_part(self, plan: TablePlan, change: Change) -> bool:
         """Whether a row that may be stale gets another key, perhaps among rows that are right, but not all columns."""
@@ -46,7 +46,7 @@ class StaleRows:
         """Whether a stale row could be in the way: a row that keeps its key only meets others in further indexes."""
         if plan.target.name not in self.tables:
             return False
-        return bool(self._unique_indexes(plan.target.name)) or (change.operation == UPDATE and _moves(plan, change))
+        return bool(self._unique_indexes(plan)) or (change.operation == UPDATE and _moves(plan, change))
 
     def complete(self, plan: TablePlan, change: Change) -> None:
         """Take the columns that did not travel as the source has them now. Gone from there, more is on its way."""
@@ -74,16 +74,20 @@ class StaleRows:
         self._connection.execute(plan.staging("cdc_right", plan.columns))
         stage = sql.Identifier("pg_temp", "cdc_right")
         copy_in(self._connection, sql.SQL("COPY {} FROM STDIN").format(stage), copy_text(rows))
-        key = [plan.source.columns[index].name for index in plan.key]
-        indexes = self._unique_indexes(plan.target.name)
         nulls_known = len(rows) == 1 and UNCHANGED not in row
-        remove_conflicts(self._connection, plan.target.name, key, indexes, stage, nulls_known=nulls_known)
+        indexes = self._unique_indexes(plan)
+        remove_conflicts(self._connection, plan.target.name, _key(plan), indexes, stage, nulls_known=nulls_known)
         self._connection.execute(sql.SQL("DROP TABLE {}").format(stage))
 
-    def _unique_indexes(self, table: TableName) -> Sequence[UniqueIndex]:
-        if table not in self._unique:
-            self._unique[table] = unique_indexes(self._connection, table)
-        return self._unique[table]
+    def _unique_indexes(self, plan: TablePlan) -> Sequence[UniqueIndex]:
+        table, key = plan.target.name, _key(plan)
+        if (table, key) not in self._unique:
+            self._unique[table, key] = unique_indexes(self._connection, table, key)
+        return self._unique[table, key]
+
+
+def _key(plan: TablePlan) -> tuple[str, ...]:
+    return tuple(plan.source.columns[index].name for index in plan.key)
 
 
 def _moves(plan: TablePlan, change: Change) -> bool:

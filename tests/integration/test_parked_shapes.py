@@ -102,6 +102,25 @@ def test_f33_rows_are_written_once_more_in_a_shape_that_the_mirror_has_left(
         assert mirror.fillings - fillings == (alter != "ADD COLUMN c int"), "a copy that was not necessary"
 
 
+def test_f101_replayed_rows_are_known_by_what_identifies_them_whatever_their_primary_keys_were(life: Life) -> None:
+    with life(triggers=False, keep_seconds=3600) as mirror:
+        mirror.source_db.execute("ALTER TABLE items ALTER name SET NOT NULL, ADD CONSTRAINT by_name UNIQUE (name)")
+        mirror.source_db.execute("ALTER TABLE items REPLICA IDENTITY USING INDEX by_name")
+        mirror.source_db.execute("INSERT INTO items VALUES (100, 'z', '')")
+        assert_same(mirror)
+        stored = mirror.sink.stored_position()
+        assert stored is not None
+        mirror.source_db.execute("INSERT INTO items VALUES (109, 'a', 'first')")
+        mirror.source_db.execute("UPDATE items SET id = 110 WHERE name = 'a'")
+        mirror.source_db.execute("INSERT INTO items VALUES (109, 'b', 'second')")
+        assert_same(mirror)
+        mirror.stop()
+        mirror.sink.rewind(mirror.queue.rewind("mirror", stored.seq))
+        mirror.delivery_stats.position = None
+        mirror.start()
+        assert_same(mirror)
+
+
 def test_f89_what_was_parked_is_kept_when_it_is_parked_again_after_a_replay(life: Life) -> None:
     with life(triggers=False, keep_seconds=3600) as mirror:
         stored = mirror.sink.stored_position()
