@@ -57,6 +57,8 @@ NEVER: Final = {
 }
 """Who may import anything of ours but these. Of several names that fit an importer the longest counts."""
 
+MOST_LINES: Final = 400
+
 OURS: Final = ("cdc", "sinks", "cli")
 
 
@@ -158,3 +160,8 @@ def data_files() -> Iterator[Path]:
     built = {".py", ".pyc", ".pyx", ".pyi", ".c", ".so"}
     for package in ("cdc", "sinks"):
         yield from (file for file in (CHECKOUT / package).rglob("*") if file.is_file() and file.suffix not in built)
+
+
+def test_no_file_is_too_long_to_be_read() -> None:
+    files = [CHECKOUT / "cli.py", *CHECKOUT.glob("cdc/**/*.py"), *CHECKOUT.glob("sinks/*.py")]
+    assert [file for file in files if len(file.read_text(encoding="utf-8").splitlines()) > MOST_LINES] == []
