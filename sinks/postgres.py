@@ -99,10 +99,10 @@ class PostgresSink(RefreshTarget):
         todo, self._ahead = self._ahead, None
         if todo is None or todo.plans is not applier.plans or not are_same(todo.batches, batches):
             todo = self._look_at(applier, batches)
-        late = todo.few and self.config.parks and applier.late_keys.concern(applier.plans, todo.wanted)
-        if todo.few and batches[-1].complete and not applier.transaction.is_open and not late:
+        if todo.few and batches[-1].complete and not applier.transaction.is_open:
             with translated_errors():
-                applied = self._at_once(applier, todo, position)
+                late = self.config.parks and applier.late_keys.concern(applier.plans, todo.wanted)
+                applied = None if late else self._at_once(applier, todo, position)
             if applied is not None:
                 return applied
         with self._all_or_nothing(connection, applier):

@@ -78,11 +78,11 @@ class LateKeys:
 
     def _see(self, plans: Plans) -> None:
         if plans is not self._plans:  # tables may have been altered
-            self._plans = plans
-            self._keys = {}
+            keys: dict[TableName, list[LateKey]] = {}
             for schema, table, *key in self._connection.execute(_KEYS).fetchall():
                 name, *parts = key
-                self._keys.setdefault(TableName(schema, table), []).append(LateKey(name, *map(tuple, parts)))
+                keys.setdefault(TableName(schema, table), []).append(LateKey(name, *map(tuple, parts)))
+            self._plans, self._keys = plans, keys
 
     def _written(self, plans: Plans, tables: Sequence[Table], transaction: Transaction) -> Written:
         written: dict[tuple[TableName, LateKey], set[Row]] = {}

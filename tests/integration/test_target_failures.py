@@ -93,6 +93,19 @@ def test_f94_a_commit_that_succeeds_although_its_connection_breaks_is_not_repeat
 
 
 @pytest.mark.parametrize("rows", [3, 300])
+@pytest.mark.parametrize("on_error", ["stop", "park"])
+def test_f94_a_connection_that_was_lost_while_nothing_came_is_made_anew(
+    source_db: Database, target_db: Database, tmp_path: Path, pg_dump: Path, on_error: str, rows: int
+) -> None:
+    sink = {"on_error": on_error}
+    with running_mirror(source_db, target_db, tmp_path, pg_dump, *SCHEMA, sink=sink) as mirror:
+        mirror.sync()
+        assert target_db.value(BREAK_SINK) >= 1
+        run(mirror, f"INSERT INTO log SELECT g, 'once' FROM generate_series(1, {rows}) g")
+        mirror.assert_equal("log")
+
+
+@pytest.mark.parametrize("rows", [3, 300])
 @pytest.mark.parametrize("state", ["40P01", "40001", "55P03"], ids=["deadlock", "serialization", "lock-timeout"])
 def test_f95_what_passes_by_itself_is_tried_again_as_a_whole(mirror: Mirror, state: str, rows: int) -> None:
     """A trigger refuses the end of a transaction twice; its beginning is a table where a repetition would show."""
