@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, LiteralString
+from typing import Final
 
 import psycopg
 
@@ -87,15 +87,16 @@ class TargetTransaction:
 
     @contextmanager
     def as_a_whole(self) -> Iterator[None]:
-        """Let an error undo all that is done in it, whatever was kept meanwhile; then the savepoint is set there."""
-        self._execute("RELEASE SAVEPOINT batch", "SAVEPOINT whole", "SAVEPOINT batch")
+        """Let nothing that is kept in it stay once it is undone: what `undo` goes back to is where it began."""
+        self._connection.execute("SAVEPOINT batch")  # within the other, which is back when this one is released
         try:
             yield
         except (CdcError, psycopg.Error):
             if self.is_open and not self._connection.closed:
-                self._execute("ROLLBACK TO SAVEPOINT whole", "RELEASE SAVEPOINT whole", "SAVEPOINT batch")
+                self.undo()
+                self._connection.execute("RELEASE SAVEPOINT batch")
             raise
-        self._execute("RELEASE SAVEPOINT whole", "SAVEPOINT batch")
+        self._connection.execute("RELEASE SAVEPOINT batch")
 
     def roll_back(self) -> None:
         """Undo all of it."""
@@ -108,8 +109,5 @@ class TargetTransaction:
 
     def keep(self) -> None:
         """Let what was done since the savepoint stay, whatever is undone after it."""
-        self._execute("RELEASE SAVEPOINT batch", "SAVEPOINT batch")
-
-    def _execute(self, *statements: LiteralString) -> None:
-        for statement in statements:
-            self._connection.execute(statement)
+        self._connection.execute("RELEASE SAVEPOINT batch")
+        self._connection.execute("SAVEPOINT batch")

@@ -90,6 +90,24 @@ def test_f89_f94_what_went_well_before_a_refusal_is_not_done_twice(mirror_of: Mi
     heal(mirror, "items", "log")
 
 
+def test_f89_f94_nor_before_a_key_that_is_found_twice_at_the_end(mirror_of: MirrorOf) -> None:
+    """The same where the target has taken all, and only a look at its deferrable keys finds the fault."""
+    log = "CREATE TABLE log (n int); ALTER TABLE log REPLICA IDENTITY FULL"
+    mirror = mirror_of(*SWAPS, log)
+    mirror.sync()
+    mirror.stop()
+    mirror.target_db.execute("INSERT INTO places VALUES (99, 5)")
+    run(mirror, "INSERT INTO log SELECT generate_series(1, 300)")
+    run(mirror, "ALTER TABLE items ADD COLUMN c int", "INSERT INTO items VALUES (1, 1)")
+    run(mirror, "INSERT INTO places VALUES (1, 5)")
+    mirror.start()
+    mirror.sync()
+    assert mirror.rows("log")[0] == mirror.rows("log")[1]
+    assert mirror.delivery_stats.parked == 1
+    mirror.target_db.execute("DELETE FROM places WHERE id = 99")
+    heal(mirror, "items", "log", "places")
+
+
 IDENTITY_BESIDE_KEY = (
     "CREATE TABLE items (id int PRIMARY KEY, name text NOT NULL CONSTRAINT by_name UNIQUE, n int, note text)",
     "ALTER TABLE items REPLICA IDENTITY USING INDEX by_name",
