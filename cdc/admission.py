@@ -176,15 +176,13 @@ class _Look:
         if self._again:
             return sifted(piece, passes)
         look = subjects.quick_look(batch, self._sink.free_of, behind)
-        return sifted(piece, passes, look.is_free, self._spans(batch.transactions, look.marks))
-
-    def _spans(self, transactions: Sequence[Transaction], marks: frozenset[bytes] | None) -> Iterator[Span] | None:
-        """Where packed transactions have to be looked at; `None`: everywhere."""
-        if marks is None or not isinstance(transactions, Packed):
-            return None
-        return self._marked(transactions, marks)
+        transactions = batch.transactions
+        if look.marks is None or not isinstance(transactions, Packed):
+            return sifted(piece, passes, look.is_free)
+        return sifted(piece, passes, look.is_free, self._marked(transactions, look.marks))
 
     def _marked(self, packed: Packed, marks: frozenset[bytes]) -> Iterator[Span]:
+        """Where packed transactions have to be looked at."""
         for span in packed.spans(marks):
             yield span
             if self._behind:  # what comes next may have to wait behind that, whatever its bytes

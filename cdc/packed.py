@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from struct import Struct, error
@@ -109,17 +109,29 @@ class Packed(Summarized):
         start, end = span
         return unpack(self.data[:SUMMARY_BYTES] + self.data[start:end])
 
-    def replaced(self, parts: Mapping[Span, Sequence[Transaction]]) -> Packed:
-        """The same with as many other transactions in some places: those that are there, with less of their changes."""
+    def altered(
+        self, spans: Iterable[Span], alter: Callable[[Sequence[Transaction]], Sequence[Transaction] | None]
+    ) -> Packed | None:
+        """The same with what `alter` makes of the transactions in some places, in order: as many, with less changes.
+
+        It returns `None` for what is to stay, and so does this where all stays. A span is taken when the one before it
+        is dealt with.
+        """
         counts = list(self._summary.counts)
         pieces: list[bytes] = []
         at = SUMMARY_BYTES
-        for span, transactions in sorted(parts.items()):
-            for sign, some in ((-1, self.part(span)), (1, transactions)):
+        for span in spans:
+            was = self.part(span)
+            now = alter(was)
+            if now is None:
+                continue
+            for sign, some in ((-1, was), (1, now)):
                 for change in chain.from_iterable(each.changes for each in some):
                     counts[change.operation] += sign
-            pieces += (self.data[at : span[0]], *map(_pack, transactions))
+            pieces += (self.data[at : span[0]], *map(_pack, now))
             at = span[1]
+        if not pieces:
+            return None
         head = _SUMMARY.pack(
             *(self._count, self._summary.complete, *counts[: len(Operation) - len(_NEVER_PACKED)]),
             *(self._summary.first, self._summary.last, self._summary.commit_time, self._summary.ended),

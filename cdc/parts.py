@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from typing import Final, NamedTuple, cast
@@ -133,26 +134,19 @@ class Part(NamedTuple):
 
 def items_of(piece: Stored) -> Iterator[Item]:
     """All changes of a stored batch."""
-    for transaction, (place, ordinal) in places_of(piece):
+    for transaction, (place, ordinal) in places_of(piece.seq, piece.batch.transactions):
         for number, change in enumerate(transaction.changes, ordinal):
             yield Item(piece, transaction, change, (place, number))
 
 
-def places_of(piece: Stored) -> Iterator[tuple[Transaction, ParkedId]]:
-    """The transactions of a stored batch, each beside the place of its first change."""
+def places_of(seq: int, transactions: Iterable[Transaction]) -> Iterator[tuple[Transaction, ParkedId]]:
+    """Transactions of a stored batch, each beside the place of its first change. All of them, unless positions tell."""
     before = 0
-    for transaction in piece.batch.transactions:
+    for transaction in transactions:
         position = transaction.position
         # which numbers tell; else so many changes of its batch come before it
-        yield transaction, (position, transaction.first_ordinal) if isinstance(position, int) else (piece.seq, before)
+        yield transaction, (position, transaction.first_ordinal) if isinstance(position, int) else (seq, before)
         before += len(transaction.changes)
-
-
-def _numbered(transactions: Iterable[Transaction]) -> Iterator[tuple[Transaction, ParkedId]]:
-    """The same for transactions of which the positions are numbers."""
-    for transaction in transactions:
-        assert isinstance(transaction.position, int)
-        yield transaction, (transaction.position, transaction.first_ordinal)
 
 
 def sifted(piece: Stored, passes: Passes, is_free: IsFree | None = None, spans: Iterable[Span] | None = None) -> Stored:
@@ -163,22 +157,23 @@ def sifted(piece: Stored, passes: Passes, is_free: IsFree | None = None, spans: 
         `None`: everywhere.
     """
     transactions = piece.batch.transactions
+    sift = partial(_sift, piece.seq, passes, is_free)
     kept: Sequence[Transaction] | None
-    if spans is not None and isinstance(transactions, Packed):
-        found = {span: own for span in spans if (own := _sift(_numbered(transactions.part(span)), passes, is_free))}
-        kept = transactions.replaced(found) if found else None
+    if spans is None:
+        kept = sift(transactions)
     else:
-        kept = _sift(places_of(piece), passes, is_free)
+        assert isinstance(transactions, Packed)
+        kept = transactions.altered(spans, sift)
     return piece if kept is None else Stored(piece.seq, msgspec.structs.replace(piece.batch, transactions=kept))
 
 
 def _sift(
-    places: Iterable[tuple[Transaction, ParkedId]], passes: Passes, is_free: IsFree | None
+    seq: int, passes: Passes, is_free: IsFree | None, transactions: Sequence[Transaction]
 ) -> list[Transaction] | None:
     """The transactions with what passes of them; `None` if all does."""
     kept: list[Transaction] = []
     torn = False
-    for transaction, (place, ordinal) in places:
+    for transaction, (place, ordinal) in places_of(seq, transactions):
         changes = transaction.changes
         if is_free is None or not all(map(is_free, changes)):
             passing = [

@@ -7,14 +7,23 @@ from pathlib import Path
 
 import pytest
 
+from cdc import delivery
 from cdc.api.feed import Feed
 from cdc.feed.place import Place, reader, writer
 from cdc.feed.store import FeedReader
+from cdc.postgres import source as postgres_source
 from tests.command import Cdc
 from tests.feed_stores import opened
 from tests.gaps import SCHEMA, Run
 from tests.gateway import Gateway, Source
 from tests.servers import Database
+
+
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deliveries and sources look around often: for what is left to build, and for tables that were altered."""
+    monkeypatch.setattr(delivery, "UPKEEP_SECONDS", 0.05)
+    monkeypatch.setattr(postgres_source, "CATALOG_SECONDS", 0.1)
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from cdc import delivery
 from cdc.postgres import ddl_capture
-from cdc.postgres import source as postgres_source
 from cdc.postgres.connection import connect
 from tests.mirror import Mirror, filled_mirror, wait_for
 from tests.servers import Database
+
+pytestmark = pytest.mark.usefixtures("quick_looks")
 
 Life = Callable[..., AbstractContextManager[Mirror]]
 
@@ -24,12 +24,6 @@ INSERT INTO items SELECT g, 'row ' || g, 'note' FROM generate_series(1, 20) g;
 """
 POISON = "ALTER TABLE items ADD CONSTRAINT poison CHECK (id <> 107)"
 CURE = "ALTER TABLE items DROP CONSTRAINT poison"
-
-
-@pytest.fixture(autouse=True)
-def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "UPKEEP_SECONDS", 0.05)
-    monkeypatch.setattr(postgres_source, "CATALOG_SECONDS", 0.1)
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from cdc import delivery
 from cdc.errors import FatalError
 from cdc.position import Position
-from cdc.postgres import source as postgres_source
 from tests.integration.test_schema_changes import install
 from tests.mirror import Mirror, filled_mirror, wait_for
 from tests.servers import Database
+
+pytestmark = pytest.mark.usefixtures("quick_looks")
 
 Later = Callable[..., AbstractContextManager[Mirror]]
 
@@ -45,12 +45,6 @@ UNION SELECT indrelid::regclass::text, indexrelid::regclass::text, pg_get_indexd
 """
 
 LEFT = "SELECT kind, name, outdated FROM cdc.post_data WHERE NOT done ORDER BY ordinal"
-
-
-@pytest.fixture(autouse=True)
-def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "UPKEEP_SECONDS", 0.05)
-    monkeypatch.setattr(postgres_source, "CATALOG_SECONDS", 0.1)
 
 
 @pytest.fixture

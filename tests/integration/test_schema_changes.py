@@ -12,7 +12,6 @@ from typing import Any
 import psycopg
 import pytest
 
-from cdc import delivery
 from cdc.errors import FatalError
 from cdc.postgres import ddl_capture
 from cdc.postgres import source as postgres_source
@@ -21,6 +20,8 @@ from cdc.postgres.connection import Connection, connect
 from tests.command import Cdc
 from tests.mirror import Mirror, filled_mirror, wait_for
 from tests.servers import Database
+
+pytestmark = pytest.mark.usefixtures("quick_looks")
 
 Life = Callable[..., AbstractContextManager[Mirror]]
 
@@ -38,12 +39,6 @@ SELECT attname, format_type(atttypid, atttypmod), attnotnull, pg_get_expr(adbin,
   FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
  WHERE attrelid = 'items'::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attname
 """
-
-
-@pytest.fixture(autouse=True)
-def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "UPKEEP_SECONDS", 0.05)
-    monkeypatch.setattr(postgres_source, "CATALOG_SECONDS", 0.1)
 
 
 @pytest.fixture(params=["triggers", "catalog"])

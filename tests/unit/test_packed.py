@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -73,6 +73,10 @@ def test_whatever_the_bytes_are_both_find_the_same_transactions(data: bytes, pla
     assert found(transactions_at) == found(transactions_at_in_python)
 
 
+def without_first(transactions: Sequence[Transaction]) -> list[Transaction]:
+    return [msgspec.structs.replace(each, changes=each.changes[1:]) for each in transactions]
+
+
 def test_marked_transactions_are_found_and_may_be_replaced() -> None:
     found = Packed(packed(TRANSACTIONS))
     assert found.spans(frozenset((b"nothing",))) == []
@@ -84,10 +88,12 @@ def test_marked_transactions_are_found_and_may_be_replaced() -> None:
     first, second = found.spans(frozenset((b"one", b"key")))
     assert (found.part(first), found.part(second)) == (TRANSACTIONS[:1], TRANSACTIONS[1:2])
     assert found.part(found.rest(first)) == TRANSACTIONS[1:]
-    emptied = [msgspec.structs.replace(each, changes=each.changes[1:]) for each in TRANSACTIONS[:2]]
-    others = found.replaced({first: emptied[:1], second: emptied[1:]})
+    emptied = without_first(TRANSACTIONS[:2])
+    others = found.altered(iter((first, second)), without_first)
+    assert others is not None
     assert others == [*emptied, TRANSACTIONS[2]]
     assert others.summary == found.summary._replace(counts=(1, 1, 0, 0, 0, 0))
+    assert found.altered([first], lambda _: None) is None
 
 
 def test_a_mark_is_found_behind_what_only_looks_like_it() -> None:
