@@ -179,12 +179,10 @@ class RoundReader:
             self._ahead.put(Ended(unusable))
 
     def _round(self) -> tuple[TableName, ...]:
-        tables, schema, unusable = self._plan()
-        if unusable or not tables:
+        planned, schema, unusable = self._plan()
+        if unusable or not planned.tables:
             return unusable
-        with connect(self._source_url) as source:
-            expected = read_estimates(source)
-        self._ahead.put(Planned(tables, {name: expected[name].rows for name in schema if name in expected}))
+        self._ahead.put(planned)
         self._beginning.acquire()
         if self._stop.is_set():
             return ()
@@ -193,7 +191,7 @@ class RoundReader:
             with connect(self._source_url) as connection:
                 nudge(connection)
             self._ahead.put(Begun(snapshot.position))
-            for name, table in tables.items():
+            for name, table in planned.tables.items():
                 with closing(RangeReader(snapshot, self._target_url, table)) as reader:
                     for part in reader.parts(self._marks[name].done_key):
                         if name in self._left:
@@ -205,7 +203,7 @@ class RoundReader:
                             return ()
         return ()
 
-    def _plan(self) -> tuple[dict[TableName, KeyedTable], dict[TableName, SchemaTable], tuple[TableName, ...]]:
+    def _plan(self) -> tuple[Planned, dict[TableName, SchemaTable], tuple[TableName, ...]]:
         tables: dict[TableName, KeyedTable] = {}
         schema: dict[TableName, SchemaTable] = {}
         unusable: list[TableName] = []
@@ -225,6 +223,8 @@ class RoundReader:
                     not_yet.append(f"{there.name} has no column {', '.join(sorted(lacking))} yet")
                 else:
                     tables[name], schema[name] = table, at_source[name]
+            sizes = read_estimates(source) if tables and not unusable else {}
         if not_yet and not tables and not unusable:
             raise TransientError("; ".join(not_yet))
-        return tables, schema, tuple(unusable)
+        rows = {name: size.rows for name, size in sizes.items() if name in tables}
+        return Planned(tables, rows), schema, tuple(unusable)

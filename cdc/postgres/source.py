@@ -172,8 +172,8 @@ class PostgresSource:
     def estimates(self) -> Mapping[TableName, Estimate]:
         """How large each captured table is, by the planner's statistics."""
         with connect(self._url) as connection:
-            found = read_estimates(connection)
-        return {name: found[name] for name in self._schema() if name in found}
+            tables, found = captured_tables(self._source, read_tables(connection)), read_estimates(connection)
+        return {table.name: found[table.name] for table in tables if table.name in found}
 
     def dump_schema(self) -> SchemaDump:
         """Describe the captured tables and what they need, by pg_dump."""
