@@ -41,12 +41,17 @@ class Workload:
         ddl: bool = True,
         moves: bool = True,
         drops_database: bool = True,
+        thins_capped: bool = True,
     ) -> None:
-        """moves: also what puts a field that was there to the end, of which no delta tells."""
+        """moves: also what puts a field that was there to the end, of which no delta tells.
+
+        thins_capped: also deletes and replaces in capped collections, which ends otherwise where it is applied twice.
+        """
         self._client = client
         self._database = client[database]
         self._chance = random.Random(seed)
         self._moves = moves
+        self._thins_capped = thins_capped
         self._operations: list[tuple[Callable[[], object], float]] = [
             (self._insert, 12), (self._replace, 6), (self._update, 30), (self._pipeline, 4), (self._delete, 6),
             (self._transaction, 4), (self._swap, 4),
@@ -100,6 +105,12 @@ class Workload:
     def _collection(self) -> Any:
         return self._database[self._chance.choice(NAMES)]
 
+    def _thinned(self) -> Any:
+        """One that documents may be taken from, or one that nobody captures."""
+        collection = self._collection()
+        kept = not self._thins_capped and collection.options().get("capped")
+        return self._database.x_out if kept else collection
+
     # documents
 
     def _insert(self, session: ClientSession | None = None) -> None:
@@ -114,7 +125,7 @@ class Workload:
         document = self._document()
         upsert = self._chance.random() < 0.3
         del document["_id"]
-        self._collection().replace_one({"_id": self._id()}, document, upsert=upsert, session=session)
+        self._thinned().replace_one({"_id": self._id()}, document, upsert=upsert, session=session)
 
     def _update(self, session: ClientSession | None = None) -> None:
         pick = self._chance.choice
@@ -156,7 +167,7 @@ class Workload:
         self._collection().update_one({"_id": self._id()}, chosen, session=session)
 
     def _delete(self, session: ClientSession | None = None) -> None:
-        self._collection().delete_one({"_id": self._id()}, session=session)
+        self._thinned().delete_one({"_id": self._id()}, session=session)
 
     def _swap(self, session: ClientSession | None = None) -> None:
         """Two documents exchange a value that a unique index may be on."""

@@ -294,7 +294,7 @@ class _Preparation:
 
     def _prepare(self, wanted: CollectionInfo, found: CollectionInfo | None) -> None:
         state = self._states.get(wanted.name)
-        plan = self._ranges.get(wanted.name)
+        plan = None if wanted.capped else self._ranges.get(wanted.name)  # which is copied in order, or anew
         if state is not None and found is not None and plan is not None and plan.uuid == wanted.uuid == state.uuid:
             return  # a copy that was killed: it goes on
         self._ranges.remove([wanted.name])

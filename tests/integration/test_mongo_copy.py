@@ -231,6 +231,22 @@ def test_f78_a_capped_collection_keeps_its_order(copying: Copying, monkeypatch: 
     assert order == [(n * 7) % 50 for n in range(50)] + [100 - n for n in range(10)]
 
 
+def test_f78_a_capped_collection_that_is_copied_on_keeps_what_its_source_keeps(
+    copying: Copying, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was deleted since the copy was killed would push out what the source still has."""
+    copying.db.create_collection("log", capped=True, size=100_000, max=5)
+    copying.db.log.insert_many([{"_id": n} for n in range(5)])
+    killed = copying.target()
+    kill_after(killed, 0, monkeypatch)
+    with pytest.raises(Interrupted):
+        copying.copy(target=killed)
+    copying.db.log.delete_one({"_id": 2})
+    copying.db.log.insert_one({"_id": 5})
+    copying.copy()
+    assert [document["_id"] for document in copying.mirror_db.log.find()] == [0, 1, 3, 4, 5]
+
+
 def test_f78_views_and_time_series_are_refused_by_name(copying: Copying) -> None:
     copying.db.create_collection("measured", timeseries={"timeField": "at"})
     with pytest.raises(FatalError, match=r"measured is a time-series collection") as caught:
