@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any, Final, cast
 
+import psycopg
 from psycopg import Cursor, RawCursor, generators, pq
 from psycopg.abc import PQGen
 from psycopg.pq.abc import PGresult
@@ -85,10 +86,24 @@ class Prepared:
         results: list[PGresult] = []
         for query in prepared:
             if query is not None:
-                (result,) = yield from generators.fetch_many(self._pgconn)
+                result = yield from self._answer()
                 if result.status != pq.ExecStatus.COMMAND_OK:
                     del self._names[query]
                     results.append(result)
-            results += yield from generators.fetch_many(self._pgconn)
-        yield from generators.fetch_many(self._pgconn)  # of the end
+            results.append((yield from self._answer()))
+        end = yield from self._answer()
+        if end.status != pq.ExecStatus.PIPELINE_SYNC:
+            raise self._lost()
         return results
+
+    def _answer(self) -> PQGen[PGresult]:
+        """The next one. Behind one that makes no sense there is none."""
+        answers: list[PGresult] = yield from generators.fetch_many(self._pgconn)
+        if len(answers) != 1:
+            raise self._lost()
+        return answers[0]
+
+    def _lost(self) -> psycopg.OperationalError:
+        message = self._pgconn.get_error_message()
+        self._connection.close()
+        return psycopg.OperationalError(message)

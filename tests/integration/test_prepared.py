@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from cdc.errors import PermanentError, TransientError
 from cdc.postgres import prepared as prepared_module
 from cdc.postgres.connection import Connection, connect, translated_errors
 from cdc.postgres.prepared import Prepared, strict
+from tests.faults.proxy import POSTGRES, Proxy
 from tests.servers import Database
 
 INSERT = b"INSERT INTO a VALUES ($1, $2)"
@@ -88,3 +90,19 @@ def test_a_lost_connection_is_transient(connection: Connection, target_db: Datab
     with pytest.raises(TransientError), translated_errors():
         prepared.run([(INSERT, (b"1", None))])
     assert connection.closed
+
+
+@pytest.mark.parametrize("known", [0, 1, 2])
+def test_f62_an_answer_that_makes_no_sense_is_a_lost_connection(target_db: Database, known: int) -> None:
+    """known: so many of the statements are prepared already."""
+    run = [(b"SELECT 1", ()), (b"SELECT 2", ())]
+    to = int(conninfo_to_dict(target_db.url)["port"])
+    plain = {"sslmode": "disable", "gssencmode": "disable"}
+    with Proxy(to, POSTGRES) as line, connect(make_conninfo(target_db.url, port=line.port, **plain)) as connection:
+        prepared = Prepared(connection)
+        if known:
+            prepared.run(run[:known])
+        line.corrupt()
+        with pytest.raises(TransientError, match="lost synchronization"), translated_errors():
+            prepared.run(run)
+        assert connection.closed
