@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 import psutil
 import psycopg
-from psycopg import sql
+from psycopg import pq, sql
 
 from tests.processes import UNPRIVILEGED_USER, free_port, kill_tree, run_as, wait_until
 
@@ -251,7 +251,8 @@ class Database:
             cursor = connection.execute(query, parameters)
             while cursor.nextset():
                 pass
-            return cursor.fetchall() if cursor.description else []
+            has_rows = cursor.pgresult is not None and cursor.pgresult.status == pq.ExecStatus.TUPLES_OK
+            return cursor.fetchall() if has_rows else []
 
     def value(self, query: str, parameters: Sequence[object] | None = None) -> Any:
         """The only value of the only row of a query."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import pytest
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 
 from cdc.errors import PermanentError, TransientError
 from cdc.postgres import prepared as prepared_module
@@ -96,7 +97,7 @@ def test_a_lost_connection_is_transient(connection: Connection, target_db: Datab
 def test_f62_an_answer_that_makes_no_sense_is_a_lost_connection(target_db: Database, known: int) -> None:
     """known: so many of the statements are prepared already."""
     run = [(b"SELECT 1", ()), (b"SELECT 2", ())]
-    to = int(conninfo_to_dict(target_db.url)["port"])
+    to = urlsplit(target_db.url).port or 0
     plain = {"sslmode": "disable", "gssencmode": "disable"}
     with Proxy(to, POSTGRES) as line, connect(make_conninfo(target_db.url, port=line.port, **plain)) as connection:
         prepared = Prepared(connection)
