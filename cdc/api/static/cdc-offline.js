@@ -21,7 +21,8 @@ export class QueueFull extends Error {
 
 /**
  * Every operation is an entry of localStorage of its own, so that tabs do not overwrite each other's; only one tab
- * sends. An operation is sent again until the server answers: at least once, with the same `Idempotency-Key`.
+ * sends. An operation is sent again until the server answers: at least once, with the same `Idempotency-Key`. (Another
+ * tab may see a moment too late that it was sent, and send it once more: storage takes time between processes.)
  */
 export class OfflineQueue {
   #options;
