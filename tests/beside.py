@@ -71,7 +71,7 @@ def running(worker: Worker, wake: Callable[[], None] = lambda: None) -> Iterator
         finally:
             stop.set()
             wake()
-        done.result(timeout=20)
+        done.result(timeout=60)
 
 
 class EventLoop:
@@ -88,7 +88,7 @@ class EventLoop:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Wait for its result."""
-        return self.start(coroutine).result(30)
+        return self.start(coroutine).result(60)
 
     def call(self, callback: Callable[[], object]) -> None:
         """Call it soon."""

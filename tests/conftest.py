@@ -26,7 +26,9 @@ NewDatabase = Callable[[PostgresServer], Database]
 
 _names = itertools.count(1)
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # whatever else the machine does meanwhile
+hypothesis.settings.register_profile(  # whatever else the machine does meanwhile
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("untimed")
 
 __all__ = ["mongo_database", "mongodb", "mongodb_client", "new_stand_in", "stand_in", "stand_in_client"]  # fixtures

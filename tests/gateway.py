@@ -47,7 +47,7 @@ class Gateway:
 
     def __enter__(self) -> Gateway:
         self._thread.start()
-        if not self._ready.wait(10):
+        if not self._ready.wait(60):
             self.stop()
             raise TimeoutError("the feed cannot be followed")
         return self
@@ -61,7 +61,7 @@ class Gateway:
         assert self._stop is not None
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(30)
+            self._thread.join(60)
         self._server.close()
 
     @property

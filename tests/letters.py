@@ -29,7 +29,7 @@ def ask(cdc: Cdc, token: str, path: str, body: dict[str, Any] | None = None) -> 
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
     request = urllib.request.Request((cdc.data_dir / "http").read_text() + path, data, headers)
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as exc:
         return exc.code, json.load(exc)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,18 +22,15 @@ from cdc.sink import Resync, SinkContext
 from cdc.stats import CaptureStats, DeliveryStats, State
 from cdc.wishes import end_of
 from sinks.postgres import PostgresSink
+from tests.processes import wait_until
 from tests.servers import Database
 
 TIMEOUT_SECONDS = 60
 
 
-def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = TIMEOUT_SECONDS) -> Any:
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
     """Wait until the condition is true, and return its value."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds} seconds in vain for {what}"
-        time.sleep(0.005)
-    return value
+    return wait_until(condition, what=what)
 
 
 class Mirror:

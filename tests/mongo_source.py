@@ -51,7 +51,7 @@ class Reader:
                 self.position = batch.position
         return batch
 
-    def until(self, done: Callable[[], bool], *, seconds: float = 20.0) -> None:
+    def until(self, done: Callable[[], bool], *, seconds: float = 60.0) -> None:
         """Read until a condition holds."""
         deadline = time.monotonic() + seconds
         while not done():

@@ -22,7 +22,7 @@ UNPRIVILEGED_USER: Final = "nobody"
 def wait_until(
     condition: Callable[[], T | None],
     *,
-    timeout_seconds: float = 30,
+    timeout_seconds: float = 60,
     what: str | Callable[[], str] = "the condition",
 ) -> T:
     """Return the condition's value once it is true; `TimeoutError` naming `what` if that takes too long."""

@@ -77,7 +77,7 @@ class Installation(Cdc):
         address = self.data_dir / "http"
         if not address.exists():
             return super().status()
-        with urlopen(f"{address.read_text()}/status", timeout=10) as answer:
+        with urlopen(f"{address.read_text()}/status", timeout=60) as answer:
             found: dict[str, Any] = json.load(answer)
         return found
 

@@ -66,7 +66,7 @@ class TlsServer:
     def __exit__(self, *_: object) -> None:
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        self._thread.join(10)
+        self._thread.join(60)
 
     def _serve(self) -> None:
         with suppress(OSError):

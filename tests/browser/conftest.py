@@ -24,7 +24,7 @@ ARGUMENTS = [
     "--disable-quic",
 ]
 
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=60_000)
 
 NewService = Callable[..., Service]
 NewLine = Callable[[Service], Line]
@@ -49,7 +49,7 @@ def browser() -> Iterator[Browser]:
 def context(browser: Browser) -> Iterator[BrowserContext]:
     """A fresh profile, whose pages reach this machine only."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(60_000)
     yield context
     context.close()
 

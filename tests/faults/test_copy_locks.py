@@ -41,7 +41,7 @@ def waiting_for(source_db: Database) -> Iterator[NewWaiter]:
         wait_until(lambda: source_db.value("SELECT count(*) FROM pg_locks WHERE NOT granted"), what="a waiter")
 
     yield begin
-    begun[0].join(timeout=10)
+    begun[0].join(timeout=60)
     assert not begun[0].is_alive()
 
 

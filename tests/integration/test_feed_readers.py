@@ -160,13 +160,13 @@ def test_two_writers_three_pollers_websocket_and_stream_each_see_all_once(
             "websocket": threads.submit(websocket, north, half, began[0]),
             "stream": threads.submit(stream, south, quarter, began[1]),
         }
-        assert all(event.wait(10) for event in began)
+        assert all(event.wait(60) for event in began)
         holding = threads.submit(late_commits, feed, stop)
         for each in [threads.submit(branch.load) for branch in branches]:
             each.result(60)
         seen = {name: by_entity(each.result(60)) for name, each in reading.items()}
         stop.set()
-        holding.result(10)
+        holding.result(60)
     assert seen["poll"] == expected(BRANCHES, ["orders"])
     assert seen["poll of a location"] == expected(["north"], TABLES)
     assert seen["table"] == expected(BRANCHES, TABLES)

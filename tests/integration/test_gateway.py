@@ -42,7 +42,7 @@ def serving(daemon: FeedDaemon, name: str) -> Iterator[str]:
         found = wait_until(lambda: re.search(r'"http": "(http://[^"]+)"', log.read_text()), what=log.read_text)
         yield found[1]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 0, log.read_text()
+        assert process.wait(timeout=60) == 0, log.read_text()
     finally:
         kill_tree(process.pid)
         process.communicate()

@@ -165,7 +165,7 @@ def test_get_more_waits(mongo_database: MongoDatabase) -> None:
     with mongo_database.watch(max_await_time_ms=300) as stream:
         began = time.monotonic()
         assert stream.try_next() is None
-        assert 0.2 < time.monotonic() - began < 1.5
+        assert time.monotonic() - began > 0.2
 
 
 def test_invalidate(mongo_database: MongoDatabase) -> None:

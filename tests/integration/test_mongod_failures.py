@@ -176,7 +176,7 @@ def test_garbage_closes_only_its_connection(stand_in: StandIn, stand_in_client: 
         struct.pack("<iiiiI", 20, 1, 0, 2013, 0),
         struct.pack("<iiii", 16, 1, 0, 1),
     ):
-        with socket.create_connection(("127.0.0.1", stand_in.port), timeout=5) as client:
+        with socket.create_connection(("127.0.0.1", stand_in.port), timeout=60) as client:
             client.sendall(garbage)
             assert client.recv(100) == b""
     stand_in_client.admin.command("ping")
@@ -186,7 +186,7 @@ def test_legacy_hello(stand_in: StandIn) -> None:
     body = b"\x10isMaster\0\1\0\0\0"
     document = struct.pack("<i", len(body) + 5) + body + b"\0"
     query = struct.pack("<i", 0) + b"admin.$cmd\0" + struct.pack("<ii", 0, -1) + document
-    with socket.create_connection(("127.0.0.1", stand_in.port), timeout=5) as client:
+    with socket.create_connection(("127.0.0.1", stand_in.port), timeout=60) as client:
         client.sendall(struct.pack("<iiii", 16 + len(query), 7, 0, 2004) + query)
         size, _, response_to, opcode = struct.unpack("<iiii", client.recv(16))
         assert (response_to, opcode) == (7, 1)

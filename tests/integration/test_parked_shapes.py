@@ -52,7 +52,7 @@ def assert_same(mirror: Mirror) -> None:
         mirror.sync()
         return not mirror.delivery_stats.parked and mirror.source_db.execute(query) == mirror.target_db.execute(query)
 
-    wait_for(lambda: mirror.error or same(), "items to be the same", seconds=8)
+    wait_for(lambda: mirror.error or same(), "items to be the same")
     if mirror.error:
         raise mirror.error
 

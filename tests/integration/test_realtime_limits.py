@@ -31,7 +31,7 @@ def raw_connection(gateway: Gateway, request: str, receive_buffer: int | None = 
     connection = socket.socket()
     if receive_buffer is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    connection.settimeout(30)
+    connection.settimeout(60)
     connection.connect(gateway.address)
     connection.sendall(request.encode())
     return connection
@@ -269,12 +269,14 @@ def test_expired_token_ends_its_streams(place: Place, source: Source, monkeypatc
     monkeypatch.setattr("cdc.api.hub.TICK_SECONDS", 0.05)
     key = "k" * 32
     http = Http(jwt=JwtConfig(key=Token(key), algorithms=("HS256",)))
-    token = jwt.encode({"sub": "u5", "scope": "read", "exp": time.time() + 2}, key, "HS256")
+    now = time.time
+    token = jwt.encode({"sub": "u5", "scope": "read", "exp": now() + 300}, key, "HS256")
     with (
         Gateway(Feed.at(place), http, token) as gateway,
         gateway.websocket() as client,
         gateway.stream() as found,
     ):
+        monkeypatch.setattr(time, "time", lambda: now() + 400)
         assert closed(client) == 4401
         assert list(found) == []
 

@@ -58,6 +58,6 @@ def test_f110_a_stream_ends_with_its_token(tmp_path: Path, source: Source) -> No
             pass
     finally:
         loop.call(web.stop)
-        serving.result(20)
+        serving.result(60)
         web.close()
         loop.close()

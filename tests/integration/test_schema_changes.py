@@ -81,12 +81,11 @@ def assert_same(mirror: Mirror, *tables: str) -> None:
         except psycopg.errors.UndefinedTable:  # a new table is copied once the stream is past its creation
             return False
 
-    wait_for(same, f"{tables} to be the same", seconds=8)
+    wait_for(same, f"{tables} to be the same")
     if not tables:
         wait_for(
             lambda: mirror.error or mirror.target_db.execute(SHAPE) == mirror.source_db.execute(SHAPE),
             "the same columns",
-            seconds=8,
         )
     if mirror.error:
         raise mirror.error
@@ -195,12 +194,12 @@ def test_f31_columns_of_foreign_keys_get_another_type(
         assert_same(mirror)
         source_db.execute("ALTER TABLE orders ALTER item TYPE bigint; INSERT INTO orders VALUES (100, 3000000000)")
         assert_same(mirror, "items", "orders")
-        wait_for(lambda: mirror.error or target_db.execute(keys) == source_db.execute(keys), "the key", seconds=8)
+        wait_for(lambda: mirror.error or target_db.execute(keys) == source_db.execute(keys), "the key")
         source_db.execute("ALTER TABLE orders DROP CONSTRAINT orders_item_fkey")
         source_db.execute("ALTER TABLE items ALTER id TYPE text; INSERT INTO items VALUES ('a')")
         assert_same(mirror)
         left = "SELECT FROM cdc.post_data WHERE NOT done"
-        wait_for(lambda: mirror.error or not target_db.execute(left), "all to be built", seconds=8)
+        wait_for(lambda: mirror.error or not target_db.execute(left), "all to be built")
         source_db.execute("ALTER TABLE orders ALTER item TYPE text; INSERT INTO orders VALUES (101, 'a')")
         assert_same(mirror, "items", "orders")
         assert target_db.execute(keys) == [], "one that only the mirror has, and that did not fit in between"
@@ -322,7 +321,7 @@ def test_f16_a_new_table_is_copied_and_streamed_without_a_restart(
         built = """SELECT array_agg(pg_get_indexdef(indexrelid) ORDER BY 1), (
                        SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = indrelid AND contype = 'f')
                      FROM pg_index WHERE indrelid = 'sales.orders'::regclass GROUP BY indrelid"""
-        wait_for(lambda: mirror.error or target_db.execute(built) == source_db.execute(built), "indexes", seconds=8)
+        wait_for(lambda: mirror.error or target_db.execute(built) == source_db.execute(built), "indexes")
         assert mirror.fillings == 1
 
 
@@ -384,7 +383,6 @@ def test_f16_what_a_new_table_has_is_built_without_a_restart(
         wait_for(
             lambda: mirror.error or (target_db.value(built), target_db.value(keys)) == (3, 1),
             "indexes and foreign key",
-            seconds=10,
         )
         assert mirror.error is None
 
@@ -670,7 +668,5 @@ def test_f32_an_index_has_the_name_of_one_of_a_table_that_is_gone(
         source_db.execute("DROP TABLE items")
         source_db.execute("CREATE TABLE others (id int CONSTRAINT items_pkey PRIMARY KEY)")
         source_db.execute("INSERT INTO others VALUES (1)")
-        wait_for(
-            lambda: mirror.error or target_db.value("SELECT to_regclass('others')") is not None, "a copy", seconds=20
-        )
+        wait_for(lambda: mirror.error or target_db.value("SELECT to_regclass('others')") is not None, "a copy")
         assert_same(mirror, "others")

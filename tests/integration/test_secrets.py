@@ -119,7 +119,7 @@ class Shop:
             (self.cdc.data_dir / "http").read_text() + path, headers={"Authorization": f"Bearer {token}"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 body, headers = answer.read(), str(answer.headers)
         except urllib.error.HTTPError as exc:
             body, headers = exc.read(), str(exc.headers)

@@ -267,7 +267,7 @@ def test_creation_names_the_transaction_it_waits_for(
         named = wait_until(lambda: _named(logs), what="the log to name the transaction")
         assert not created.is_set()
         old.execute("COMMIT PREPARED 'forgotten'" if prepared else "COMMIT")
-        creator.join(30)
+        creator.join(60)
     assert created.is_set()
     assert named["slot"] == SLOT
     if prepared:

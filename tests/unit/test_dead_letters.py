@@ -268,10 +268,10 @@ class TestDesk:
         desk, woken = Desk(), threading.Event()
         desk.own(lambda: None)
         with ThreadPoolExecutor(1) as thread:
-            asked = thread.submit(desk.ask, lambda: desk.owned, seconds=20, wake=woken.set)
-            assert woken.wait(20)
+            asked = thread.submit(desk.ask, lambda: desk.owned, seconds=60, wake=woken.set)
+            assert woken.wait(60)
             desk.leave()
-            assert asked.result(20) is False
+            assert asked.result(60) is False
 
     def test_errors_are_the_askers(self) -> None:
         desk = Desk()

@@ -183,7 +183,7 @@ def test_a_sink_that_needs_it_is_filled_in_mid_stream(queue: Queue) -> None:
 
     def fill(_stop: threading.Event) -> None:
         filling.set()
-        assert may_fill.wait(20)
+        assert may_fill.wait(60)
         sink.position = sink.position or Position(queue.queue_id, 0, 0)
         sink.filled += 1
 
@@ -195,7 +195,7 @@ def test_a_sink_that_needs_it_is_filled_in_mid_stream(queue: Queue) -> None:
         filling.clear()
         delivery.want_filling()
         assert stats.state is State.STARTING  # at once: nobody is to see a mirror that is as it should be
-        assert filling.wait(20)
+        assert filling.wait(60)
         assert stats.state is State.STARTING
         may_fill.set()
         wait_until(lambda: sink.filled == 3, what="the sink to be filled once more")

@@ -40,7 +40,7 @@ def test_a_thread_stands_still_until_it_is_let_go(tmp_path: Path) -> None:
     wait_until(lambda: gate.exists() and gate.read_text() == "target.commit.after", what="the thread to come there")
     assert thread.is_alive()
     gate.unlink()
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert not thread.is_alive()
 
 

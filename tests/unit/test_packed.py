@@ -138,7 +138,7 @@ def test_the_queue_keeps_them(tmp_path: Path) -> None:
             queue.begin(0)
             queue.register("mirror")
             queue.append(batch)
-            queue.flush(timeout_seconds=10)
+            queue.flush(timeout_seconds=60)
         (stored,) = queue.read(0, max_bytes=10**6, timeout_seconds=1)
         assert stored.batch == batch
         assert stored.batch.transactions == TRANSACTIONS[:1]

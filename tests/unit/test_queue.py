@@ -140,7 +140,7 @@ class TestOrder:
         appended = [batch(number) for number in range(1, count + 1)]
         fill(queue, appended)
         for reader in readers:
-            reader.join(20)
+            reader.join(60)
         assert [batches_of(seen[size]) for size in (1, 700, 100_000)] == [appended] * 3
         assert [stored.seq for stored in seen[1]] == list(range(1, count + 1))
 
@@ -159,7 +159,7 @@ class TestOrder:
             reader.start()
             wait_until(waiting, what="the reader to wait")
             act()
-            reader.join(10)
+            reader.join(60)
             assert not reader.is_alive()
         assert [batches_of(stored) for stored in results] == [[batch(1)], []]
 
