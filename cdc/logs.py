@@ -27,7 +27,8 @@ def configure(log_format: Format = "auto", level: str = "info", stream: TextIO |
     structlog.configure(
         processors=[*_processors(), renderer],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
-        logger_factory=structlog.PrintLoggerFactory(stream),
+        # a line in one write: libpq, and whoever else has the descriptor, would come between it and its end
+        logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=False,
     )
     _configure_standard_library(renderer, threshold, stream)

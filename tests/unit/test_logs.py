@@ -22,6 +22,16 @@ class Terminal(io.StringIO):
         return True
 
 
+class Writes(io.StringIO):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.written.append(text)
+        return super().write(text)
+
+
 def logged(write: Any, log_format: logs.Format = "json", level: str = "info", stream: io.StringIO | None = None) -> str:
     stream = stream or io.StringIO()
     logs.configure(log_format, level, stream)
@@ -42,6 +52,13 @@ def test_one_line_of_json_a_fact() -> None:
     entry = json.loads(text)
     assert (entry["event"], entry["changes"], entry["sink"], entry["level"]) == ("applied", 3, "mirror", "info")
     assert entry["timestamp"].endswith("Z")
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_line_is_one_write(log_format: logs.Format) -> None:
+    stream = Writes()
+    logged(lambda log: log.info("applied", changes=3), log_format, stream=stream)
+    assert [text.count("\n") for text in stream.written] == [1]
 
 
 def test_tracebacks_stay_on_one_line_of_json() -> None:
