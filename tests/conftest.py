@@ -21,6 +21,7 @@ from tests.mongod.fixture import (
     stand_in_client,
 )
 from tests.servers import Database, PostgresServer, ServerUnavailable
+from tests.tls import Authority, TlsPostgres
 
 NewDatabase = Callable[[PostgresServer], Database]
 
@@ -56,6 +57,23 @@ def postgres16() -> Iterator[PostgresServer]:
 def target18() -> Iterator[PostgresServer]:
     """Another PostgreSQL 18 cluster, for mirrors."""
     yield from _server(18)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Who issued the certificate of `tls_postgres`, and issues those of its clients."""
+    return Authority(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def tls_postgres(authority: Authority) -> Iterator[TlsPostgres]:
+    """A server that wants TLS, of whatever version the system has."""
+    try:
+        server = TlsPostgres(authority)
+    except ServerUnavailable as exc:
+        pytest.skip(str(exc))
+    with server:
+        yield server
 
 
 @pytest.fixture(params=[18, 16], ids=lambda version: f"pg{version}")

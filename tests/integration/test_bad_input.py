@@ -14,7 +14,7 @@ import pytest
 
 from tests.command import NOWHERE, Cdc, assert_complaint
 from tests.servers import Database, PostgresServer
-from tests.tls import TlsServer, write_certificate
+from tests.tls import Authority, TlsServer
 
 TABLE = "CREATE TABLE items (id int PRIMARY KEY, name text)"
 BOTH = pytest.mark.parametrize("command", ["copy", "run"])
@@ -262,38 +262,27 @@ def test_credential_file_that_cannot_be_read(cdc: Cdc, tmp_path: Path) -> None:
 # --- certificates -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    folder = tmp_path_factory.mktemp("certificates")
-    (folder / "garbage.pem").write_text("garbage")
-    return {
-        "good": write_certificate(folder, "good"),
-        "other": write_certificate(folder, "other"),
-        "expired": write_certificate(folder, "expired", expired=True),
-        "garbage": (folder / "garbage.pem", folder / "garbage.pem"),
-        "missing": (folder / "missing.pem", folder / "missing.pem"),
-    }
-
-
 @pytest.mark.parametrize(
     ("shown", "trusted", "error"),
     [
-        ("expired", "expired", "certificate verify failed"),
-        ("good", "other", "certificate verify failed"),
-        ("good", "missing", r"missing\.pem"),
-        ("good", "garbage", r"garbage\.pem|no certificate"),
+        ("expired", "authority.pem", "certificate verify failed"),
+        ("good", "other.pem", "certificate verify failed"),
+        ("good", "missing.pem", r"missing\.pem"),
+        ("good", "garbage.pem", r"garbage\.pem|no certificate"),
     ],
 )
 @pytest.mark.parametrize("kind", ["postgresql", "mongodb"])
 def test_certificate_that_is_not_accepted(
-    cdc: Cdc, certificates: dict[str, tuple[Path, Path]], kind: str, shown: str, trusted: str, error: str
+    cdc: Cdc, tmp_path: Path, kind: str, shown: str, trusted: str, error: str
 ) -> None:
-    authority = certificates[trusted][0]
+    Authority(tmp_path, "other")
+    (tmp_path / "garbage.pem").write_text("garbage")
+    certificate = Authority(tmp_path).issue(shown, expired=shown == "expired")
     options = {
-        "postgresql": f"sslmode=verify-full&sslrootcert={authority}",
-        "mongodb": f"directConnection=true&tls=true&tlsCAFile={authority}&serverSelectionTimeoutMS=2000",
+        "postgresql": f"sslmode=verify-full&sslrootcert={tmp_path / trusted}",
+        "mongodb": f"directConnection=true&tls=true&tlsCAFile={tmp_path / trusted}&serverSelectionTimeoutMS=2000",
     }
-    with TlsServer(certificates[shown], asked=kind == "postgresql") as server:
+    with TlsServer(certificate, asked=kind == "postgresql") as server:
         url = f"{kind}://me:geheim@127.0.0.1:{server.port}/shop?{options[kind]}"
         cdc.configure(url, f"{kind}://127.0.0.1:1/other")
         result = refused(cdc)
