@@ -38,9 +38,9 @@ class Received(msgspec.Struct, frozen=True):
 
 
 class Client:
-    """One subscriber of one channel."""
+    """One subscriber of one channel. headers: more lines of its request, each with its end."""
 
-    def __init__(self, port: int, channel: str) -> None:
+    def __init__(self, port: int, channel: str, headers: str = "") -> None:
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.last = 0
         self.frames = 0
@@ -48,7 +48,7 @@ class Client:
         key = base64.b64encode(os.urandom(16)).decode()
         self.socket.sendall(
             f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n{headers}\r\n".encode()
         )
         answer = b""
         while b"\r\n\r\n" not in answer:

@@ -65,7 +65,7 @@ class Daemon:
     ) -> None:
         self.data_dir = folder / "data"
         self.log_file = folder / "daemon.log"
-        self._config_file = folder / "cdc.toml"
+        self.config_file = folder / "cdc.toml"
         self._tracer = tracer
         self._process: subprocess.Popen[bytes] | None = None
         self._environment = {**os.environ, **(environment or {})}
@@ -76,7 +76,7 @@ class Daemon:
         config = _CONFIG.format(
             **quoted, source_options=source_options, sink_options=sink_options, min_free_bytes=min_free_bytes
         )
-        self._config_file.write_text(config + more)
+        self.config_file.write_text(config + more)
 
     def __enter__(self) -> Self:
         self.start()
@@ -118,7 +118,7 @@ class Daemon:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal."""
-        psutil.Process(self._own_pid).send_signal(number)
+        psutil.Process(self.pid).send_signal(number)
 
     def wait(self, seconds: float) -> int:
         """Wait until it ends by itself; the exit code, negative for a signal."""
@@ -128,7 +128,7 @@ class Daemon:
     @property
     def peak_memory_bytes(self) -> int:
         """The most physical memory that the process ever had (Linux: VmHWM)."""
-        lines = Path(f"/proc/{self._own_pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         (line,) = (line for line in lines if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
 
@@ -149,10 +149,10 @@ class Daemon:
         return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
 
     def _command(self, *arguments: str) -> list[str]:
-        return [sys.executable, str(CHECKOUT / "cli.py"), "--config", str(self._config_file), *arguments]
+        return [sys.executable, str(CHECKOUT / "cli.py"), "--config", str(self.config_file), *arguments]
 
     @property
-    def _own_pid(self) -> int:
+    def pid(self) -> int:
         """The daemon's process, not its tracer's."""
         assert self._process is not None
         if not self._tracer:
