@@ -63,6 +63,11 @@ _CERTIFICATES: Final = "check tlsCAFile and tlsCertificateKeyFile of the url, an
 
 _REACHABLE: Final = "is the server running, and reachable from here?"
 
+_HANGS_UP: Final = f"{_REACHABLE} One that wants TLS, or another certificate of ours, hangs up as well"
+
+_NO_TLS: Final = re.compile(r"CERTIFICATE_VERIFY_FAILED|_ALERT_\w*(?:CERTIFICATE|UNKNOWN_CA|HANDSHAKE_FAILURE|VERSION)")
+"""One side does not take the other's certificate, or they have no version in common."""
+
 
 def connect(url: str, *, application_name: str = "cdc", **options: Any) -> Client:
     """A client with raw documents, majority and journaled writes, majority reads from the primary.
@@ -109,13 +114,13 @@ def to_cdc_error(error: PyMongoError | BSONError, *, streaming: bool = False) ->
         return _of_operation(error, streaming=streaming)
     if isinstance(error, InvalidURI | ConfigurationError):
         return _of_configuration(error)
-    if isinstance(error, ConnectionFailure) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+    if isinstance(error, ConnectionFailure) and _NO_TLS.search(str(error)):
         return FatalError(_first_reason(str(error)), hint=_CERTIFICATES)
     if isinstance(error, ServerSelectionTimeoutError):
-        return TransientError(f"no server could be used: {_first_reason(str(error))}", hint=_REACHABLE)
+        return TransientError(f"no server could be used: {_first_reason(str(error))}", hint=_reachable(error))
     # a ProtocolError ends its connection: what came was no message, and the next connection may be a better one
     if isinstance(error, ConnectionFailure | ProtocolError | ExecutionTimeout | WTimeoutError):
-        return TransientError(_first_reason(str(error)), hint=_REACHABLE)
+        return TransientError(_first_reason(str(error)), hint=_reachable(error))
     if isinstance(error, InvalidName):
         return FatalError(f"a database or collection cannot have this name: {clean(str(error))}", hint="correct it")
     if isinstance(error, BSONError):
@@ -173,6 +178,10 @@ def _of_configuration(error: PyMongoError) -> CdcError:
     # PyMongo's text may quote the url, and a password with an unescaped character is where it stumbles
     hint = "as in mongodb://user:password@host:27017/?replicaSet=rs0; special characters are written as %XX"
     return FatalError("the url of a MongoDB server cannot be read", hint=hint)
+
+
+def _reachable(error: PyMongoError) -> str:
+    return _HANGS_UP if re.search(r"closed|reset by peer", _first_reason(str(error))) else _REACHABLE
 
 
 def _first_reason(text: str) -> str:

@@ -250,6 +250,15 @@ def test_f113_wrong_credential_file(cdc: Cdc, tmp_path: Path, content: bytes | N
     assert "geheim" not in result.stderr
 
 
+def test_credential_of_systemd_that_is_absent(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    absent = 'url_file = "${CREDENTIALS_DIRECTORY}/shop_url"'
+    cdc.file.write_text(cdc.file.read_text().replace(f'url = "{NOWHERE}"', absent))
+    assert_complaint(refused(cdc), 2, "CREDENTIALS_DIRECTORY", hint=".")
+    given = cdc("run", CREDENTIALS_DIRECTORY=str(cdc.folder))
+    assert_complaint(given, 2, "url_file: .*/shop_url: No such file", hint="readable by this user")
+
+
 def test_credential_file_that_cannot_be_read(cdc: Cdc, tmp_path: Path) -> None:
     secret = tmp_path / "shop_url"
     secret.write_text(NOWHERE)

@@ -25,7 +25,7 @@ Where it differs from a real server:
 - Documents expire only on `cdcTestExpire`. Nothing is journaled, write concerns are accepted and ignored.
 - `replSetStepDown` leads back to the same primary after the time asked for; no other node exists, nothing rolls back.
 - `cdcTestHoldMajority` holds back change streams only: writes are acknowledged all the same.
-- No bulkWrite command (8.0), authentication, TLS, compression, explain, sharding, `$out`, `$merge`, `$where`, text or
+- No bulkWrite command (8.0), authentication, compression, explain, sharding, `$out`, `$merge`, `$where`, text or
   geo search.
 - Resume tokens have the form of real ones, but doubles that are no whole numbers and Decimal128 in `_id` are written in
   another way than the server's. A token's document key is not looked at when a stream is resumed.

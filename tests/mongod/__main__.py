@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import gc
 import logging
+import ssl
 
 from .server import Server, exit_with_parent
 from .state import Settings, State
@@ -26,8 +27,19 @@ def main() -> None:
         noop_seconds=options.noop_seconds,
         set_name=options.set_name,
     )
-    server = Server(State(settings), options.port)
+    server = Server(State(settings), options.port, _tls(options))
     asyncio.run(server.run(lambda port: print(port, flush=True)))
+
+
+def _tls(options: argparse.Namespace) -> ssl.SSLContext | None:
+    if options.tls_certificate_key_file is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(options.tls_certificate_key_file)
+    if options.tls_ca_file is not None:
+        context.load_verify_locations(options.tls_ca_file)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--noop-seconds", type=float, default=10.0, help="how often an idle oplog advances; 0 for never"
     )
+    parser.add_argument("--tls-certificate-key-file", help="TLS alone, by this certificate and its key, in one file")
+    parser.add_argument("--tls-ca-file", help="clients must show a certificate of this authority")
     parser.add_argument("--no-persist", action="store_true", help="the default: everything is in memory")
     return parser
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import ssl
 import stat
 import sys
 import threading
@@ -20,11 +21,12 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """Serves one `State` on loopback."""
+    """Serves one `State` on loopback. tls: what to encrypt with; `None` for not at all."""
 
-    def __init__(self, state: State, port: int) -> None:
+    def __init__(self, state: State, port: int, tls: ssl.SSLContext | None = None) -> None:
         self._state = state
         self._port = port
+        self._tls = tls
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
 
@@ -44,7 +46,7 @@ class Server:
             noop.cancel()
 
     async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self._port, limit=2**20)
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self._port, limit=2**20, ssl=self._tls)
         self._port = self._server.sockets[0].getsockname()[1]
         self._state.address = ("127.0.0.1", self._port)
 

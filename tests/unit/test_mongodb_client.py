@@ -34,6 +34,10 @@ from cdc.pulse import Pulse
     ("error", "kind"),
     [
         (AutoReconnect("connection closed"), TransientError),
+        (AutoReconnect("h:1: [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed (_ssl.c:1006)"), FatalError),
+        (AutoReconnect("h:1: [SSL: TLSV1_ALERT_UNKNOWN_CA] tlsv1 alert unknown ca (_ssl.c:2580)"), FatalError),
+        (AutoReconnect("h:1: [SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] alert (_ssl.c:2580)"), FatalError),
+        (AutoReconnect("h:1: [SSL: TLSV1_ALERT_INTERNAL_ERROR] alert (_ssl.c:2580)"), TransientError),
         (NotPrimaryError("not primary", {"code": 10107}), TransientError),
         (NetworkTimeout("timed out"), TransientError),
         (ServerSelectionTimeoutError("h:1: refused, Timeout: 1s, Topology Description: <...>"), TransientError),
