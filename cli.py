@@ -158,7 +158,12 @@ def check(context: typer.Context, *, as_json: AsJson = False) -> None:
     config = context.ensure_object(Session).config
     sections = [
         preflight.collect(
-            "daemon", [*preflight.check_data_dir(config), *preflight.guard("http", _check_served(config))]
+            "daemon",
+            [
+                *preflight.check_data_dir(config),
+                *preflight.guard("certificate", preflight.check_certificate(config)),
+                *preflight.guard("http", _check_served(config)),
+            ],
         ),
         *(
             preflight.collect(f"source {name}", kinds.preflight(source.kind).check_source(config, source))

@@ -11,6 +11,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
+from cdc.api.pinned import connection_to
 from cdc.errors import CdcError, FatalError, TransientError
 from cdc.position import SourcePosition, format_position
 
@@ -44,9 +45,10 @@ class Barrier(Protocol):
 class HttpBarrier:
     """Asks a running daemon to hold one of its sinks."""
 
-    def __init__(self, base_url: str, sink: str, token: str | None = None) -> None:
-        self._url = urlsplit(base_url)
-        self._path = f"{self._url.path.rstrip('/')}/sinks/{quote(sink, safe='')}"
+    def __init__(self, base_url: str, sink: str, token: str | None = None, certificate: str = "") -> None:
+        """certificate: as of `cdc.api.pinned.connection_to`."""
+        self._url, self._certificate = base_url, certificate
+        self._path = f"{urlsplit(base_url).path.rstrip('/')}/sinks/{quote(sink, safe='')}"
         self._headers = {"Content-Type": "application/json"}
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -65,9 +67,7 @@ class HttpBarrier:
             self._post("release", {}, 10)
 
     def _post(self, verb: str, body: Mapping[str, object], timeout_seconds: float) -> dict[str, Any]:
-        secure = self._url.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(self._url.hostname or "127.0.0.1", self._url.port, timeout=timeout_seconds)
+        connection = connection_to(self._url, self._certificate, timeout_seconds)
         try:
             connection.request("POST", f"{self._path}/{verb}", json.dumps(body), self._headers)
             response = connection.getresponse()

@@ -27,7 +27,7 @@ from cdc.capture import Capture
 from cdc.config import Config, LogLevel, SinkConfig, SourceConfig
 from cdc.dead_letters import Box, Office
 from cdc.delivery import Delivery
-from cdc.directory import lock_directory, told_address
+from cdc.directory import lock_directory, tell_address, told_address
 from cdc.discards import tell_kept
 from cdc.errors import CdcError, FatalError
 from cdc.letter import DeadLetters
@@ -131,9 +131,9 @@ class Daemon:
         with ExitStack() as stack:
             stack.enter_context(lock_directory(self._directory))
             web = self._web = stack.enter_context(listening(self._config, self))
-            stack.enter_context(told_address(self._directory, web.url))
+            stack.enter_context(told_address(self._directory, web.address))
             self._assemble()
-            log.info("started", version=__version__, data_dir=str(self._directory), http=web.url)
+            log.info("started", version=__version__, data_dir=str(self._directory), http=web.address.url)
             drained = await self._main_loop(web)
             if drained:
                 self._close_queues()
@@ -151,6 +151,9 @@ class Daemon:
             try:
                 config = self._parts.reload()
                 changed = changes(self._config, config)
+                if self._web is not None:
+                    self._web.renew_certificate()
+                    tell_address(self._directory, self._web.address)
             except CdcError as exc:
                 log.error("not reloaded: all stays as it was", error=str(exc), hint=exc.hint)
                 return

@@ -8,12 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, NamedTuple
 
 from cdc.errors import DirectoryInUse, FatalError
 
 ADDRESS_FILE: Final = "http"
 """Where the running daemon listens, for the command line."""
+
+
+class Address(NamedTuple):
+    """Where a daemon answers. certificate: SHA-256, in hex, of the one that it shows; empty without TLS."""
+
+    url: str
+    certificate: str = ""
 
 
 class DirectoryLock:
@@ -58,14 +65,24 @@ def lock_directory(path: Path) -> DirectoryLock:
     return DirectoryLock(descriptor)
 
 
-@contextmanager
-def told_address(directory: Path, url: str) -> Iterator[None]:
-    """Tell the command line where to ask, as long as the daemon runs."""
+def tell_address(directory: Path, address: Address) -> None:
+    """Tell the command line where to ask, and whom to trust."""
     path = directory / ADDRESS_FILE
     partial_file = path.with_name(f"{path.name}.new")
-    partial_file.write_text(url, encoding="ascii")
+    partial_file.write_text("\n".join(filter(None, address)), encoding="ascii")
     partial_file.replace(path)
+
+
+def read_address(directory: Path) -> Address:
+    """Where the running daemon answers. Raises `OSError` where none does."""
+    return Address(*(directory / ADDRESS_FILE).read_text(encoding="ascii").split("\n"))
+
+
+@contextmanager
+def told_address(directory: Path, address: Address) -> Iterator[None]:
+    """The same as long as the daemon runs."""
+    tell_address(directory, address)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        (directory / ADDRESS_FILE).unlink(missing_ok=True)

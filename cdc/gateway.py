@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import structlog
 
 from cdc import __version__
 from cdc.config import Config
-from cdc.errors import FatalError
+from cdc.errors import CdcError, FatalError
 from cdc.feed.place import served
 from cdc.process import on_signals, run_in_loop
-from cdc.web import listening
+from cdc.web import Web, listening
 
 log = structlog.get_logger()
 
@@ -25,11 +26,19 @@ def run(config: Config) -> None:
     run_in_loop(_serve(config))
 
 
+def _renew(web: Web) -> None:
+    """On SIGHUP; all else takes a restart."""
+    try:
+        web.renew_certificate()
+    except CdcError as exc:
+        log.error("certificate not renewed: all stays as it was", error=str(exc), hint=exc.hint)
+
+
 async def _serve(config: Config) -> None:
     stopping = asyncio.Event()
-    on_signals(stopping)
     with listening(config, None) as web:
-        log.info("gateway started", version=__version__, http=web.url)
+        on_signals(stopping, partial(_renew, web))
+        log.info("gateway started", version=__version__, http=web.address.url)
         serving = asyncio.create_task(web.serve(), name="http")
         stopped = asyncio.create_task(stopping.wait(), name="stopping")
         await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)

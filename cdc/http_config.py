@@ -72,6 +72,10 @@ class Http(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     address: str = "127.0.0.1:8642"
     """`HOST:PORT`; port 0 takes a free one. Another address than loopback demands tokens, or a jwt."""
+    certificate_file: str = ""
+    """HTTPS, by this certificate, and those between it and its authority, in PEM. Empty: HTTP."""
+    key_file: str = ""
+    """The certificate's private key in PEM, without a password. Empty: it is in the same file."""
     origins: tuple[str, ...] = ()
     """Web pages of these origins may use the interface, besides the daemon's own: such as `https://app.example.com`."""
     max_connections: Annotated[int, msgspec.Meta(ge=1)] = 2_000
@@ -121,6 +125,8 @@ def complete(http: Http) -> Http:
     _check_unique("name", [entry.name for entry in tokens])
     _check_unique("token", [entry.token.reveal() if entry.token else "" for entry in tokens])
     _check_address(http)
+    if http.key_file and not http.certificate_file:
+        raise ConfigError("http.key_file: there is no http.certificate_file", hint="set both, or none")
     for origin in http.origins:
         if not _ORIGIN.fullmatch(origin):
             raise ConfigError(

@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.padding import Padding
 from rich.text import Text
 
+from cdc.api.certificate import read_certificate
 from cdc.config import Config
 from cdc.errors import CdcError, FatalError
 
@@ -98,6 +99,17 @@ def check_data_dir(config: Config) -> Iterator[Finding]:
         yield Finding("warning", "data_dir", need, "lower queue.max_bytes, or move daemon.data_dir to a larger disk")
     else:
         yield Finding("ok", "data_dir", room)
+
+
+def check_certificate(config: Config) -> Iterator[Finding]:
+    """Whether HTTPS can be had with what is configured, and until when."""
+    certificate = read_certificate(config.http)
+    if certificate is None:
+        return
+    if certificate.problem:
+        yield Finding("warning", "certificate", certificate.problem, "renew it; then `systemctl reload cdc`, or SIGHUP")
+    else:
+        yield Finding("ok", "certificate", f"valid until {certificate.not_after:%Y-%m-%d %H:%M} UTC")
 
 
 def _render_section(section: Section) -> Iterator[Text | Padding]:

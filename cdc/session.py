@@ -12,7 +12,7 @@ from cdc import kinds, logs
 from cdc.api.client import Client, DaemonUnreachable
 from cdc.barrier import Barrier, HttpBarrier, NoBarrier
 from cdc.config import Config, SinkConfig, SourceConfig
-from cdc.directory import ADDRESS_FILE, DirectoryLock, lock_directory
+from cdc.directory import DirectoryLock, lock_directory, read_address
 from cdc.errors import DirectoryInUse, FatalError
 from cdc.kinds import build_source
 from cdc.letter import DeadLetters
@@ -92,10 +92,10 @@ class Session:
     def client(self) -> Client:
         """The running daemon. Raises `DaemonUnreachable` where there is none."""
         try:
-            address = (self.data_dir / ADDRESS_FILE).read_text(encoding="ascii")
+            address = read_address(self.data_dir)
         except OSError as exc:
             raise DaemonUnreachable("the daemon is not running", hint="start it with `cdc run`") from exc
-        return Client(address, self.config.http.admin_token)
+        return Client(address.url, self.config.http.admin_token, address.certificate)
 
     def status(self) -> DaemonStatus:
         """From the daemon, or from the data directory where it is down."""
@@ -146,7 +146,7 @@ class Session:
         if client is None:
             return NoBarrier(lambda: kinds.pair(sink.kind).stored_position(sink))
         token = self.config.http.admin_token
-        return HttpBarrier(client.url, sink.name, token.reveal() if token else None)
+        return HttpBarrier(client.url, sink.name, token.reveal() if token else None, client.certificate)
 
     def mirroring(self, sink: SinkConfig) -> Mirroring:
         """A source and its mirror, as the commands that compare them need them."""

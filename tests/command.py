@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cdc.directory import Address, read_address
 from tests.processes import kill_tree, wait_until
 
 CHECKOUT = Path(__file__).parents[1]
@@ -91,6 +92,11 @@ class Cdc:
     @property
     def log(self) -> str:
         return (self.folder / "log").read_text()
+
+    @property
+    def address(self) -> Address:
+        """Where the running daemon answers."""
+        return read_address(self.data_dir)
 
     def status(self) -> dict[str, Any]:
         status = json.loads(self("status", "--json").stdout)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPException
 from itertools import islice
 from typing import Any, Final
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import msgspec
 
+from cdc.api.pinned import connection_to
 from cdc.errors import CdcError
 from cdc.letter import Letter, LetterId, LetterPage, LetterQuery, Outcome, Outcomes
 from cdc.secret import Token
@@ -28,8 +29,10 @@ class DaemonUnreachable(CdcError):
 class Client:
     """Talks to one daemon; every call is one short connection."""
 
-    def __init__(self, url: str, token: Token | None = None) -> None:
+    def __init__(self, url: str, token: Token | None = None, certificate: str = "") -> None:
+        """certificate: as of `cdc.api.pinned.connection_to`."""
         self.url = url
+        self.certificate = certificate
         self._headers = {"Authorization": f"Bearer {token.reveal()}"} if token is not None else {}
 
     def status(self) -> DaemonStatus:
@@ -69,7 +72,7 @@ class Client:
 
     def request(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """What is answered. Raises `CdcError` with what the daemon says where that is an error."""
-        connection = HTTPConnection(urlsplit(self.url).netloc, timeout=TIMEOUT_SECONDS)
+        connection = connection_to(self.url, self.certificate, TIMEOUT_SECONDS)
         try:
             connection.request(method, path, body, headers=self._headers)
             response = connection.getresponse()

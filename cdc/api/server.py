@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -11,6 +12,7 @@ from typing import Final
 import uvicorn
 from starlette.types import ASGIApp
 
+from cdc.api.certificate import Certificate
 from cdc.api.connections import Connections, Http, WebSocket
 from cdc.api.crowd import Crowd
 from cdc.api.websocket import MAX_MESSAGE_BYTES
@@ -29,8 +31,16 @@ PING_SECONDS: Final = 20.0
 class Server:
     """Listens from the moment it is made; `serve` answers until `stop`."""
 
-    def __init__(self, app: ASGIApp, address: tuple[str, int], *, max_connections: int = MAX_CONNECTIONS) -> None:
-        """Raises `FatalError` where the address cannot be listened on."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        address: tuple[str, int],
+        *,
+        max_connections: int = MAX_CONNECTIONS,
+        certificate: Certificate | None = None,
+    ) -> None:
+        """Raises `FatalError` where the address cannot be listened on. certificate: `None` answers without TLS."""
+        self.certificate = certificate
         self._socket = _listen(address)
         _allow_files(max_connections + 2 * RESERVE)
         connections = Connections(max_connections + RESERVE)
@@ -50,6 +60,7 @@ class Server:
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 timeout_keep_alive=5,
                 timeout_graceful_shutdown=1,
+                ssl_context_factory=None if certificate is None else self._front_context,
             ),
             connections,
         )
@@ -59,6 +70,18 @@ class Server:
         """Where this machine reaches it: the port is the real one, a wildcard host is the loopback."""
         host, port = self._socket.getsockname()[:2]
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port  # noqa: S104 - compared, not bound
+
+    def _front_context(self, *_: object) -> ssl.SSLContext:
+        """Every connection begins with it, and goes on with that of today's certificate."""
+        assert self.certificate is not None
+        context = self.certificate.context
+        context.sni_callback = self._take_context
+        return context
+
+    def _take_context(self, connection: ssl.SSLObject, _name: str | None, _front: ssl.SSLContext) -> None:
+        """Called with each handshake, also where the client names nobody."""
+        assert self.certificate is not None
+        connection.context = self.certificate.context
 
     async def serve(self) -> None:
         """Answer until `stop`."""

@@ -38,7 +38,7 @@ def test_f110_a_stream_ends_with_its_token(tmp_path: Path, source: Source) -> No
     web = Web(configured(tmp_path, "token-1"), None)
     loop = EventLoop("web")
     serving = loop.start(web.serve())
-    url = web.url.replace("http", "ws") + "/ws"
+    url = web.address.url.replace("http", "ws") + "/ws"
 
     def headers(token: str) -> dict[str, str]:
         return {"Authorization": f"Bearer {token}"}
