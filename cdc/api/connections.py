@@ -37,12 +37,12 @@ class Connections:
 
     def __init__(self, limit: int) -> None:
         """limit: of open connections. Beyond it, one that has not asked for anything yet makes room for a new one."""
-        self._limit = limit
+        self.limit = limit
         self._concerns: dict[asyncio.Protocol, tuple[Hashable, float]] = {}
 
     def admit(self, newcomer: Http, others: Collection[asyncio.Protocol]) -> None:
         """Make room for a new connection, or end it if all others are at work."""
-        if len(others) > self._limit:
+        if len(others) > self.limit:
             idle = (other for other in others if isinstance(other, Http) and other.is_waiting and other is not newcomer)
             next(idle, newcomer).transport.abort()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import socket
 import ssl
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp
 from cdc.api.certificate import Certificate
 from cdc.api.connections import Connections, Http, WebSocket
 from cdc.api.crowd import Crowd
+from cdc.api.handshakes import Handshakes
 from cdc.api.websocket import MAX_MESSAGE_BYTES
 from cdc.errors import FatalError
 
@@ -100,6 +102,33 @@ class _Uvicorn(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
         super().__init__(config)
         self._connections = connections
+        self._accepting: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; with TLS by ourselves, so that handshakes are watched as well as what comes after them."""
+        if self.config.ssl is None:
+            await super().startup(sockets)
+            return
+        assert sockets is not None
+        handshakes = Handshakes(self.config.ssl, self._new_protocol, self._room)
+        self._accepting = asyncio.create_task(handshakes.accept(sockets[0]), name="handshakes")
+        self.servers = []
+        self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept nobody any more, and end what is open."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+        await super().shutdown(sockets)
+
+    def _new_protocol(self) -> asyncio.Protocol:
+        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
+
+    def _room(self) -> int:
+        return self._connections.limit - len(self.server_state.connections)
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -9,12 +10,20 @@ import signal
 import socket
 import ssl
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 from websockets.sync.client import connect
 
+from cdc.api.app import create_app
+from cdc.api.certificate import read_certificate
+from cdc.api.server import Server
+from cdc.http_config import Http
+from cdc.process import loop_factory
 from tests.command import NOWHERE, Cdc, assert_complaint
 from tests.feed_stores import opened, place_at
 from tests.processes import wait_until
@@ -189,3 +198,60 @@ def test_certificate_that_cannot_be_used(
     if certificate is not None:
         shutil.copy(cdc.folder / certificate, cdc.folder / "shown.pem")
     assert_complaint(cdc("run"), 2, error, hint)
+
+
+LOOPS = [asyncio.new_event_loop, *filter(None, [loop_factory()])]
+
+
+@pytest.fixture(params=LOOPS, ids=lambda made_by: made_by.__module__)
+def server(request: pytest.FixtureRequest, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """For 30 connections, in a thread with an event loop of each kind."""
+    monkeypatch.setattr("cdc.api.server.RESERVE", 10)
+    shown = authority.issue("api")
+    http = Http(certificate_file=str(shown.certificate), key_file=str(shown.key))
+    server = Server(create_app(None, http), ("127.0.0.1", 0), max_connections=20, certificate=read_certificate(http))
+    with asyncio.Runner(loop_factory=request.param) as runner:
+        loop = runner.get_loop()
+        thread = threading.Thread(target=lambda: runner.run(server.serve()))
+        thread.start()
+        try:
+            yield server
+        finally:
+            loop.call_soon_threadsafe(server.stop)
+            thread.join(30)
+            server.close()
+
+
+def test_f107_flood_of_handshakes_makes_room(server: Server, authority: Authority) -> None:
+    with ExitStack() as stack:
+        flood = [stack.enter_context(socket.create_connection(server.address, timeout=20)) for _ in range(100)]
+        assert is_healthy(server, authority)
+        wait_until(lambda: sum(map(is_cut_off, flood)) >= 70, what="silent connections to be ended")
+
+
+def test_f107_dawdling_handshake_is_cut_off(
+    server: Server, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdc.api.handshakes.REQUEST_SECONDS", 0.1)
+    with socket.create_connection(server.address, timeout=20) as connection:
+        assert connection.recv(100) == b""
+    with socket.create_connection(server.address, timeout=20) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        wait_until(lambda: is_cut_off(connection))
+    assert is_healthy(server, authority)
+
+
+def is_healthy(server: Server, authority: Authority) -> bool:
+    host, port = server.address
+    with urlopen(f"https://{host}:{port}/health", context=trusting(authority), timeout=20) as answer:
+        return bool(answer.status == 200)
+
+
+def is_cut_off(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(100) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
