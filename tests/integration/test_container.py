@@ -25,6 +25,7 @@ import yaml
 from cdc import config_file
 from cdc.config import Config
 from sinks import options_of
+from tests.fences import read_only_but
 from tests.processes import free_port, kill_tree, wait_until
 from tests.servers import PostgresServer, binaries
 
@@ -164,23 +165,6 @@ def prepared() -> Iterator[PostgresServer]:
         path = f"{binaries(18)}:{os.environ['PATH']}"
         subprocess.run([DEPLOY / "compose" / "postgres.sh"], env={"PATH": path, **surroundings}, check=True)
         yield server
-
-
-FENCED: Final = """
-while [ "$1" != -- ]; do mount --bind "$1" "$1"; shift; done; shift
-mount -o remount,bind,ro /
-exec "$@"
-"""
-
-
-def read_only_but(folder: Path, *writable: Path) -> list[str]:
-    """What is put before a command so that it can write nowhere else; nothing where the system does not allow that.
-
-    folder: of the test, which then cannot be written.
-    """
-    command = ["unshare", "--mount", "--map-root-user", "sh", "-ec", FENCED, "sh", *map(str, writable), "--"]
-    touched = subprocess.run([*command, "touch", str(folder / "probe")], capture_output=True, text=True, check=False)
-    return command if "Read-only file system" in touched.stderr else []
 
 
 class Container:
