@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, Self
+from urllib.error import HTTPError
 
 import pymongo
 
@@ -182,6 +183,14 @@ class Setting:
         self.client[PATHS[2]].marks.insert_one({"_id": text})
         self.wait(lambda: self._has_arrived(text), "the mirrors to catch up")
         self.wait(self._is_quiet, "nothing to be at work")
+        self.wait(self._is_feed_there, "the feed to be read again")
+
+    def _is_feed_there(self) -> bool:
+        """It is found again a little later than the mirror beside it."""
+        try:
+            return bool(self.api.get("/api/changes/poll?limit=1"))
+        except HTTPError:
+            return False
 
     def _has_arrived(self, mark: str) -> bool:
         if self.client[PATHS[3]].marks.find_one({"_id": mark}) is None:
