@@ -130,22 +130,26 @@ def lsn(text: str) -> int:
 
 def keep(cdc: Installation, mirror: Database, backup: Documents, archive: Path) -> None:
     """Put all that is left behind into one file."""
-    dump: list[str | Path] = [
-        mirror.server.bin_dir / "pg_dump",
-        "--inserts",
-        "--no-owner",
-        "--no-privileges",
-        "-d",
-        mirror.url,
-    ]
-    text = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
-    (cdc.folder / "target.sql").write_text(
-        "\n".join(line for line in text.splitlines() if not line.startswith(("\\restrict", "\\unrestrict")))
-    )
+    dump(mirror, cdc.folder / "target.sql")
     collections = {name: list(backup[name].find()) for name in sorted(backup.list_collection_names())}
     (cdc.folder / "target.json").write_text(json_util.dumps(collections, json_options=CANONICAL, indent=1))
+    pack(cdc, archive, "target.sql", "target.json")
+
+
+def dump(mirror: Database, file: Path) -> None:
+    """Write all of a mirror in PostgreSQL, with what is stored beside it, as SQL."""
+    arguments = ("--inserts", "--no-owner", "--no-privileges", "-d", mirror.url)
+    command: list[str | Path] = [mirror.server.bin_dir / "pg_dump", *arguments]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    file.write_text(
+        "\n".join(line for line in text.splitlines() if not line.startswith(("\\restrict", "\\unrestrict")))
+    )
+
+
+def pack(cdc: Cdc, archive: Path, *files: str) -> None:
+    """Put the data directory, and these files beside it, into one."""
     with tarfile.open(archive, "w:xz") as file:
-        for name in ("data", "target.sql", "target.json"):
+        for name in ("data", *files):
             file.add(cdc.folder / name, name, filter=_nobodys)
 
 
@@ -157,11 +161,16 @@ def _nobodys(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 def restore(archive: Path, folder: Path, mirror: Database, backup: Documents) -> None:
     """Put it back, but for the index that refused a document."""
+    unpack(archive, folder, mirror)
+    for name, documents in json_util.loads((folder / "target.json").read_text(), json_options=CANONICAL).items():
+        backup[name].insert_many(documents)
+
+
+def unpack(archive: Path, folder: Path, mirror: Database) -> None:
+    """Put the files and a mirror in PostgreSQL back."""
     with tarfile.open(archive) as file:
         file.extractall(folder, filter="data")
     mirror.server.psql((folder / "target.sql").read_text(), mirror.name)
-    for name, documents in json_util.loads((folder / "target.json").read_text(), json_options=CANONICAL).items():
-        backup[name].insert_many(documents)
 
 
 def main(checkout: Path, archive: Path) -> None:

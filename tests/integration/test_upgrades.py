@@ -14,14 +14,17 @@ import pymongo
 import pytest
 
 from cdc.queue.format import FORMAT
-from tests import state
-from tests.command import CHECKOUT, NOWHERE
+from tests import parked_state, state
+from tests.command import CHECKOUT, NOWHERE, Cdc
 from tests.feed import FeedDaemon, assert_ordered
+from tests.letters import fates, letters, mirror, none_is_parked
 from tests.mongod.fixture import MongoDatabase
+from tests.processes import wait_until
 from tests.servers import Database
 from tests.state import Installation
 
 STATES = sorted((CHECKOUT / "tests" / "data").glob("queue-*.tar.xz"))
+PARKED = sorted((CHECKOUT / "tests" / "data").glob("parked-*.tar.xz"))
 NO_MONGODB = "mongodb://127.0.0.1:1/state_orders?serverSelectionTimeoutMS=200"
 
 Client = pymongo.MongoClient[dict[str, Any]]
@@ -49,6 +52,11 @@ def cdc(tmp_path: Path, archive: Path, target_db: Database, backup: MongoDatabas
     return found
 
 
+def format_of(archive: Path) -> int:
+    """As its name tells."""
+    return int(archive.name.partition(".")[0].rpartition("-")[2])
+
+
 def queue_format(path: Path) -> int:
     with closing(sqlite3.connect(path)) as connection:
         return int(connection.execute("PRAGMA user_version").fetchone()[0])
@@ -61,7 +69,7 @@ def test_there_is_a_state_of_each_earlier_format() -> None:
 def test_f92_what_an_earlier_version_left_goes_on_where_it_was(
     cdc: Installation, archive: Path, target_db: Database, backup: MongoDatabase
 ) -> None:
-    number = int(archive.name.removeprefix("queue-").partition(".")[0])
+    number = format_of(archive)
     assert queue_format(cdc.data_dir / "shop.queue") == number
     before = cdc.status()
     assert {name: sink["parked"] for name, sink in before["sinks"].items()} == {"mirror": 0, "changes": 0, "backup": 1}
@@ -89,6 +97,31 @@ def test_f92_what_an_earlier_version_left_goes_on_where_it_was(
         "delete": 1,
     }, "what was delivered before does not come again"
     assert after["sources"]["shop"]["queue"]["last_seq"] == before["sources"]["shop"]["queue"]["last_seq"]
+
+
+@pytest.mark.parametrize("archive", PARKED, ids=lambda path: path.name.partition(".")[0])
+def test_f92_what_an_earlier_version_has_parked_is_applied_in_order(
+    tmp_path: Path, target_db: Database, archive: Path
+) -> None:
+    """Of a mirror in PostgreSQL: a dead change, two that wait behind it, and one that is tried when it goes on."""
+    state.unpack(archive, tmp_path, target_db)
+    cdc = Cdc(tmp_path)
+    parked_state.configure(cdc, NOWHERE, target_db.url, attempts=5, seconds=36_000)
+    assert queue_format(cdc.data_dir / "shop.queue") == format_of(archive)
+    before = letters(cdc)
+    assert [each["state"] for each in before] == ["dead", "waiting", "waiting", "retrying"]
+    with cdc.running():
+        assert letters(cdc) == before
+        target_db.execute("ALTER TABLE items DROP CONSTRAINT poison")
+        assert cdc("resume", "mirror").returncode == 0
+        wait_until(lambda: target_db.value("SELECT name FROM items WHERE id = 8"), what=lambda: cdc.log)
+        wait_until(lambda: letters(cdc) == before[:3], what=lambda: f"the last to be tried: {letters(cdc)}")
+        assert fates(cdc, "retry", "--all") == (0, ["applied"])
+        none_is_parked(cdc)
+        applied = mirror(cdc)["changes"]
+    items = [(1, "bad"), (2, "item 2"), (3, "item 3"), (8, "waiting"), (70, "good")]
+    assert target_db.execute("SELECT id, name FROM items ORDER BY id") == items
+    assert applied["insert"] + applied["update"] == 5, applied
 
 
 @pytest.mark.parametrize("archive", STATES[-1:], indirect=True)
