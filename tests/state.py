@@ -13,7 +13,6 @@ mirror had.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
-from urllib.request import urlopen
 
 import pymongo
 from bson import json_util
@@ -71,15 +69,6 @@ class Installation(Cdc):
     def is_in(self, sink: str, wanted: str) -> bool:
         """Whether a sink is in that state."""
         return bool(self.sink(sink)["state"] == wanted)
-
-    def status(self) -> dict[str, Any]:
-        """From the daemon itself where it runs: a process for each look would take most of the time."""
-        address = self.data_dir / "http"
-        if not address.exists():
-            return super().status()
-        with urlopen(f"{address.read_text()}/status", timeout=60) as answer:
-            found: dict[str, Any] = json.load(answer)
-        return found
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
         """Wait until something is so."""

@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 
 import psutil
 
+from tests.command import read_status, status_of_running
 from tests.processes import kill_tree
 
 CHECKOUT: Final = Path(__file__).parents[2]
@@ -140,9 +141,11 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         """What `cdc status` says."""
-        status = json.loads(self.ask("status", "--json").stdout)
-        assert isinstance(status, dict)
-        return status
+        return self.told() or read_status(self.ask("status", "--json").stdout)
+
+    def told(self) -> dict[str, Any] | None:
+        """The same, but only while the process says it itself."""
+        return status_of_running(self.data_dir) if self.running else None
 
     def log_tail(self, lines: int = 20) -> str:
         """The end of the log."""

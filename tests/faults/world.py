@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -181,9 +180,10 @@ class World(ABC):
             raise Violation(f"the daemon ended by itself; its log ends:\n{self.daemon.log_tail()}")
 
     def _check_pipelines(self) -> None:
-        status = self.daemon.ask("status", "--json")
-        if '"state":"failed"' in status.stdout.replace(" ", ""):
-            raise Violation(f"a pipeline has failed:\n{status.stdout}\n{self.daemon.log_tail()}")
+        status = self.daemon.told() or {}
+        pipelines = status.get("sources", {}) | status.get("sinks", {})
+        if any(pipeline["state"] == "failed" for pipeline in pipelines.values()):
+            raise Violation(f"a pipeline has failed:\n{status}\n{self.daemon.log_tail()}")
 
     def pass_gap(self, strike: Callable[[], object]) -> None:
         """Let history be lost, and the stream begin anew by itself; then the feed must not lack anything again."""
@@ -205,9 +205,9 @@ class World(ABC):
     @property
     def is_resynced(self) -> bool:
         """Whether the daemon says that nothing of the mirror is to be made right any more; False while it begins."""
-        status = self.daemon.ask("status", "--json").stdout
-        sink = json.loads(status)["sinks"]["mirror"] if status else {"state": "unknown", "resync": None}
-        return sink["state"] == "running" and sink["resync"] is None
+        status = self.daemon.told()
+        sink = status["sinks"]["mirror"] if status else {"state": "unknown", "resync": None}
+        return bool(sink["state"] == "running" and sink["resync"] is None)
 
     # the check
 
