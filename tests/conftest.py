@@ -39,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]  # libpq would mix them into every connection
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of the many commands that tests start would compile `cdc`
 
 
 @pytest.fixture(scope="session")
