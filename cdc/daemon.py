@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -45,8 +45,10 @@ from cdc.stats import CaptureStats, DeliveryStats, State
 from cdc.status import DaemonStatus, snapshot
 from cdc.steering import Ordered, Replayed, replay, resync
 from cdc.supervision import Supervision
-from cdc.web import Web, listening
 from cdc.wishes import Wish
+
+if TYPE_CHECKING:
+    from cdc.web import Web
 
 log = structlog.get_logger()
 
@@ -128,6 +130,8 @@ class Daemon:
         Raises `CdcError` where the daemon cannot start at all (nothing has been touched then), or has nothing left
         that it could do.
         """
+        from cdc.web import listening  # noqa: PLC0415 - a third of the start of every command, and most serve nothing
+
         with ExitStack() as stack:
             stack.enter_context(lock_directory(self._directory))
             web = self._web = stack.enter_context(listening(self._config, self))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -12,7 +13,9 @@ from cdc.config import Config
 from cdc.errors import CdcError, FatalError
 from cdc.feed.place import served
 from cdc.process import on_signals, run_in_loop
-from cdc.web import Web, listening
+
+if TYPE_CHECKING:
+    from cdc.web import Web
 
 log = structlog.get_logger()
 
@@ -35,6 +38,8 @@ def _renew(web: Web) -> None:
 
 
 async def _serve(config: Config) -> None:
+    from cdc.web import listening  # noqa: PLC0415 - as in the daemon
+
     stopping = asyncio.Event()
     with listening(config, None) as web:
         on_signals(stopping, partial(_renew, web))
