@@ -100,6 +100,15 @@ def _handler(backend: Backend) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One for all: pages come from it, and what they send goes to the backend; only the last test writes to it."""
+    service = Service(tmp_path_factory.mktemp("service"))
+    service.start()
+    yield service
+    service.close()
+
+
 @pytest.fixture
 def backend() -> Iterator[Backend]:
     backend = Backend()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -24,12 +25,14 @@ def tools() -> Path:
     """The folder of esbuild and tsc. Skips where npm cannot bring them."""
     if shutil.which("npm") is None:
         pytest.skip("no npm on this machine: React hooks and TypeScript types are not tried")
-    installed = FOLDER / "node_modules" / ".package-lock.json"
-    if not installed.exists() or installed.stat().st_mtime < (FOLDER / "package-lock.json").stat().st_mtime:
-        command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-        done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=240, check=False)
-        if done.returncode:
-            pytest.skip(f"npm cannot install React and TypeScript: {done.stderr[-300:]}")
+    wanted, installed = FOLDER / "package-lock.json", FOLDER / "node_modules" / ".package-lock.json"
+    with wanted.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may run other tests of this file
+        if not installed.exists() or installed.stat().st_mtime < wanted.stat().st_mtime:
+            command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+            done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=240, check=False)
+            if done.returncode:
+                pytest.skip(f"npm cannot install React and TypeScript: {done.stderr[-300:]}")
     return FOLDER / "node_modules" / ".bin"
 
 
