@@ -11,7 +11,7 @@ import pytest
 from cdc.errors import ResyncRequired
 from tests.mirror import Mirror, running_mirror, wait_for
 from tests.processes import run_as
-from tests.servers import Database, PostgresServer, _give_away
+from tests.servers import Database, PostgresServer, give_away
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int NOT NULL DEFAULT 0)"
 
@@ -62,7 +62,7 @@ def pair(target_db: Database, tmp_path: Path, pg_dump: Path) -> Iterator[Pair]:
     with PostgresServer(18) as primary:
         database = primary.create_database("shop")
         standby = PostgresServer(18)
-        _give_away(standby.folder)
+        give_away(standby.folder)
         command: list[str | Path] = [primary.bin_dir / "pg_basebackup", "-D", standby.data_dir, "-d", primary.url()]
         subprocess.run([*command, "-c", "fast", "-R", "-C", "-S", "standby"], check=True, **run_as())
         with (standby.data_dir / "postgresql.conf").open("a") as file:
