@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from contextlib import suppress
 from typing import Any, Final, Literal, TextIO
 
 import structlog
@@ -27,11 +28,25 @@ def configure(log_format: Format = "auto", level: str = "info", stream: TextIO |
     structlog.configure(
         processors=[*_processors(), renderer],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
-        # a line in one write: libpq, and whoever else has the descriptor, would come between it and its end
-        logger_factory=structlog.WriteLoggerFactory(stream),
+        logger_factory=lambda *_: _Writer(stream),
         cache_logger_on_first_use=False,
     )
     _configure_standard_library(renderer, threshold, stream)
+
+
+class _Writer(structlog.WriteLogger):
+    """Writes a line at once: libpq, and whoever else has the descriptor, would come between it and its end.
+
+    What cannot be written is dropped: no work stops because the log's disk is full, or nobody reads its pipe.
+    """
+
+    def msg(self, message: str) -> None:
+        """Write a line."""
+        with suppress(OSError):
+            super().msg(message)
+
+    log = debug = info = warn = warning = msg
+    fatal = failure = err = error = critical = exception = msg
 
 
 def redact(text: str) -> str:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
-from typing import Any
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
 import structlog
@@ -44,6 +48,30 @@ def raise_and_log(log: Any) -> None:
         raise ValueError(f"cannot reach {URL}")
     except ValueError:
         log.exception("broken")
+
+
+def full_disk() -> TextIO:
+    return Path("/dev/full").open("w", buffering=1)
+
+
+def pipe_that_nobody_reads() -> TextIO:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w", buffering=1)
+
+
+@pytest.mark.parametrize("opened", [full_disk, pipe_that_nobody_reads])
+def test_f86_a_log_that_cannot_be_written_stops_nobody(
+    opened: Callable[[], TextIO], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither ours nor that of libraries."""
+    stream = opened()
+    logs.configure("json", "info", stream)
+    for _ in range(1_000):  # more than is buffered
+        structlog.get_logger().info("applied", changes=3)
+        logging.getLogger("library").warning("lost")
+    with suppress(OSError):
+        stream.close()
 
 
 def test_one_line_of_json_a_fact() -> None:
