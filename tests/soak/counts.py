@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,8 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Final
-
-_NUMBER: Final = re.compile(r"[-_]?\d+")
 
 Counts = Mapping[str, int]
 """By what is counted."""
@@ -67,13 +64,13 @@ def new_highs(values: Sequence[int]) -> int:
 
 
 def process_counts(pid: int) -> Counter[str]:
-    """Open descriptors by what they are, threads by name (15 characters, without numbers), and children (Linux)."""
+    """Open descriptors by what they are, threads by the name that the kernel knows, and children (Linux)."""
     process = Path(f"/proc/{pid}")
     found = Counter(_descriptors(process / "fd"))
     found["children"] = 0
     for task in (process / "task").iterdir():
         with suppress(OSError):  # it has just ended
-            found[f"threads {_NUMBER.sub('', (task / 'comm').read_text().strip())}"] += 1
+            found[f"threads {(task / 'comm').read_text().strip()}"] += 1
             found["children"] += len((task / "children").read_text().split())
     return found
 

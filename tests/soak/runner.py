@@ -76,24 +76,22 @@ class Soak:
         self._progress = progress
         self._begin = time.monotonic()
 
-    def run(self, *, seconds: float = 0.0, lives: int = 1, rounds: int = ROUNDS) -> Result:
+    def run(self, *, seconds: float = 0.0, lives: int = 0, rounds: int = ROUNDS) -> Result:
         """So long, and at least so many lives of so many rounds. Problems are in the result."""
         try:
-            while len(self.result.lives) < lives or self._elapsed() + self._seconds_of_a_life() < seconds:
-                self._live(rounds)
+            while len(self.result.lives) < lives or self._elapsed() < seconds:
+                self._live(rounds, at_least=rounds if len(self.result.lives) < lives else 1, seconds=seconds)
         except (AssertionError, OSError) as exc:
             self.result.problems.append(f"{type(exc).__name__}: {exc}")
         self.result.seconds = round(self._elapsed(), 1)
         return self.result
 
-    def _seconds_of_a_life(self) -> float:
-        return self._elapsed() / len(self.result.lives)
-
-    def _live(self, rounds: int) -> None:
+    def _live(self, rounds: int, *, at_least: int, seconds: float) -> None:
+        """So many rounds, or fewer where the time is over before."""
         life = Life()
         self.result.lives.append(life)
         self._setting.start()
-        for _ in range(rounds):
+        while len(life.counts) < rounds and (len(life.counts) < at_least or self._elapsed() < seconds):
             self._round(life)
         if code := self._setting.daemon.stop():
             self.result.problems.append(f"SIGTERM ended in exit code {code}")
@@ -168,7 +166,7 @@ def _say(line: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30, help="how long; at least one life (30)")
+    parser.add_argument("--minutes", type=float, default=30, help="how long (30)")
     parser.add_argument(
         "--rounds", type=int, default=ROUNDS, help=f"of a life, until the daemon is restarted ({ROUNDS})"
     )

@@ -20,8 +20,8 @@ def test_f109_f110_days_of_work_leak_nothing(tmp_path: Path) -> None:
     """Two lives; one round more in the first than a leak takes to be seen."""
     brief = [phase for phase in phases.PHASES if phase not in LONG]
     with Setting(tmp_path, seed=1) as setting:
-        soak = Soak(setting, seed=1, pace=BRIEF, phases=brief, patience_seconds=2)
-        assert soak.run(rounds=4).problems == []
+        soak = Soak(setting, seed=1, pace=BRIEF, phases=brief, patience_seconds=1)
+        assert soak.run(lives=1, rounds=4).problems == []
         result = soak.run(lives=2, rounds=1)
     assert result.problems == []
     assert [len(life.counts) for life in result.lives] == [4, 1]
