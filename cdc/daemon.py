@@ -72,8 +72,7 @@ class Parts:
 def run(config: Config, parts: Parts) -> bool:
     """Run until SIGTERM or SIGINT, and drain; a second signal ends the process at once.
 
-    Returns whether everything ended within `drain_seconds`; if not, threads are still at work, and only leaving
-    the process ends them. (Nothing is lost by that: what was not confirmed comes again.)
+    Returns if all ended within `drain_seconds`; if not, only leaving the process ends its threads (nothing is lost).
     """
     return run_in_loop(Daemon(config, parts, Notifier.from_environment()).run_until_signalled())
 
@@ -127,8 +126,7 @@ class Daemon:
     async def run(self) -> bool:
         """Run until `stop`, and drain; returns what `cdc.daemon.run` does.
 
-        Raises `CdcError` where the daemon cannot start at all (nothing has been touched then), or has nothing left
-        that it could do.
+        Raises `CdcError` where it cannot start at all (nothing has been touched then), or has nothing left to do.
         """
         from cdc.web import listening  # noqa: PLC0415 - a third of the start of every command, and most serve nothing
 
