@@ -405,6 +405,7 @@ def test_f109_drain_ends_inside_its_deadline(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=60)
     assert process.returncode == 1
+    assert '"at_most_seconds": 0.3' in log
     assert '"drained": false' in log
     assert not (tmp_path / "applied").exists()
 
