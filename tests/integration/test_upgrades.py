@@ -114,7 +114,7 @@ def test_f92_what_an_earlier_version_has_parked_is_applied_in_order(
         assert letters(cdc) == before
         target_db.execute("ALTER TABLE items DROP CONSTRAINT poison")
         assert cdc("resume", "mirror").returncode == 0
-        wait_until(lambda: target_db.value("SELECT name FROM items WHERE id = 8"), what=lambda: cdc.log)
+        wait_until(lambda: target_db.execute("SELECT id FROM items WHERE id = 8"), what=lambda: cdc.log)
         wait_until(lambda: letters(cdc) == before[:3], what=lambda: f"the last to be tried: {letters(cdc)}")
         assert fates(cdc, "retry", "--all") == (0, ["applied"])
         none_is_parked(cdc)
