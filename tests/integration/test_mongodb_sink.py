@@ -323,6 +323,19 @@ def test_f77_a_delete_and_an_insert_of_one_key_keep_their_order(pair: MongoPair)
     pair.check_equal()
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+def test_f72_f73_a_name_that_comes_twice_beside_a_timestamp_of_zero(pair: MongoPair, batches: int) -> None:
+    """A replacement would get the time instead: see `cdc.mongodb.delta.replacement`."""
+    pair.source.a.insert_one(RawBSONDocument(b"".join((
+        (31).to_bytes(4, "little"), b"\x10_id\0\1\0\0\0", b"\x10n\0\1\0\0\0", b"\x10n\0\2\0\0\0", b"\x0at\0", b"\0",
+    ))))  # fmt: skip
+    if batches == 2:
+        pair.deliver()
+    pair.source.a.update_one({"_id": 1}, {"$set": {"t": Timestamp(0, 0)}})
+    pair.deliver()
+    pair.check_equal()
+
+
 def test_f78_capped_collections_keep_their_order(pair: MongoPair) -> None:
     pair.source.create_collection("log", capped=True, size=100_000, max=5)
     pair.source.log.insert_many([{"_id": number} for number in (5, 1, 4, 2, 3, 9, 8)])

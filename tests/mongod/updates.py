@@ -45,12 +45,12 @@ class Update:
     def apply(self, document: bytes, *, inserting: bool = False) -> Change:
         """The changed document; `CommandError` 66 if that would change `_id`."""
         if self.kind == raw.ARRAY:
-            after = mock.update_by_pipeline(document, [raw.decode(stage) for stage in raw.array_documents(self.spec)])
+            after = _by_pipeline(document, list(raw.array_documents(self.spec)))
             difference = deltas.compare(document, after)
             small = difference.size() < len(after) or not difference
             change = Change(after, difference if small else None)
         elif self.is_replacement:
-            change = Change(_replacement(document, self.spec), None)
+            change = Change(_replacement(document, stamped(self.spec)), None)
         else:
             change = _Operators(document, self, inserting).run()
         if not inserting:
@@ -64,8 +64,21 @@ def _replacement(document: bytes, spec: bytes) -> bytes:
     if own is not None and kept is not None and key_of(own) != key_of(kept):
         raise _id_changed(own)
     chosen = kept or own
-    rest = b"".join(raw.element(*part) for part in raw.elements(stamped(spec)) if part[0] != b"_id")
+    rest = b"".join(raw.element(*part) for part in raw.elements(spec) if part[0] != b"_id")
     return raw.wrap((raw.element(b"_id", *chosen) if chosen else b"") + rest)
+
+
+def _by_pipeline(document: bytes, stages: list[bytes]) -> bytes:
+    """A literal that is put in the document's place keeps its bytes, names that come twice included."""
+    if len(stages) == 1 and (literal := _only(_only(stages[0], b"$replaceWith"), b"$literal")) is not None:
+        return _replacement(document, literal)
+    return mock.update_by_pipeline(document, [raw.decode(stage) for stage in stages])
+
+
+def _only(document: bytes | None, name: bytes) -> bytes | None:
+    """The document that is all there is in another one, under this name."""
+    parts = [] if document is None else list(raw.elements(document))
+    return parts[0][2] if [part[:2] for part in parts] == [(name, OBJECT)] else None
 
 
 def stamped(document: bytes) -> bytes:
