@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -16,6 +17,7 @@ import structlog
 from cdc.change import Batch
 from cdc.config import SinkConfig
 from cdc.errors import TransientError
+from cdc.feed.beside import Beside
 from cdc.feed.composer import NO_CONTEXT, Composer, Draft, Drafter, keys_of
 from cdc.feed.event import translator
 from cdc.feed.options import FeedOptions
@@ -64,17 +66,19 @@ class DataChangesSink:
         return position
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """Do nothing: as objects changes weigh much more than in batches, and a second thread would wait for the first.
-
-        (Both want the interpreter: SQLite gives it away for every row, and gets it back late.)
-        """
+        """Do nothing: as objects changes weigh much more than in batches."""
 
     def apply(self, batches: Sequence[Batch], position: Position) -> Applied:
         """Append in order; visible together with `position` when `batches` end with a complete transaction."""
         if not self._is_open:
             raise TransientError(f"sink {self.name} is not connected")
-        for drafts in map(self._new, self._drafts(batches)):
-            self._writer.append(*self._composer.compose(drafts, self._writer.states(keys_of(drafts))))
+        with Beside(f"write:{self.name}") as beside:
+            for drafts in self._drafts(batches):
+                if self._writer.is_remote and len(drafts) == DRAFTS_AT_ONCE:
+                    beside.begin(partial(self._write, drafts))
+                else:
+                    beside.wait()
+                    self._write(drafts)
         if batches[-1].complete:
             self._writer.commit(position)
             self._context = NO_CONTEXT
@@ -135,6 +139,10 @@ class DataChangesSink:
     def check(self) -> Iterator[Finding]:
         """Look whether the feed can be reached."""
         yield from check(self._place)
+
+    def _write(self, drafts: Sequence[Draft]) -> None:
+        new = self._new(drafts)
+        self._writer.append(*self._composer.compose(new, self._writer.states(keys_of(new))))
 
     def _new(self, drafts: Sequence[Draft]) -> Sequence[Draft]:
         """Without what is told already: a feed that was dropped begins with what the queue still has.

@@ -92,6 +92,8 @@ def check(place: Place) -> Iterator[Finding]:
 class Writer(StoreWriter):
     """`cdc.feed.store.FeedWriter`."""
 
+    is_remote = False
+
     def _connect(self) -> Session:
         return _Session(self._place)
 

@@ -19,12 +19,17 @@ SCAN_ROWS = 2_000
 
 
 class FeedWriter(Protocol):
-    """Writes the changes of one source. Used by one thread.
+    """Writes the changes of one source. Used by one thread at a time.
 
     Every transaction on the feed, of whatever writer, first takes one lock, which it holds until it has committed, and
     then gives ids: so they become visible in the order of their numbers. Raises the errors of `cdc.errors`; after one
     of `begin`, `states`, `append` or `commit` nothing is left of the transaction, and `open` comes next.
+
+    is_remote: whether a server does the work. Where it is done here, for every row the interpreter is given away, and
+    comes back late if another thread wants it.
     """
+
+    is_remote: bool
 
     def open(self) -> Position | None:
         """Connect, create or migrate the tables, and return this source's position; `None` if it has none."""

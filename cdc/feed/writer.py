@@ -106,6 +106,8 @@ class StoreWriter(ABC):
     What a source writes has a session of its own; publishing and pruning, which other threads may do, share another.
     """
 
+    is_remote = True
+
     def __init__(self, place: Place, source: str) -> None:
         self._place = place
         self._source = source
