@@ -2,8 +2,7 @@
 
 Run elsewhere: docs/migrations.md by tests/integration/test_migrations.py, the example of CONTRIBUTING.md by
 tests/integration/test_contributing.py. Run by no test: `pip install .` (needs a network), `docker` and `compose` (need
-an engine), `systemctl` (needs systemd), pgloader, and the long runs of scripts/bench, scripts/faults and
-scripts/soak.
+an engine), `systemctl` (needs systemd), and the long runs of scripts/bench, scripts/faults and scripts/soak.
 """
 
 from __future__ import annotations
