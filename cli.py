@@ -48,12 +48,11 @@ from cdc.session import NoFacts, Session
 from cdc.sink import Mirror, Pruning, Sink, SinkContext, StreamSink
 from cdc.stats import CaptureStats, DeliveryStats
 from cdc.status import DaemonStatus, to_json
-from cdc.terminal import AnySink, AsJson, exit_unless, out, print_json
+from cdc.terminal import AnyMirror, AnySink, AsJson, exit_unless, out, print_json
 from sinks import load as load_sink
 from sinks import options_of
 
 app = typer.Typer(
-    help="Capture every change of a database, and mirror it.",
     pretty_exceptions_enable=False,
     add_completion=False,
     no_args_is_help=True,
@@ -147,14 +146,20 @@ def options(
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Capture every change of a database, and mirror it."""
+    """Capture every change of a database, and mirror it.
+
+    Exit codes: 0 all is well, 1 it is not, 2 the command line or the configuration has a mistake.
+    """
     logs.configure(level="debug" if debug else "warning")
     context.obj = Session(lambda: load(config, options_of=options_of), build_sink, debug=debug)
 
 
 @app.command()
 def check(context: typer.Context, *, as_json: AsJson = False) -> None:
-    """Look for what would keep the daemon from its work, and say how to put it right. Changes nothing."""
+    """Look for what would keep the daemon from its work, and say how to put it right. Changes nothing.
+
+    Exit code 1 if anything would.
+    """
     config = context.ensure_object(Session).config
     sections = [
         preflight.collect(
@@ -242,7 +247,7 @@ def prune(
 @app.command()
 def copy(
     context: typer.Context,
-    sink: AnySink = None,
+    sink: AnyMirror = None,
     *,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be copied.")] = False,
 ) -> None:

@@ -29,7 +29,9 @@ Flag = typer.Option
 @app.command()
 def init(
     context: typer.Context,
-    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="For --ddl-capture.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(metavar="SOURCE", help="For --ddl-capture; the only one, if left out.")
+    ] = None,
     *,
     url: Annotated[
         str, Flag(envvar="CDC_URL", help="Of the database to capture, as an administrator connects. Else it is asked.")

@@ -19,7 +19,8 @@ from cdc.terminal import AnySink, AsJson, exit_unless, out, print_json
 
 app = typer.Typer(help="See, retry, discard and export changes that a target refuses.", no_args_is_help=True)
 
-Ids = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Such as mirror:1207.3, from the list.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="Such as mirror:1207.3, from the list.")]
+Ids = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Such as mirror:1207.3, from the list.")]
 
 _BAD: Final = frozenset({"refused", "unknown", "unsettled"})
 
@@ -44,9 +45,7 @@ def list_command(
 
 
 @app.command()
-def show(
-    context: typer.Context, letter: Annotated[str, typer.Argument(metavar="ID")], *, as_json: AsJson = False
-) -> None:
+def show(context: typer.Context, letter: Id, *, as_json: AsJson = False) -> None:
     """Show one parked change with all that it holds."""
     found = context.ensure_object(Session).dead_letters().get(LetterId.parse(letter))
     if as_json:
@@ -58,26 +57,29 @@ def show(
 @app.command()
 def retry(
     context: typer.Context,
-    ids: Ids = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ID", help="Such as mirror:1207.3, from the list; or, with --all, a sink."),
+    ] = None,
     *,
     every: Annotated[bool, typer.Option("--all", help="All that do not wait behind another one.")] = False,
-    sink: Annotated[str, typer.Option(help="Only those of this sink.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Try parked changes now, as if they had never been tried. Those behind them follow, in order.
 
     What was refused because a parked row still has a unique value that it wants is tried by itself: see --all.
     """
-    if every == bool(ids):
+    given = names or []
+    if len(given) > 1 if every else not given:
         raise FatalError(
-            "it is not said what to try again", hint="name ids of `cdc dead-letters list`, or --all [--sink NAME]"
+            "it is not said what to try again", hint="name ids of `cdc dead-letters list`, or --all [SINK]"
         )
     session = context.ensure_object(Session)
-    if sink:
-        session.sinks(sink)
-    wanted = None if every else [LetterId.parse(each) for each in ids or ()]
+    sink = given[0] if every and given else None
+    session.sinks(sink)
+    wanted = None if every else [LetterId.parse(each) for each in given]
     with session.changing_dead_letters() as letters:
-        outcomes = letters.retry(wanted, _user(), sink=sink)
+        outcomes = letters.retry(wanted, _user(), sink=sink or "")
     _tell(outcomes, as_json=as_json)
 
 

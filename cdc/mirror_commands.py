@@ -13,13 +13,13 @@ from cdc.change import TableName
 from cdc.errors import FatalError
 from cdc.resync import Wanted
 from cdc.session import Session
-from cdc.terminal import AnySink, AsJson, OneSink, exit_unless, out, print_json
+from cdc.terminal import AnyMirror, AsJson, OneMirror, exit_unless, out, print_json
 
 app = typer.Typer()
 
 
 @app.command("verify")
-def verify_command(context: typer.Context, sink: AnySink = None, *, as_json: AsJson = False) -> None:
+def verify_command(context: typer.Context, sink: AnyMirror = None, *, as_json: AsJson = False) -> None:
     """Compare mirrors with their sources. Exit code 1 if anything differs."""
     session = context.ensure_object(Session)
     reports = {
@@ -39,26 +39,35 @@ def verify_command(context: typer.Context, sink: AnySink = None, *, as_json: AsJ
 @app.command()
 def cutover(
     context: typer.Context,
-    sink: OneSink,
+    sink: OneMirror,
     *,
     timeout: Annotated[float, typer.Option(help="Seconds that the mirror may take to catch up.")] = 300.0,
+    as_json: AsJson = False,
 ) -> None:
-    """Prove that a mirror has everything, and make it ready to be written to. Stop your applications first."""
+    """Prove that a mirror has everything, and make it ready to be written to. Stop your applications first.
+
+    Exit code 1 if it is not ready.
+    """
     session = context.ensure_object(Session)
     (chosen,) = session.mirrors(sink)
     session.client()  # without a daemon the mirror would never get there
     result = kinds.pair(chosen.kind).cut_over_pair(
         session.mirroring(chosen), timeout_seconds=timeout, progress=lambda line: print(line, file=sys.stderr)
     )
-    out.print(verify_report.render(result.report), *result.lines(), sep="\n", markup=False)
+    if as_json:
+        print_json(msgspec.json.encode(result))
+    else:
+        out.print(verify_report.render(result.report), *result.lines(), sep="\n", markup=False)
     exit_unless(result.ready)
 
 
 @app.command()
 def sync(
     context: typer.Context,
-    sink: OneSink,
-    table: Annotated[str, typer.Argument(help="schema.table, or database.collection, by its name at the source.")],
+    sink: OneMirror,
+    table: Annotated[
+        str, typer.Argument(metavar="TABLE", help="schema.table, or database.collection, by its name at the source.")
+    ],
     *,
     ids: Annotated[
         list[str] | None,
@@ -72,7 +81,10 @@ def sync(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what differs.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read given rows or documents from the source again, and put them right on the mirror."""
+    """Read given rows or documents from the source again, and put them right on the mirror.
+
+    Exit code 1 if they are not.
+    """
     session = context.ensure_object(Session)
     (chosen,) = session.mirrors(sink)
     schema, dot, name = table.partition(".")

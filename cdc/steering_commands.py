@@ -19,17 +19,18 @@ from cdc.pipeline import paused_fact
 from cdc.queue import Queue
 from cdc.session import Session
 from cdc.sink import Mirror, StreamSink
-from cdc.terminal import OneSink, out
+from cdc.terminal import OneMirror, out
 from cdc.wishes import wishes_of
 
 app = typer.Typer()
 
-Name = Annotated[str, typer.Argument(help="A source or a sink.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A source or a sink.")]
 
 
 @app.command(name="log-level")
 def log_level(
-    context: typer.Context, level: Annotated[str, typer.Argument(help="debug, info, warning or error.")]
+    context: typer.Context,
+    level: Annotated[str, typer.Argument(metavar="LEVEL", help="debug, info, warning or error.")],
 ) -> None:
     """Let the daemon log more or less, until it ends or reads its configuration again (SIGHUP)."""
     context.ensure_object(Session).client().set_log_level(level)
@@ -47,7 +48,10 @@ def pause(context: typer.Context, name: Name) -> None:
 def resync(
     context: typer.Context,
     name: Name,
-    tables: Annotated[list[str] | None, typer.Argument(metavar="[TABLE]...", help="schema.table; all if none.")] = None,
+    tables: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="TABLE", help="schema.table, or database.collection; all, if left out."),
+    ] = None,
     *,
     yes: Annotated[bool, typer.Option("--yes", help="Even if it looks like another database than before.")] = False,
 ) -> None:
@@ -79,7 +83,7 @@ def _check_mirrored(session: Session, sink: SinkConfig, tables: Sequence[str]) -
 @app.command()
 def replay(
     context: typer.Context,
-    sink: OneSink,
+    sink: OneMirror,
     *,
     since: Annotated[
         str, typer.Option("--from", help="A seq, a time (2025-01-31T12:00:00Z), or how long ago (30s, 15m, 2h, 1d).")

@@ -7,8 +7,9 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
-OneSink = Annotated[str, typer.Argument(metavar="SINK")]
-AnySink = Annotated[str | None, typer.Argument(metavar="[SINK]", help="All sinks, if left out.")]
+OneMirror = Annotated[str, typer.Argument(metavar="SINK", help="A mirror.")]
+AnyMirror = Annotated[str | None, typer.Argument(metavar="SINK", help="A mirror; all of them, if left out.")]
+AnySink = Annotated[str | None, typer.Argument(metavar="SINK", help="All sinks, if left out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 
 out: Final = Console()

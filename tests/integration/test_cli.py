@@ -249,6 +249,8 @@ def test_cut_over(cdc: Cdc, shop: Database, target_db: Database) -> None:
         cdc.wait_for_sink("running")
         result = cdc("cutover", "mirror")
         assert result.returncode == 0, result.stdout + result.stderr
+        again = cdc("cutover", "mirror", "--json")
+        assert json.loads(again.stdout)["verdict"] == "ready", again.stderr
     assert "READY" in result.stdout
     assert target_db.value("INSERT INTO customers (name) VALUES ('eve') RETURNING id") == 3
 

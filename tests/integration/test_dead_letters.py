@@ -103,7 +103,8 @@ def test_f89_without_a_daemon(shop: Shop, cdc: Cdc) -> None:
         (("list", "nobody"), "no sink is called"),
         (("show", "everything"), "not the id of a parked change"),
         (("retry",), "it is not said what to try again"),
-        (("retry", "--all", "--sink", "nobody"), "no sink is called"),
+        (("retry", "--all", "nobody"), "no sink is called"),
+        (("retry", "--all", "mirror", "mirror:1.0"), "it is not said what to try again"),
         (("discard", "--reason", "x"), "it is not said what to discard"),
     ],
 )

@@ -156,7 +156,7 @@ def test_f89_without_a_daemon(shop: Shop, cdc: Cdc) -> None:
     assert "of no use" in discarded.stderr
     shop.accept()
     assert fates(cdc, "retry", first) == (0, ["due"])
-    assert fates(cdc, "retry", "--all", "--sink", "mirror") == (0, ["due"]), "as before"
+    assert fates(cdc, "retry", "--all", "mirror") == (0, ["due"]), "as before"
     with cdc.running():
         none_is_parked(cdc)
         (told,) = discards(cdc)
