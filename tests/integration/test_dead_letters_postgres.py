@@ -157,6 +157,8 @@ def test_f89_without_a_daemon(shop: Shop, cdc: Cdc) -> None:
     shop.accept()
     assert fates(cdc, "retry", first) == (0, ["due"])
     assert fates(cdc, "retry", "--all", "mirror") == (0, ["due"]), "as before"
+    cdc.file.write_text(f'{cdc.file.read_text()}\n[sinks.changes]\nkind = "data_changes"\nfrom = "shop"\n')
+    assert fates(cdc, "retry", "--all", "changes") == (0, []), "those of another sink"
     with cdc.running():
         none_is_parked(cdc)
         (told,) = discards(cdc)
