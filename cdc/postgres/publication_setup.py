@@ -90,7 +90,19 @@ def extend_publications(connection: Connection, publications: Sequence[Publicati
 
 
 def drop_publications(connection: Connection, source: SourceConfig) -> None:
-    """Drop the source's publications; without effect where they do not exist."""
+    """Drop the source's publications; without effect where they do not exist.
+
+    Raises `FatalError` where they are somebody else's, as those are that an administrator made for us.
+    """
+    drops = [
+        sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(name)) for name in publication_names(source)
+    ]
     with translated_errors():
-        for name in publication_names(source):
-            connection.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(name)))
+        try:
+            for statement in drops:
+                connection.execute(statement)
+        except psycopg.errors.InsufficientPrivilege as exc:
+            raise FatalError(
+                f"the publication cannot be dropped: {exc.diag.message_primary}",
+                hint=f"as its owner: {'; '.join(each.as_string(connection) for each in drops)}; then once more",
+            ) from exc

@@ -111,6 +111,19 @@ def test_missing_privilege(cdc: Cdc, source: Database, target_db: Database, comm
         source.execute("DROP ROLE guest")
 
 
+def test_publication_of_somebody_else_is_his_to_drop(cdc: Cdc, source: Database, target_db: Database) -> None:
+    source.execute("CREATE PUBLICATION cdc_shop FOR TABLE items")
+    source.execute("CREATE ROLE guest LOGIN REPLICATION")
+    try:
+        cdc.configure(source.server.url(source.name, user="guest"), target_db.url)
+        drop = ("drop", "shop", "--yes")
+        assert_complaint(cdc(*drop), 1, "must be owner of publication cdc_shop", "as its owner: DROP PUBLICATION")
+        source.execute("DROP PUBLICATION cdc_shop")
+        assert cdc(*drop).returncode == 0
+    finally:
+        source.execute("DROP ROLE guest")
+
+
 def test_target_table_with_other_columns(cdc: Cdc, source: Database, target_db: Database, pg_dump: object) -> None:
     target_db.execute("CREATE TABLE items (id int PRIMARY KEY)")
     cdc.configure(source.url, target_db.url, source=f'pg_dump = "{pg_dump}"')
