@@ -60,8 +60,14 @@ def lock_directory(path: Path) -> DirectoryLock:
         raise DirectoryInUse(
             f"the data directory {path} is used by process {owner}", hint="stop it, or set another data_dir"
         ) from exc
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    except OSError as exc:  # before anything else is written: a disk that is full says so here
+        os.close(descriptor)
+        raise FatalError(
+            f"cannot write to the data directory {path}: {exc.strerror}", hint="make room on its disk, then start again"
+        ) from exc
     return DirectoryLock(descriptor)
 
 

@@ -90,9 +90,14 @@ class Session:
         return self._build_sink(self.config, sink)
 
     def client(self) -> Client:
-        """The running daemon. Raises `DaemonUnreachable` where there is none."""
+        """The running daemon. Raises `DaemonUnreachable` where there is none, `FatalError` where nobody can tell."""
         try:
             address = read_address(self.data_dir)
+        except PermissionError as exc:
+            raise FatalError(
+                f"cannot look into the data directory {self.data_dir}: {exc.strerror}",
+                hint="run this as the daemon's user",
+            ) from exc
         except OSError as exc:
             raise DaemonUnreachable("the daemon is not running", hint="start it with `cdc run`") from exc
         return Client(address.url, self.config.http.admin_token, address.certificate)

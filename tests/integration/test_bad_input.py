@@ -221,6 +221,23 @@ def test_data_directory_of_somebody_else(cdc: Cdc) -> None:
         assert_complaint(refused(cdc), 1, "data directory .*/lock: Permission denied", hint="must belong to the user")
 
 
+@pytest.mark.parametrize("command", ["status", "verify"])
+def test_commands_of_somebody_who_may_not_look_into_the_data_directory(cdc: Cdc, command: str) -> None:
+    cdc.configure(NOWHERE)
+    cdc.data_dir.mkdir()
+    with mode(cdc.data_dir, 0):
+        assert_complaint(
+            refused(cdc, command), 1, "cannot look into the data directory .*: Permission denied", "daemon's user"
+        )
+
+
+def test_f86_data_directory_that_cannot_be_written_to(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    no_room = ["prlimit", "--fsize=0"]  # as a disk that is full: files can be made, and hold nothing
+    result = subprocess.run([*no_room, *cdc.command("run")], check=False, timeout=60, **cdc.surroundings())
+    assert_complaint(result, 1, "cannot write to the data directory .*/data: File too large", hint="make room")
+
+
 @pytest.mark.parametrize("name", ["lock", "shop.queue"])
 def test_file_of_somebody_else_in_the_data_directory(cdc: Cdc, name: str) -> None:
     cdc.configure(NOWHERE)
