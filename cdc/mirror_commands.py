@@ -88,7 +88,9 @@ def sync(
     session = context.ensure_object(Session)
     (chosen,) = session.mirrors(sink)
     schema, dot, name = table.partition(".")
-    if not dot or not (ids or where):
+    if not dot:
+        raise FatalError(f"{table!r} has no schema (or database)", hint="for example public.orders, or ordersDB.orders")
+    if not (ids or where):
         raise FatalError(
             "it is not said what to sync", hint="cdc sync SINK SCHEMA.TABLE --id KEY, or --where CONDITION"
         )

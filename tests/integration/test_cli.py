@@ -90,6 +90,11 @@ def test_unknown_names_are_told_with_the_known_ones(cdc: Cdc) -> None:
     assert_complaint(cdc("drop", "nobody"), 1, "no sink is called 'nobody'", hint="one of: mirror")
 
 
+def test_a_table_without_its_schema_is_asked_for(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    assert_complaint(cdc("sync", "mirror", "orders", "--id", "1"), 1, "'orders' has no schema", "public.orders")
+
+
 def test_status_without_a_daemon_reads_the_data_directory(cdc: Cdc) -> None:
     cdc.configure(NOWHERE)
     cdc.data_dir.mkdir()
