@@ -87,21 +87,28 @@ class CatalogWatch:
             connection.execute(_EMIT, [self._prefix, msgspec.json.encode(shape).decode()])
 
     def _tell_shape(self, connection: Connection, oid: int, seen: _Seen) -> bool:
-        """Under a lock, so that no later DDL commits before the message. False where somebody holds a stronger one."""
+        """Under a lock, so that no later DDL commits before the message. False where somebody holds a stronger one.
+
+        Who may not read a table may not lock it: it is told of all the same, and who wants to copy it says what lacks.
+        """
         lock = sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE NOWAIT").format(sql.Identifier(*seen.qualified))
-        try:
-            with connection.transaction():
-                connection.execute(lock)
-                told = connection.execute(_EMIT_SHAPE, [self._prefix, oid, seen.digest]).rowcount
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
-            return False
-        except psycopg.errors.InsufficientPrivilege as exc:
-            log.warning("cannot look at a table", table=str(seen.qualified), error=exc.diag.message_primary)
-            return True
-        except psycopg.Error as exc:
-            raise to_cdc_error(exc) from exc
+        told = 0
+        for before in (lock, _LOCK_AT_ONCE):
+            try:
+                with connection.transaction():
+                    connection.execute(before)
+                    told = connection.execute(_EMIT_SHAPE, [self._prefix, oid, seen.digest]).rowcount
+                break
+            except (psycopg.errors.LockNotAvailable, psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+                return False
+            except psycopg.errors.InsufficientPrivilege as exc:
+                log.warning("cannot look at a table", table=str(seen.qualified), error=exc.diag.message_primary)
+            except psycopg.Error as exc:
+                raise to_cdc_error(exc) from exc
         return bool(told)
 
+
+_LOCK_AT_ONCE: Final = sql.SQL("SET LOCAL lock_timeout = '1ms'")
 
 _EMIT: Final = "SELECT pg_logical_emit_message(true, %s, %s)"
 

@@ -292,6 +292,7 @@ def test_f59_history_lost_on_mongodb(cdc: Cdc, new_stand_in: NewStandIn) -> None
             run.wait_until_resynced()
             source.items.insert_one({"_id": "new", "name": "new"})
             wait_until(lambda: mirror.items.count_documents({"_id": "new"}), what=lambda: cdc.log)
+            wait_until(lambda: "name_1" in mirror.items.index_information(), what=lambda: cdc.log)  # built at the end
             verified = cdc("verify")
             assert verified.returncode == 0, verified.stdout
             assert "name_1" in mirror.items.index_information()

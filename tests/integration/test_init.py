@@ -121,6 +121,27 @@ def test_everything_is_done_by_a_role_that_is_no_superuser(
         assert database.execute(query) == [(False, False, False)]
 
 
+def test_f15_a_new_table_that_the_role_may_not_read_stops_the_mirror(
+    begun: Cdc, source_db: Database, target_db: Database, role: str
+) -> None:
+    def sink() -> Any:
+        return begun.status()["sinks"]["mirror"]
+
+    assert begun("copy").returncode == 0
+    with begun.running():
+        begun.wait_for_sink("running")
+        source_db.execute("CREATE TABLE sales.more (id int PRIMARY KEY); INSERT INTO sales.more VALUES (1)")
+        begun.wait_for_sink("failed")
+        assert "permission denied for table more" in sink()["error"]
+        assert "`cdc check` says what is missing" in sink()["hint"]
+        assert "GRANT SELECT" in begun("check").stdout
+        source_db.execute(f"GRANT SELECT ON sales.more TO {role}; ALTER PUBLICATION cdc_shop ADD TABLE sales.more")
+        assert begun("resume", "mirror").returncode == 0
+        source_db.execute("INSERT INTO sales.more VALUES (2)")
+        wait_until(lambda: target_db.value("SELECT to_regclass('sales.more') IS NOT NULL"), what=lambda: begun.log)
+        wait_until(lambda: target_db.execute("TABLE sales.more") == [(1,), (2,)], what=lambda: begun.log)
+
+
 def test_the_role_may_not_read_what_is_not_captured(begun: Cdc, source_db: Database, role: str) -> None:
     with psycopg.connect(source_db.server.url(source_db.name, user=role), autocommit=True) as connection:
         for statement in (
