@@ -102,6 +102,8 @@ class WebSocket(WebSocketsSansIOProtocol):
         if message["type"] == "websocket.close":
             self.writable.set()
         await super().send(message)
+        if message["type"] == "websocket.http.response.body" and self.close_sent:
+            self.handshake_complete = True  # by a refusal; uvicorn would log each as an error of the application
 
     def handle_connect(self, event: Request) -> None:
         """Offer `write_text` to the application."""

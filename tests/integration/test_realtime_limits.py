@@ -11,12 +11,13 @@ import httpx
 import jwt
 import pytest
 from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from cdc.api.connections import MAX_FRAGMENTS
 from cdc.api.feed import Feed
 from cdc.api.websocket import MAX_MESSAGE_BYTES, MAX_MESSAGES
 from cdc.feed.place import Place
-from cdc.http_config import Http, JwtConfig
+from cdc.http_config import Http, JwtConfig, TokenConfig
 from cdc.secret import Token
 from tests.gateway import Gateway, Source, closed, events, record, subscribe
 from tests.processes import wait_until
@@ -279,6 +280,33 @@ def test_expired_token_ends_its_streams(place: Place, source: Source, monkeypatc
         monkeypatch.setattr(time, "time", lambda: now() + 400)
         assert closed(client) == 4401
         assert list(found) == []
+
+
+@pytest.mark.parametrize(
+    ("query", "headers", "status"),
+    [
+        ("", {}, 401),
+        ("", {"Authorization": "Bearer wrong"}, 401),
+        ("?ticket=wrong", {}, 401),
+        ("", {"Authorization": "Bearer geheim", "Origin": "https://elsewhere.example"}, 403),
+    ],
+)
+def test_f107_strangers_cannot_fill_the_log(
+    place: Place,
+    source: Source,
+    caplog: pytest.LogCaptureFixture,
+    query: str,
+    headers: dict[str, str],
+    status: int,
+) -> None:
+    tokens = (TokenConfig(name="reader", token=Token("geheim"), scopes=("read",)),)
+    with Gateway(Feed.at(place), Http(tokens=tokens), "geheim") as gateway:
+        with pytest.raises(InvalidStatus) as refused:
+            connect(f"ws://{gateway.url[7:]}/ws{query}", proxy=None, additional_headers=headers).close()
+        assert refused.value.response.status_code == status
+        assert b"error" in (refused.value.response.body or b"")
+        wait_until(lambda: gateway.open_connections == 0, what="the refused connection to be closed")
+    assert [line for line in caplog.records if line.levelname in {"WARNING", "ERROR"}] == []
 
 
 def _is_cut_off(connection: socket.socket) -> bool:
