@@ -55,7 +55,7 @@ def lock_directory(path: Path) -> DirectoryLock:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as exc:
-        owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
+        owner = _owner(descriptor)
         os.close(descriptor)
         raise DirectoryInUse(
             f"the data directory {path} is used by process {owner}", hint="stop it, or set another data_dir"
@@ -69,6 +69,26 @@ def lock_directory(path: Path) -> DirectoryLock:
             f"cannot write to the data directory {path}: {exc.strerror}", hint="make room on its disk, then start again"
         ) from exc
     return DirectoryLock(descriptor)
+
+
+def owner_of(path: Path) -> str | None:
+    """The process that has locked a data directory, by its number; `None` where none has."""
+    try:
+        descriptor = os.open(path / "lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _owner(descriptor)
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _owner(descriptor: int) -> str:
+    return os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
 
 
 def tell_address(directory: Path, address: Address) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from cdc import kinds, logs
-from cdc.api.client import Client, DaemonUnreachable
+from cdc.api.client import Client, DaemonSilent, DaemonUnreachable
 from cdc.barrier import Barrier, HttpBarrier, NoBarrier
 from cdc.config import Config, SinkConfig, SourceConfig
-from cdc.directory import DirectoryLock, lock_directory, read_address
+from cdc.directory import DirectoryLock, lock_directory, owner_of, read_address
 from cdc.errors import DirectoryInUse, FatalError
 from cdc.kinds import build_source
 from cdc.letter import DeadLetters
@@ -21,6 +22,9 @@ from cdc.offline import letters_on_disk, offline_status, opened_letters
 from cdc.position import SourcePosition, parse_position
 from cdc.sink import Sink
 from cdc.status import DaemonStatus
+
+_DOWN: Final = "the daemon is not running"
+_START: Final = "start it with `cdc run`"
 
 
 class Session:
@@ -90,7 +94,11 @@ class Session:
         return self._build_sink(self.config, sink)
 
     def client(self) -> Client:
-        """The running daemon. Raises `DaemonUnreachable` where there is none, `FatalError` where nobody can tell."""
+        """The running daemon, which answers.
+
+        Raises `DaemonUnreachable` where there is none, `DaemonSilent` where it hangs, and `FatalError` where nobody can
+        tell.
+        """
         try:
             address = read_address(self.data_dir)
         except PermissionError as exc:
@@ -99,8 +107,15 @@ class Session:
                 hint="run this as the daemon's user",
             ) from exc
         except OSError as exc:
-            raise DaemonUnreachable("the daemon is not running", hint="start it with `cdc run`") from exc
-        return Client(address.url, self.config.http.admin_token, address.certificate)
+            raise DaemonUnreachable(_DOWN, hint=_START) from exc
+        client = Client(address.url, self.config.http.admin_token, address.certificate)
+        try:
+            client.greet()
+        except DaemonSilent as exc:
+            if (owner := owner_of(self.data_dir)) is None:  # the address is that of a daemon that was killed
+                raise DaemonUnreachable(_DOWN, hint=_START) from exc
+            raise DaemonSilent(f"the daemon (process {owner}) does not answer", hint=exc.hint) from exc
+        return client
 
     def status(self) -> DaemonStatus:
         """From the daemon, or from the data directory where it is down."""

@@ -19,11 +19,20 @@ from cdc.steering import Ordered, Replayed
 
 TIMEOUT_SECONDS: Final = 20.0
 
+GREETING_SECONDS: Final = 5.0
+"""For what a daemon answers at once, whatever its pipelines do."""
+
 _LETTERS: Final = "/api/dead-letters"
+
+_SILENT: Final = "its log may tell why; if it stays so, kill and restart it: nothing is lost"
 
 
 class DaemonUnreachable(CdcError):
     """Nothing that is our daemon answers at the address."""
+
+
+class DaemonSilent(CdcError):
+    """Something listens at the address, and does not answer in time: our daemon hangs, or it is somebody else."""
 
 
 class Client:
@@ -34,6 +43,10 @@ class Client:
         self.url = url
         self.certificate = certificate
         self._headers = {"Authorization": f"Bearer {token.reveal()}"} if token is not None else {}
+
+    def greet(self) -> None:
+        """Return if it answers at all. Raises `DaemonUnreachable` or, within seconds, `DaemonSilent`."""
+        self.request("GET", "/health", timeout_seconds=GREETING_SECONDS)
 
     def status(self) -> DaemonStatus:
         """The daemon's snapshot."""
@@ -70,13 +83,17 @@ class Client:
         """The daemon's parked changes."""
         return RemoteLetters(self)
 
-    def request(self, method: str, path: str, body: bytes | None = None) -> bytes:
+    def request(
+        self, method: str, path: str, body: bytes | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> bytes:
         """What is answered. Raises `CdcError` with what the daemon says where that is an error."""
-        connection = connection_to(self.url, self.certificate, TIMEOUT_SECONDS)
+        connection = connection_to(self.url, self.certificate, timeout_seconds)
         try:
             connection.request(method, path, body, headers=self._headers)
             response = connection.getresponse()
             data = response.read()
+        except TimeoutError as exc:
+            raise DaemonSilent(f"{self.url} does not answer within {timeout_seconds:.0f} s", hint=_SILENT) from exc
         except (OSError, HTTPException) as exc:
             raise DaemonUnreachable(f"{self.url}: {exc}", hint="is the daemon running?") from exc
         finally:

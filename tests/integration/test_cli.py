@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,18 @@ def test_f87_second_daemon_exits_with_a_clear_error(cdc: Cdc) -> None:
         assert_complaint(cdc("copy"), 1, f"is used by process {process.pid}", hint="stop the daemon first")
         assert_complaint(cdc("drop", "shop", "--yes"), 1, "is used by process", hint="stop the daemon first")
         assert process.poll() is None
+
+
+def test_a_daemon_that_does_not_answer_is_not_one_that_is_down(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    commands = ("status", "status --json", "pause mirror", "log-level debug", "resync shop", "dead-letters list")
+    with cdc.running() as process:
+        process.send_signal(signal.SIGSTOP)
+        with ThreadPoolExecutor() as pool:
+            results = list(pool.map(lambda command: cdc(*command.split()), commands))
+        process.send_signal(signal.SIGCONT)
+    for result in results:
+        assert_complaint(result, 1, rf"the daemon \(process {process.pid}\) does not answer", hint="restart")
 
 
 @pytest.mark.parametrize("arguments", [["copy"], ["copy", "--dry-run"], ["verify"], ["drop", "mirror", "--yes"]])
