@@ -263,6 +263,8 @@ def _age(last_commit_time: float | None, caught_up_at: float | None, now: float)
 def _source_problems(sources: Mapping[str, SourceStatus]) -> list[str]:
     problems = [_problem(name, source.state, source.error) for name, source in sources.items()]
     for name, source in sources.items():
+        if source.queue is not None and source.queue.removed:
+            problems.append(f"{name}: the file {name}.queue was removed: what is only in there is lost at a restart")
         if source.slot is not None and source.slot.wal_status in {"unreserved", "lost"}:
             problems.append(f"{name}: slot {source.slot.name} is {source.slot.wal_status}: the server gives up its WAL")
         if source.oplog is not None and source.oplog.is_short:

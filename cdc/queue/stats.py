@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from cdc.errors import FatalError
 from cdc.queue.orders import Contents
 
 
@@ -18,6 +19,7 @@ class QueueStats(msgspec.Struct, frozen=True):
     last_seq, pruned_seq: of the newest batch and of the last one that is gone; 0 before the first.
     free_disk_bytes: including the pages that the file keeps for reuse; min_free_bytes: of them that are left alone.
     full: the source must wait.
+    removed: the file is no longer where it was: what it holds is gone once the process has ended.
     """
 
     batches: int
@@ -29,17 +31,30 @@ class QueueStats(msgspec.Struct, frozen=True):
     free_disk_bytes: int
     full: bool
     min_free_bytes: int = 0
+    removed: bool = False
 
 
 def measure_free_disk(path: Path, contents: Contents) -> int:
-    """Bytes that the queue at `path` may still grow by, with the pages that its file keeps for reuse."""
-    disk = os.statvfs(path)
+    """Bytes that the queue at `path` may still grow by, with the pages that its file keeps for reuse.
+
+    Raises `FatalError` where the file is no longer there: what would be written could not be read after a restart.
+    """
+    try:
+        disk = os.statvfs(path)
+    except OSError as exc:
+        raise FatalError(
+            f"{path} was removed while the daemon runs, or cannot be reached: {exc.strerror}",
+            hint="put the disk right; then restart the daemon, which tells what is missing",
+        ) from exc
     return disk.f_bavail * disk.f_frsize + contents.free_bytes
 
 
 def stats_of(path: Path, contents: Contents, max_bytes: int, min_free_bytes: int) -> QueueStats:
     """What the file holds, by the bounds (0: none)."""
-    free_disk_bytes = measure_free_disk(path, contents)
+    try:
+        free_disk_bytes, removed = measure_free_disk(path, contents), False
+    except FatalError:
+        free_disk_bytes, removed = 0, True
     return QueueStats(
         batches=contents.batches,
         bytes=contents.bytes,
@@ -48,6 +63,7 @@ def stats_of(path: Path, contents: Contents, max_bytes: int, min_free_bytes: int
         pruned_seq=contents.state.pruned_seq,
         max_bytes=max_bytes,
         free_disk_bytes=free_disk_bytes,
-        full=free_disk_bytes < min_free_bytes or 0 < max_bytes <= contents.bytes,
+        full=removed or free_disk_bytes < min_free_bytes or 0 < max_bytes <= contents.bytes,
         min_free_bytes=min_free_bytes,
+        removed=removed,
     )

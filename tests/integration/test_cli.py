@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
 from cdc.queue import Queue
-from tests.command import CHECKOUT, NOWHERE, Cdc, assert_complaint
+from tests.command import CHECKOUT, NOWHERE, Cdc, assert_complaint, read_status
 from tests.processes import wait_until
 from tests.servers import Database
 
@@ -166,6 +168,21 @@ def test_a_daemon_that_does_not_answer_is_not_one_that_is_down(cdc: Cdc) -> None
         process.send_signal(signal.SIGCONT)
     for result in results:
         assert_complaint(result, 1, rf"the daemon \(process {process.pid}\) does not answer", hint="restart")
+
+
+def test_f86_status_names_a_data_directory_that_was_removed(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    with cdc.running():
+        url = cdc.address.url
+        wait_until(lambda: cdc.status()["sources"]["shop"]["queue"], what="the queue to be open")
+        shutil.rmtree(cdc.data_dir)
+        with urlopen(f"{url}/status", timeout=60) as answer:
+            status = read_status(answer.read())
+        with urlopen(f"{url}/metrics", timeout=60) as answer:
+            assert b'cdc_queue_full{source="shop"} 1' in answer.read()
+    assert not status["healthy"]
+    assert [problem for problem in status["problems"] if "shop.queue was removed" in problem]
+    assert "Traceback" not in cdc.log
 
 
 @pytest.mark.parametrize("arguments", [["copy"], ["copy", "--dry-run"], ["verify"], ["drop", "mirror", "--yes"]])

@@ -390,6 +390,15 @@ class TestBounds:
         assert again._contents.free_bytes > 7 << 20
         assert again.stats().free_disk_bytes > disk.f_bavail * disk.f_frsize + (4 << 20)
 
+    def test_f86_nothing_more_is_captured_into_a_file_that_was_removed(self, queue: Queue) -> None:
+        fill(queue, [batch(1)])
+        assert not queue.stats().removed
+        queue._path.unlink()
+        with pytest.raises(FatalError, match="was removed while the daemon runs"):
+            _ = queue.has_room
+        stats = queue.stats()
+        assert (stats.removed, stats.full, stats.free_disk_bytes) == (True, True, 0)
+
     def test_f91_what_is_handed_over_but_not_written_is_bounded(self, queue: Queue) -> None:
         count = 0
         with writer_held_up(queue):
