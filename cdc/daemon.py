@@ -150,15 +150,11 @@ class Daemon:
     def reload(self) -> None:
         """Go on with what is configured now; or as before, where that has a mistake or takes a restart."""
         with self._supervision.reloading():
-            try:
-                config = self._parts.reload()
-                changed = changes(self._config, config)
-                if self._web is not None:
-                    self._web.renew_certificate()
-                    tell_address(self._directory, self._web.address)
-            except CdcError as exc:
-                log.error("not reloaded: all stays as it was", error=str(exc), hint=exc.hint)
-                return
+            config = self._parts.reload()
+            changed = changes(self._config, config)
+            if self._web is not None:
+                changed += self._web.renew_certificate()
+                tell_address(self._directory, self._web.address)
             self._adopt(config)
             log.info("reloaded", changed=changed)
 
@@ -184,6 +180,7 @@ class Daemon:
                 (source.stats, source.queue.stats() if source.queue else None) for source in self._sources.values()
             ],
             sinks=[sink.stats for sink in self._sinks.values()],
+            reload_error=self._supervision.reload_error,
             resyncs_ordered=[
                 name for name, sink in self._sinks.items() if sink.queue is not None and Wish.read(sink.queue, name)
             ],

@@ -156,6 +156,11 @@ OF_DAEMON: Final[Mapping[str, tuple[Family[DaemonStatus], ...]]] = {
         _DAEMON.gauge("cdc_start_time_seconds", "When the daemon started, in unix time.", lambda d: d.started_at),
         _DAEMON.gauge("cdc_healthy", "1 while no pipeline is in trouble.", lambda d: d.healthy),
         _DAEMON.gauge("cdc_ready", "1 while all sources are connected.", lambda d: d.ready),
+        _DAEMON.gauge(
+            "cdc_config_last_reload_successful",
+            "0 after a reload of the configuration was refused, until one succeeds; else 1.",
+            lambda d: not d.reload_error,
+        ),
     ),
     "Sources": (
         _SOURCE.each(

@@ -94,7 +94,8 @@ class DaemonStatus(msgspec.Struct, frozen=True):
     """The whole daemon.
 
     started_at: unix seconds; `None` where no daemon runs, and this was read from its data directory.
-    healthy: no pipeline is in trouble; `problems` names the trouble, one line each.
+    healthy: no pipeline is in trouble; `problems` names the trouble, one line each, and what else wants a person.
+    reload_error: why the configuration that was to be read last is not in force; empty where it is.
     ready: all sources are connected (a paused one counts: a person wanted it so).
     """
 
@@ -105,6 +106,7 @@ class DaemonStatus(msgspec.Struct, frozen=True):
     problems: tuple[str, ...]
     sources: dict[str, SourceStatus]
     sinks: dict[str, SinkStatus]
+    reload_error: str = ""
 
 
 def snapshot(
@@ -114,6 +116,7 @@ def snapshot(
     sources: Sequence[tuple[CaptureStats, QueueStats | None]],
     sinks: Sequence[DeliveryStats],
     resyncs_ordered: Collection[str] = (),
+    reload_error: str = "",
     now: float | None = None,
 ) -> DaemonStatus:
     """Read everything once. Never waits for a pipeline.
@@ -132,14 +135,16 @@ def snapshot(
     }
     stopped = ("daemon is not running",) if started_at is None else ()
     problems = (*stopped, *_source_problems(source_status), *_sink_problems(sink_status))
+    refused = (f"configuration not reloaded: {reload_error}",) if reload_error else ()
     return DaemonStatus(
         version=version,
         started_at=started_at,
         healthy=not problems,
         ready=all(source.state in _CONNECTED for source in source_status.values()),
-        problems=problems,
+        problems=(*problems, *refused),
         sources=source_status,
         sinks=sink_status,
+        reload_error=reload_error,
     )
 
 

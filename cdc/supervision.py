@@ -11,6 +11,7 @@ from typing import Final
 import structlog
 
 from cdc.capture import QUEUE_FULL
+from cdc.errors import CdcError
 from cdc.notify import Notifier
 from cdc.pulse import Pulse
 from cdc.stats import State
@@ -30,6 +31,7 @@ class Supervision:
     """Looks at the daemon twice a second, and tells what has changed.
 
     Ready once each source is settled; alive while no thread has been silent for half of the watchdog's time.
+    reload_error: why the last reload was refused; empty where it was not, or there was none.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Supervision:
         self._status = status
         self._pulses = pulses
         self._ready = self._stopping = False
+        self.reload_error = ""
         self._told, self._told_at = "", 0.0
         self._hanging: set[str] = set()
         watchdog = notifier.watchdog_seconds
@@ -52,11 +55,15 @@ class Supervision:
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
-        """Around reading the configuration again."""
+        """Around reading the configuration again. A `CdcError` ends that: it is logged, and kept in `reload_error`."""
         if self._ready:
             self._notifier.reloading()
         try:
             yield
+            self.reload_error = ""
+        except CdcError as exc:
+            log.error("not reloaded: all stays as it was", error=str(exc), hint=exc.hint)
+            self.reload_error = str(exc)
         finally:
             if self._ready:
                 self._notifier.ready()

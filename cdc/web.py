@@ -60,14 +60,18 @@ class Web:
             if self._feed is not None:
                 await self._feed.stop()
 
-    def renew_certificate(self) -> None:
-        """Show whoever connects from now on what the files hold now. Raises `ConfigError`: all is as it was then."""
+    def renew_certificate(self) -> list[str]:
+        """Show whoever connects from now on what the files hold now; returns the option whose file has changed, if so.
+
+        Raises `ConfigError`: all is as it was then.
+        """
         before, certificate = self._server.certificate, read_certificate(self._http)
         if before is None or certificate is None or before.fingerprint == certificate.fingerprint:
-            return
+            return []
         self._server.certificate = certificate
         log.info("certificate renewed", valid_until=certificate.not_after.isoformat())
         self._warn()
+        return ["http.certificate_file"]
 
     def _warn(self) -> None:
         certificate = self._server.certificate

@@ -145,6 +145,9 @@ def test_f110_another_certificate_without_a_restart(cdc: Cdc, authority: Authori
         install(cdc, second)
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: '"certificate renewed"' in cdc.log, what=lambda: cdc.log)
+        wait_until(lambda: '"reloaded"' in cdc.log, what=lambda: cdc.log)
+        (line,) = (line for line in map(json.loads, cdc.log.splitlines()) if line["event"] == "reloaded")
+        assert line["changed"] == ["http.certificate_file"]
         assert shown_at(cdc.address.url, context) == der(second)
         assert cdc("log-level", "debug").returncode == 0
         websocket.send(json.dumps({"type": "ping"}))

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -177,14 +178,32 @@ def test_f110_a_reload_changes_what_can_be_changed(
 def test_f110_a_bad_configuration_changes_nothing(
     cdc: Cdc, shop: Database, target_db: Database, manager: ServiceManager, daemon: str, error: str
 ) -> None:
+    good = cdc.file.read_text()
     with cdc.running(**manager.environment()) as process:
         manager.hear("READY=1")
+        cdc.wait_for_sink("running")
         cdc.configure(shop.url, target_db.url, daemon=daemon)
         line = reloaded(cdc, process, "not reloaded")
         assert error in line["error"]
         assert line["hint"]
         manager.hear("READY=1")  # the old one is in force
         assert process.poll() is None
+        status = cdc.status()
+        (problem,) = (problem for problem in status["problems"] if "not reloaded" in problem)
+        assert error in problem
+        assert error in status["reload_error"]
+        assert status["healthy"]
+        assert "\ncdc_config_last_reload_successful 0.0\n" in metrics(cdc)
+        manager.hear(f"STATUS=1 of 1 sources and 1 of 1 sinks run, {problem[:40]}")
+        cdc.file.write_text(good)
+        reloaded(cdc, process, "reloaded")
+        assert cdc.status()["problems"] == []
+        assert "\ncdc_config_last_reload_successful 1.0\n" in metrics(cdc)
+
+
+def metrics(cdc: Cdc) -> str:
+    with urlopen(f"{cdc.address.url}/metrics", timeout=60) as answer:
+        return str(answer.read(), "utf-8")
 
 
 def test_f109_a_stop_is_announced_and_drains(cdc: Cdc, shop: Database, manager: ServiceManager) -> None:
