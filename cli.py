@@ -167,6 +167,7 @@ def check(context: typer.Context, *, as_json: AsJson = False) -> None:
             [
                 *preflight.check_data_dir(config),
                 *preflight.guard("certificate", preflight.check_certificate(config)),
+                *preflight.guard("http", preflight.check_address(config)),
                 *preflight.guard("http", _check_served(config)),
             ],
         ),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple
+from urllib.parse import urlsplit
 
 from cdc.errors import DirectoryInUse, FatalError
 
@@ -102,6 +103,13 @@ def tell_address(directory: Path, address: Address) -> None:
 def read_address(directory: Path) -> Address:
     """Where the running daemon answers. Raises `OSError` where none does."""
     return Address(*(directory / ADDRESS_FILE).read_text(encoding="ascii").split("\n"))
+
+
+def listens_at(directory: Path, port: int) -> bool:
+    """Whether a daemon runs there, and it is the one that listens on a port of this machine."""
+    with suppress(OSError):
+        return urlsplit(read_address(directory).url).port == port and owner_of(directory) is not None
+    return False
 
 
 @contextmanager

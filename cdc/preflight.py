@@ -14,7 +14,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 from cdc.api.certificate import read_certificate
+from cdc.api.listener import listen
 from cdc.config import Config
+from cdc.directory import listens_at
 from cdc.errors import CdcError, FatalError
 
 Level = Literal["ok", "warning", "error"]
@@ -99,6 +101,16 @@ def check_data_dir(config: Config) -> Iterator[Finding]:
         yield Finding("warning", "data_dir", need, "lower queue.max_bytes, or move daemon.data_dir to a larger disk")
     else:
         yield Finding("ok", "data_dir", room)
+
+
+def check_address(config: Config) -> Iterator[Finding]:
+    """Whether the daemon can listen, or does so already. Raises `FatalError` where another program has its address."""
+    host, port = config.http.host_and_port
+    if listens_at(Path(config.daemon.data_dir), port):
+        yield Finding("ok", "http", f"the daemon listens on {host}:{port}")
+        return
+    listen((host, port)).close()
+    yield Finding("ok", "http", f"{host}:{port} is free to listen on")
 
 
 def check_certificate(config: Config) -> Iterator[Finding]:

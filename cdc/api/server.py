@@ -17,8 +17,8 @@ from cdc.api.certificate import Certificate
 from cdc.api.connections import Connections, Http, WebSocket
 from cdc.api.crowd import Crowd
 from cdc.api.handshakes import Handshakes
+from cdc.api.listener import listen
 from cdc.api.websocket import MAX_MESSAGE_BYTES
-from cdc.errors import FatalError
 
 MAX_CONNECTIONS: Final = 2_000
 MAX_HEADER_BYTES: Final = 64 * 1024
@@ -43,7 +43,7 @@ class Server:
     ) -> None:
         """Raises `FatalError` where the address cannot be listened on. certificate: `None` answers without TLS."""
         self.certificate = certificate
-        self._socket = _listen(address)
+        self._socket = listen(address)
         _allow_files(max_connections + 2 * RESERVE)
         connections = Connections(max_connections + RESERVE)
         self._uvicorn = _Uvicorn(
@@ -140,17 +140,6 @@ class _Uvicorn(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals alone: they are the daemon's, which drains first."""
         yield
-
-
-def _listen(address: tuple[str, int]) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    try:
-        return socket.create_server(address, family=family)
-    except OSError as exc:
-        raise FatalError(
-            f"cannot listen on {address[0]}:{address[1]}: {exc.strerror or exc}",
-            hint="set http.address to a free address of this machine",
-        ) from exc
 
 
 def _allow_files(wanted: int) -> None:

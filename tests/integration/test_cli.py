@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,27 @@ def test_unknown_names_are_told_with_the_known_ones(cdc: Cdc) -> None:
 def test_a_table_without_its_schema_is_asked_for(cdc: Cdc) -> None:
     cdc.configure(NOWHERE)
     assert_complaint(cdc("sync", "mirror", "orders", "--id", "1"), 1, "'orders' has no schema", "public.orders")
+
+
+def test_check_names_an_address_that_another_program_has(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        cdc.file.write_text(cdc.file.read_text().replace("127.0.0.1:0", f"127.0.0.1:{port}"))
+        taken = check_of_http(cdc)
+        assert (taken["level"], "cannot listen" in taken["message"]) == ("error", True)
+        assert "http.address" in taken["fix"]
+        assert not cdc.data_dir.exists()
+    assert check_of_http(cdc)["level"] == "ok"
+    with cdc.running():
+        assert check_of_http(cdc)["level"] == "ok"  # it is our own daemon that listens
+
+
+def check_of_http(cdc: Cdc) -> dict[str, str]:
+    """What `cdc check` finds out about the address."""
+    daemon = json.loads(cdc("check", "--json").stdout)["sections"][0]
+    finding: dict[str, str] = next(each for each in daemon["findings"] if each["subject"] == "http")
+    return finding
 
 
 def test_status_without_a_daemon_reads_the_data_directory(cdc: Cdc) -> None:
