@@ -36,12 +36,12 @@ from cdc.config import Config, SinkConfig
 from cdc.config_file import load
 from cdc.copy import Copy, PlannedTable
 from cdc.copy_progress import CopyProgress, reported
-from cdc.daemon import Parts
 from cdc.errors import CdcError, FatalError
 from cdc.feed.place import served
 from cdc.filling import capturing, fill
 from cdc.http_config import listening_on
 from cdc.kinds import build_source
+from cdc.pipeline import Parts
 from cdc.position import Position
 from cdc.queue import Queue
 from cdc.session import NoFacts, Session
@@ -99,10 +99,11 @@ def build_sink(config: Config, sink: SinkConfig) -> Sink:
     return cast("Sink", load_sink(sink.kind)(sink, context))
 
 
-def build_parts(config: Config, reload: Callable[[], Config]) -> Parts:
+def build_parts(reload: Callable[[], Config]) -> Parts:
     """What the daemon is made of."""
 
-    def fill_sink(sink: SinkConfig, built: Sink, queue: Queue, stats: DeliveryStats, stop: threading.Event) -> None:
+    def fill_sink(config: Config, built: Sink, queue: Queue, stats: DeliveryStats, stop: threading.Event) -> None:
+        sink = config.sinks[built.name]
         if not sink.is_mirror:
             begin(cast("StreamSink", built), queue, stats=stats, stop=stop)
             return
@@ -121,8 +122,8 @@ def build_parts(config: Config, reload: Callable[[], Config]) -> Parts:
             )
 
     return Parts(
-        source=lambda source, queue: build_source(config, source, queue),
-        sink=lambda sink: build_sink(config, sink),
+        source=build_source,
+        sink=build_sink,
         fill=fill_sink,
         reload=reload,
     )
@@ -201,7 +202,7 @@ def run(context: typer.Context) -> None:
     session = context.ensure_object(Session)
     config = session.config
     session.log_as_configured()
-    drained = daemon.run(config, build_parts(config, session.reload))
+    drained = daemon.run(config, build_parts(session.reload))
     sys.stderr.flush()
     os._exit(0 if drained else 1)  # the interpreter would wait for threads that did not end in time
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from cdc import __version__, logs
 from cdc.alerts import Alerts
 from cdc.api.backend import UnknownName
 from cdc.capture import Capture
-from cdc.config import Config, LogLevel, SinkConfig, SourceConfig
+from cdc.config import Config, LogLevel
 from cdc.dead_letters import Box, Office
 from cdc.delivery import Delivery
 from cdc.directory import lock_directory, tell_address, told_address
@@ -33,14 +32,12 @@ from cdc.errors import CdcError, FatalError
 from cdc.letter import DeadLetters
 from cdc.notify import Notifier
 from cdc.parking import Parker
-from cdc.pipeline import AnyPipeline, FillThenDeliver, Pipeline, contained, parker_of
+from cdc.pipeline import AnyPipeline, FillThenDeliver, Parts, Pipeline, contained, parker_of
 from cdc.position import SourcePosition
 from cdc.process import finished, on_signals, run_in_loop
 from cdc.pulse import Pulse
 from cdc.queue import Queue
-from cdc.reload import changes
-from cdc.sink import Sink
-from cdc.source import Source
+from cdc.reload import changes, reconnecting, with_passwords
 from cdc.stats import CaptureStats, DeliveryStats, State
 from cdc.status import DaemonStatus, snapshot
 from cdc.steering import Ordered, Replayed, replay, resync
@@ -51,22 +48,6 @@ if TYPE_CHECKING:
     from cdc.web import Web
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What only the command line can build: `cdc` knows neither sinks nor databases.
-
-    source: also given the queue, for small facts that have to survive a restart.
-    fill: blocks until the sink can take the stream (a mirror has every table) or `stop` is set; retries what is
-        transient.
-    reload: reads the configuration again.
-    """
-
-    source: Callable[[SourceConfig, Queue], Source]
-    sink: Callable[[SinkConfig], Sink]
-    fill: Callable[[SinkConfig, Sink, Queue, DeliveryStats, threading.Event], None]
-    reload: Callable[[], Config]
 
 
 def run(config: Config, parts: Parts) -> bool:
@@ -159,6 +140,7 @@ class Daemon:
             log.info("reloaded", changed=changed)
 
     def _adopt(self, config: Config) -> None:
+        self._take_passwords(config)
         self._config = config
         logs.configure(config.daemon.log_format, config.daemon.log_level)
         for source in self._sources.values():
@@ -170,6 +152,13 @@ class Daemon:
             delivery.adopt(config.sinks[name])
         if self._web is not None:
             self._web.adopt(config.http)
+
+    def _take_passwords(self, config: Config) -> None:
+        """Those of the urls. What runs goes on with its connections, and takes them once the old ones are refused."""
+        before, self._config = self._config, with_passwords(self._config, config)
+        for name in reconnecting(before, self._config):
+            if (pipeline := self._pipeline(name)).queue is not None:
+                pipeline.try_again()
 
     def status(self) -> DaemonStatus:
         """Take a snapshot. Never blocks."""
@@ -197,8 +186,14 @@ class Daemon:
         log.info("paused", name=name)
 
     def resume(self, name: str) -> None:
-        """Undo `pause`; let what has failed try again."""
-        self._pipeline(name).resume()
+        """Undo `pause`; let what has failed try again, with the password that its url has by now."""
+        pipeline = self._pipeline(name)
+        if pipeline.failure is not None:
+            try:
+                self._take_passwords(self._parts.reload())
+            except CdcError as exc:
+                log.warning("the configuration cannot be read again", error=str(exc), hint=exc.hint)
+        pipeline.resume()
         log.info("resumed", name=name)
 
     def resync(self, name: str, tables: Sequence[str], *, yes: bool) -> Ordered:
@@ -267,7 +262,7 @@ class Daemon:
                 self._fill(sink.name, at_once=True)
 
         return Capture(
-            self._parts.source(config, queue),
+            self._parts.source(self._config, config, queue),
             queue,
             self._sources[name].stats,
             applied=partial(self._slowest_sink, name),
@@ -277,12 +272,12 @@ class Daemon:
 
     def _deliver(self, name: str, queue: Queue) -> FillThenDeliver:
         config, stats = self._config.sinks[name], self._sinks[name].stats
-        sink = self._parts.sink(config)
+        sink = self._parts.sink(self._config, config)
         parker = parker_of(config, sink, queue, stats)
         if parker is not None:
             self._parkers[name] = parker
         delivery = self._deliveries[name] = Delivery(sink, queue, stats, config.batch, parker=parker)
-        return FillThenDeliver(partial(self._parts.fill, config, sink, queue, stats), delivery, queue, stats)
+        return FillThenDeliver(partial(self._parts.fill, self._config, sink, queue, stats), delivery, queue, stats)
 
     def _boxes(self) -> dict[str, Box]:
         """What operators can look into: parked changes of sinks whose queue is open."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeVar
 
 import structlog
 
-from cdc.config import SinkConfig
+from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.delivery import Delivery
 from cdc.errors import CdcError, FatalError
 from cdc.logs import redact
@@ -17,6 +18,7 @@ from cdc.parking import Parker, ParkingBounds, can_park
 from cdc.pulse import Pulse, beat, elsewhere
 from cdc.queue import Queue
 from cdc.sink import Sink
+from cdc.source import Source
 from cdc.stats import CaptureStats, DeliveryStats, State
 
 log = structlog.get_logger()
@@ -27,6 +29,22 @@ _POLL_SECONDS: Final = 0.1
 def paused_fact(name: str) -> str:
     """The queue's fact that keeps a source or a sink paused over restarts."""
     return f"paused:{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What only the command line can build: `cdc` knows neither sinks nor databases.
+
+    source: also given the queue, for small facts that have to survive a restart.
+    fill: blocks until the sink can take the stream (a mirror has every table) or `stop` is set; retries what is
+        transient.
+    reload: reads the configuration again.
+    """
+
+    source: Callable[[Config, SourceConfig, Queue], Source]
+    sink: Callable[[Config, SinkConfig], Sink]
+    fill: Callable[[Config, Sink, Queue, DeliveryStats, threading.Event], None]
+    reload: Callable[[], Config]
 
 
 class Worker(Protocol):
@@ -61,11 +79,12 @@ class Pipeline(Generic[Stats]):
         self.failure: BaseException | None = None
         self.pulse = Pulse()
         self._worker: Worker | None = None
+        self._build: Callable[[Queue], Worker] | None = None
         self._again = threading.Event()
 
     def assemble(self, queue: Queue, build: Callable[[Queue], Worker]) -> None:
         """Take the queue, and build what works on it; paused, if it was when the daemon last ran."""
-        self.queue = queue
+        self.queue, self._build = queue, build
         self._worker = build(queue)
         if queue.get(paused_fact(self.stats.name)) is not None:
             self._worker.pause()
@@ -76,38 +95,44 @@ class Pipeline(Generic[Stats]):
         failed: called when it has, before it waits for `try_again`.
         """
         while self._worker is not None and not stop.is_set():
-            self._again.clear()
             with contained(self.stats), self.pulse.felt():
                 try:
+                    if self._again.is_set():
+                        self._build_anew()
                     self._worker.run(stop)
                 except BaseException as exc:
                     self.failure = exc
                     raise
                 self.stats.state = State.STOPPED
                 return
-            failed()
+            if not self._again.is_set():
+                failed()
             while not (self._again.is_set() or stop.is_set()):
                 self._again.wait(_POLL_SECONDS)
             if self._again.is_set():
                 self.failure = self.stats.error = None
                 self.stats.hint, self.stats.state = "", State.STARTING
 
+    def _build_anew(self) -> None:
+        """With the passwords that are configured by now."""
+        self._again.clear()
+        if self.queue is not None and self._build is not None:
+            self.assemble(self.queue, self._build)
+
     def try_again(self) -> None:
-        """Let it begin once more, if it has failed; else nothing happens."""
+        """Let it begin once more, built anew, if it has failed; or as soon as it does."""
         self._assembled()
         self._again.set()
 
     def pause(self) -> None:
         """Pause durably."""
-        queue, worker = self._assembled()
-        queue.set(paused_fact(self.stats.name), "1")
-        worker.pause()
+        self._assembled()[0].set(paused_fact(self.stats.name), "1")
+        self._assembled()[1].pause()  # another one, if it was built before that was written
 
     def resume(self) -> None:
         """Undo `pause`, durably; and try again, if it has failed."""
-        queue, worker = self._assembled()
-        queue.set(paused_fact(self.stats.name), None)
-        worker.resume()
+        self._assembled()[0].set(paused_fact(self.stats.name), None)
+        self._assembled()[1].resume()
         self._again.set()
 
     def _assembled(self) -> tuple[Queue, Worker]:

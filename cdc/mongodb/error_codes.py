@@ -17,7 +17,7 @@ TRANSIENT_LABELS: Final = frozenset({
 _AGAIN: Final = "nothing: it is tried again"
 _RESYNC: Final = "a larger oplog (`replSetResizeOplog`, or --oplogMinRetentionHours) keeps this from coming back"
 _OTHER_STREAM: Final = "the url may lead to another deployment than before"
-_LOGIN: Final = "check user, password and authSource in the url"
+_LOGIN: Final = "check user, password and authSource in the url; `cdc resume NAME` takes a new password"
 _GRANT: Final = "grant the missing privilege; `cdc check` lists what is needed"
 REPLICA_SET_HINT: Final = (
     "make it a one-node replica set: start mongod with --replSet rs0 (or replication.replSetName in mongod.conf), "

@@ -53,7 +53,8 @@ _PERMANENT_CLASSES: Final = ("21", "22", "23", "42", "0A", "44", "54", "55", "P0
 _LOCK_HINT: Final = "somebody holds a lock on it for long: pg_locks and pg_stat_activity tell who"
 
 _FATAL_HINTS: Final = {
-    "28": "check user, password and the server's pg_hba.conf",
+    "28": "check user, password and the server's pg_hba.conf; `cdc resume NAME` takes a new password of the url or its "
+    "url_file",
     "3D": "create the database, or correct its name in the url",
     "42501": "grant the missing privilege; `cdc check` lists what is needed",
 }

@@ -20,10 +20,11 @@ from cdc.barrier import HttpBarrier
 from cdc.change import INSERT, Change, Column, Table
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.config_file import parse
-from cdc.daemon import Daemon, Parts
+from cdc.daemon import Daemon
 from cdc.directory import ADDRESS_FILE
 from cdc.errors import CdcError, DirectoryInUse, FatalError, TransientError
 from cdc.hold import Hold
+from cdc.pipeline import Parts
 from cdc.position import Position, SourcePosition
 from cdc.queue import Queue
 from cdc.sink import Sink
@@ -64,20 +65,20 @@ class World:
     def parts(self) -> Parts:
         return Parts(self.build_source, self.build_sink, self.copy, self.config)
 
-    def build_source(self, config: SourceConfig, queue: Queue) -> MemorySource:
+    def build_source(self, _all: Config, config: SourceConfig, queue: Queue) -> MemorySource:
         return self.sources[config.name]
 
-    def build_sink(self, config: SinkConfig) -> MemorySink:
+    def build_sink(self, _all: Config, config: SinkConfig) -> MemorySink:
         return self.sinks[config.name]
 
-    def copy(self, config: SinkConfig, sink: Sink, queue: Queue, stats: DeliveryStats, stop: threading.Event) -> None:
+    def copy(self, _all: Config, sink: Sink, queue: Queue, stats: DeliveryStats, stop: threading.Event) -> None:
         assert isinstance(sink, MemorySink)
         stats.state = State.COPYING
         while not self.copying.wait(0.01):
             if stop.is_set():
                 return
         if sink.position is None:
-            self.copied.append(config.name)
+            self.copied.append(sink.name)
             sink.position = Position(queue.queue_id, 0, 0)
 
     @contextmanager
@@ -190,7 +191,7 @@ def test_f114_damaged_queue_stops_only_its_own_pipelines(world: World) -> None:
 
 
 def test_f114_part_that_cannot_be_built_stops_only_itself(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(config: SourceConfig, queue: Queue) -> MemorySource:
+    def refuse(_all: Config, config: SourceConfig, queue: Queue) -> MemorySource:
         if config.name == "shop":
             raise FatalError("no such kind of database")
         return world.sources[config.name]

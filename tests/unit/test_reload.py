@@ -10,7 +10,7 @@ import pytest
 from cdc.config import Config
 from cdc.config_file import parse
 from cdc.errors import ConfigError
-from cdc.reload import changes
+from cdc.reload import changes, reconnecting, with_passwords
 from sinks import options_of
 
 TOKEN = {"name": "operator", "token": "geheim-1", "scopes": ["admin"]}
@@ -73,7 +73,7 @@ def test_f110_may_change(where: str, value: Any) -> None:
         ("daemon/data_dir", "/elsewhere"),
         ("http/address", "127.0.0.1:1"),
         ("http/origins", ["https://app.example.com"]),
-        ("sources/shop/url", "postgresql://me:geheim-2@db/shop"),
+        ("sources/shop/url", "postgresql://other:geheim-2@db/shop"),
         ("sources/shop/on_gap", "resync"),
         ("sources/stock", {"url": "postgresql://db/stock"}),
         ("sinks/mirror/on_error", "stop"),
@@ -103,6 +103,20 @@ def test_f110_one_that_may_not_change_keeps_the_others_from_it() -> None:
     raw["daemon"] |= {"log_level": "debug", "data_dir": "/elsewhere"}
     with pytest.raises(ConfigError, match=r"takes a restart: daemon\.data_dir$"):
         changes(read(RUNNING), read(raw))
+
+
+def test_f110_passwords_of_urls_may_change() -> None:
+    """The mirror's url follows from the source's."""
+    wanted = altered("sources/shop/url", "postgresql://me:geheim-2@db/shop")
+    assert changes(read(RUNNING), wanted) == ["sources.shop.url", "sinks.mirror.url"]
+    assert with_passwords(read(RUNNING), wanted) == wanted
+    assert reconnecting(read(RUNNING), wanted) == ["shop", "mirror", "feed"]
+
+
+def test_f110_a_webhook_is_secret_as_a_whole_and_takes_a_restart() -> None:
+    running, wanted = (altered("alerts/webhook", f"https://{name}.example.com") for name in ("one", "two"))
+    with pytest.raises(ConfigError, match=r"takes a restart: alerts\.webhook"):
+        changes(running, wanted)
 
 
 def test_nothing_has_changed() -> None:
