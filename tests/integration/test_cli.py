@@ -192,6 +192,15 @@ def test_a_daemon_that_does_not_answer_is_not_one_that_is_down(cdc: Cdc) -> None
         assert_complaint(result, 1, rf"the daemon \(process {process.pid}\) does not answer", hint="restart")
 
 
+def test_an_address_that_somebody_else_has_by_now_is_that_of_no_daemon(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    cdc.data_dir.mkdir()
+    (cdc.data_dir / "lock").write_text("1\n")  # left by one that was killed
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        (cdc.data_dir / "http").write_text("http://{}:{}".format(*mute.getsockname()))
+        assert_complaint(cdc("pause", "mirror"), 1, "the daemon is not running", hint="cdc run")
+
+
 def test_f86_status_names_a_data_directory_that_was_removed(cdc: Cdc) -> None:
     cdc.configure(NOWHERE)
     with cdc.running():
