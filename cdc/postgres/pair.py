@@ -94,10 +94,10 @@ def left_at_source(source: SourceConfig) -> str:
 
 
 def drop_source(source: SourceConfig) -> None:
-    """Drop slot and publications. The server keeps no more WAL for this source."""
-    with connect(reveal(source.url)) as connection:
-        drop_slot(connection, source.slot)
+    """Drop slot and publications, both or none. The server keeps no more WAL for this source."""
+    with connect(reveal(source.url)) as connection, translated_errors(), connection.transaction():
         drop_publications(connection, source)
+        drop_slot(connection, source.slot)  # which no rollback brings back
 
 
 def drop_sink(sink: SinkConfig) -> None:
