@@ -148,3 +148,33 @@ def test_f94_what_libpq_finds_wrong_by_itself_is_a_lost_connection(source_db: Da
     assert isinstance(to_cdc_error(error), TransientError)
     assert isinstance(result_error(result), TransientError)
     assert isinstance(to_cdc_error(psycopg.ProgrammingError("not adapted")), FatalError)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "sslmode=foo",
+        "target_session_attrs=foo",
+        "channel_binding=foo",
+        "gssencmode=foo",
+        "require_auth=foo",
+        "ssl_min_protocol_version=foo",
+        "connect_timeout=foo",
+        "keepalives_idle=foo",
+        "port=foo",
+        "sslmodee=require",
+    ],
+)
+def test_a_mistaken_option_of_the_url_is_named_and_not_tried_again(option: str) -> None:
+    with pytest.raises(FatalError) as caught:
+        connect(f"postgresql://me:geheim@127.0.0.1:1/shop?{option}")
+    assert option.partition("=")[0] in str(caught.value)
+    assert "option" in caught.value.hint
+    assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize("password", ["geh?eim=geheim", "geh:eim@host:geheim", "geh?sslmode=geheim&geheim=1"])
+def test_a_password_that_is_taken_for_an_option_is_not_shown(password: str) -> None:
+    with pytest.raises((FatalError, TransientError)) as caught:
+        connect(f"postgresql://me:{password}@127.0.0.1:1/shop")
+    assert "eim" not in str(caught.value)
