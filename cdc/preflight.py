@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Final, Literal
 
 import msgspec
@@ -88,7 +89,7 @@ def check_data_dir(config: Config) -> Iterator[Finding]:
     existing = next(path for path in (wanted, *wanted.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield Finding(
-            "error", "data_dir", f"{existing} is not a folder that this user may write to", f"chown {existing}"
+            "error", "data_dir", f"{existing} is not a folder that this user may write to", _made_ours(wanted, existing)
         )
         return
     free, floor = shutil.disk_usage(existing).free, config.queue.min_free_bytes
@@ -111,6 +112,14 @@ def check_address(config: Config) -> Iterator[Finding]:
         return
     listen((host, port)).close()
     yield Finding("ok", "http", f"{host}:{port} is free to listen on")
+
+
+def _made_ours(wanted: Path, existing: Path) -> str:
+    """What to do about a folder that cannot be written. existing: as much of its path as there is."""
+    if not existing.is_dir():
+        return "set daemon.data_dir to another folder"
+    command = "chown -R" if existing == wanted else "install -d -o"  # its parents are not to be ours
+    return f"as root: {command} {os.geteuid()} {quote(str(wanted.absolute()))}"
 
 
 def check_certificate(config: Config) -> Iterator[Finding]:

@@ -100,12 +100,18 @@ def test_data_dir_that_is_a_file(tmp_path: Path) -> None:
     (finding,) = check_data_dir(configured(tmp_path / "file" / "data"))
     assert (finding.level, finding.subject) == ("error", "data_dir")
     assert "is not a folder" in finding.message
+    assert finding.fix == "set daemon.data_dir to another folder"
 
 
 def test_data_dir_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    (finding,) = check_data_dir(configured(tmp_path))
-    assert finding.level == "error"
+    for folder, fix in (
+        (tmp_path, f"chown -R {os.geteuid()} {tmp_path}"),
+        (tmp_path / "a b" / "data", f"install -d -o {os.geteuid()} '{tmp_path}/a b/data'"),
+    ):
+        (finding,) = check_data_dir(configured(folder))
+        assert finding.level == "error"
+        assert finding.fix == f"as root: {fix}"
 
 
 @pytest.mark.parametrize(
