@@ -81,10 +81,14 @@ def test_f38_neither_copy_nor_stream_are_cut_by_time_outs(
         assert mirror.delivery_stats.retries == 0, mirror.delivery_stats.error
         source_db.execute("INSERT INTO a VALUES (0)")
         mirror.assert_equal("a")
-        before = sessions(source_db), sessions(target_db)
-        pause.wait(LONGER_SECONDS)
-        assert (sessions(source_db), sessions(target_db)) == before
-        assert min(map(len, before)) > 0
+
+        def kept() -> bool:
+            before = sessions(source_db), sessions(target_db)
+            pause.wait(LONGER_SECONDS)
+            return (sessions(source_db), sessions(target_db)) == before and min(map(len, before)) > 0
+
+        # a sink that was just filled may connect once more; one whose session is cut does so every time
+        assert any(kept() for _ in range(4))
 
 
 def sessions(database: Database) -> set[int]:
