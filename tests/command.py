@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -67,6 +67,21 @@ class Cdc:
             from = "shop"
             {url}
             {options.get("sink", "")}
+            """
+        )
+
+    def configure_sources(self, urls: Mapping[str, str]) -> None:
+        """Sources alone, by their names."""
+        sources = "".join(f'[sources.{name}]\nurl = "{url}"\n' for name, url in urls.items())
+        self.file.write_text(
+            f"""
+            [daemon]
+            data_dir = "{self.data_dir}"
+            [http]
+            address = "127.0.0.1:0"
+            [queue]
+            min_free_bytes = 0
+            {sources}
             """
         )
 

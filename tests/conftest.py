@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import hypothesis
 import pytest
@@ -22,6 +23,8 @@ from tests.mongod.fixture import (
 )
 from tests.servers import Database, PostgresServer, ServerUnavailable
 from tests.tls import Authority, TlsPostgres
+
+Server = TypeVar("Server", PostgresServer, TlsPostgres)
 
 NewDatabase = Callable[[PostgresServer], Database]
 
@@ -69,12 +72,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 @pytest.fixture(scope="session")
 def tls_postgres(authority: Authority) -> Iterator[TlsPostgres]:
     """A server that wants TLS, of whatever version the system has."""
-    try:
-        server = TlsPostgres(authority)
-    except ServerUnavailable as exc:
-        pytest.skip(str(exc))
-    with server:
-        yield server
+    yield from _running(lambda: TlsPostgres(authority))
 
 
 @pytest.fixture(params=[18, 16], ids=lambda version: f"pg{version}")
@@ -124,8 +122,13 @@ def pg_dump(postgres18: PostgresServer) -> Path:
 
 
 def _server(version: int) -> Iterator[PostgresServer]:
+    yield from _running(lambda: PostgresServer(version))
+
+
+def _running(make: Callable[[], Server]) -> Iterator[Server]:
+    """While it is wanted; skips where it cannot be had."""
     try:
-        server = PostgresServer(version)
+        server = make()
     except ServerUnavailable as exc:
         pytest.skip(str(exc))
     with server:

@@ -84,3 +84,14 @@ def run_as() -> dict[str, Any]:
     except KeyError:
         raise RuntimeError(f"PostgreSQL refuses to run as root, and there is no user {UNPRIVILEGED_USER}") from None
     return {"cwd": "/", "user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+
+
+def is_cut_off(connection: socket.socket) -> bool:
+    """Whether the other end has ended a connection that it has nothing to say on."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(100) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True

@@ -26,7 +26,7 @@ from cdc.http_config import Http
 from cdc.process import loop_factory
 from tests.command import NOWHERE, Cdc, assert_complaint
 from tests.feed_stores import opened, place_at
-from tests.processes import wait_until
+from tests.processes import is_cut_off, wait_until
 from tests.tls import Authority, Pair
 
 KEY_HINT = "a key without a password"
@@ -248,13 +248,3 @@ def is_healthy(server: Server, authority: Authority) -> bool:
     host, port = server.address
     with urlopen(f"https://{host}:{port}/health", context=trusting(authority), timeout=20) as answer:
         return bool(answer.status == 200)
-
-
-def is_cut_off(connection: socket.socket) -> bool:
-    connection.setblocking(False)
-    try:
-        return connection.recv(100) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionResetError:
-        return True

@@ -20,7 +20,7 @@ from cdc.feed.place import Place
 from cdc.http_config import Http, JwtConfig, TokenConfig
 from cdc.secret import Token
 from tests.gateway import Gateway, Source, closed, events, record, subscribe
-from tests.processes import wait_until
+from tests.processes import is_cut_off, wait_until
 
 FIN, RSV, MASKED = 0x80, 0x40, 0x80
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
@@ -240,7 +240,7 @@ def test_f107_flood_of_silent_connections_makes_room(
         assert httpx.get(f"{gateway.url}/health").status_code == 200
         assert httpx.get(f"{gateway.url}/api/changes/poll").status_code == 200
         assert subscribe(client, "orders")["type"] == "subscribed"
-        wait_until(lambda: sum(_is_cut_off(each) for each in flood) >= 70)
+        wait_until(lambda: sum(is_cut_off(each) for each in flood) >= 70)
 
 
 def test_f107_enormous_headers_are_refused(gateway: Gateway) -> None:
@@ -307,13 +307,3 @@ def test_f107_strangers_cannot_fill_the_log(
         assert b"error" in (refused.value.response.body or b"")
         wait_until(lambda: gateway.open_connections == 0, what="the refused connection to be closed")
     assert [line for line in caplog.records if line.levelname in {"WARNING", "ERROR"}] == []
-
-
-def _is_cut_off(connection: socket.socket) -> bool:
-    connection.setblocking(False)
-    try:
-        return connection.recv(1) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionResetError:
-        return True

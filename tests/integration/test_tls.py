@@ -146,16 +146,7 @@ def refused(tmp_path: Path, server: TlsPostgres, authority: Authority) -> dict[s
 
 def test_what_is_refused_is_said_in_one_line(cdc: Cdc, refused: dict[str, tuple[str, str, str]]) -> None:
     """All in one configuration, since each starts alone."""
-    sources = "".join(f'[sources.{name}]\nurl = "{url}"\n' for name, (url, _, _) in refused.items())
-    cdc.file.write_text(f"""
-        [daemon]
-        data_dir = "{cdc.data_dir}"
-        [http]
-        address = "127.0.0.1:0"
-        [queue]
-        min_free_bytes = 0
-        {sources}
-    """)
+    cdc.configure_sources({name: url for name, (url, _, _) in refused.items()})
     checked, run = cdc("check", "--json"), cdc("run")
     assert (checked.returncode, run.returncode) == (1, 1), run.stderr
     found = {section["title"]: section["findings"][-1] for section in json.loads(checked.stdout)["sections"]}

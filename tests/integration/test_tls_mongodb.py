@@ -60,7 +60,7 @@ def test_what_is_refused_is_said_in_one_line(cdc: Cdc, server: StandIn, authorit
         "missing": ({"tlsCertificateKeyFile": tmp_path / "missing.pem"}, "missing.pem: No such file"),
     }
     trusted = {"tlsCAFile": authority.file, "serverSelectionTimeoutMS": 2000}
-    write_sources(cdc, {name: url(server, **{**trusted, **options}) for name, (options, _) in cases.items()})
+    cdc.configure_sources({name: url(server, **{**trusted, **options}) for name, (options, _) in cases.items()})
     checked, run = cdc("check", "--json"), cdc("run")
     assert (checked.returncode, run.returncode) == (1, 1), run.stderr
     failed = [json.loads(line) for line in run.stderr.splitlines() if '"event": "failed"' in line]
@@ -81,25 +81,12 @@ def test_certificate_of_ours_that_the_server_does_not_take(
     shown: dict[str, dict[str, object]] = {"none": {}, "strangers": {"tlsCertificateKeyFile": stranger.in_one_file}}
     shown["expired"] = {"tlsCertificateKeyFile": late.in_one_file}
     trusted = {"tlsCAFile": authority.file, "serverSelectionTimeoutMS": 500}
-    write_sources(cdc, {name: url(server, **trusted, **options) for name, options in shown.items()})
+    cdc.configure_sources({name: url(server, **trusted, **options) for name, options in shown.items()})
     checked = cdc("check", "--json")
     assert checked.returncode == 1
     for name in shown:
         finding = last_findings(checked.stdout)[f"source {name}"]
         assert re.search(f"hangs up|{CERTIFICATES_HINT}", finding["fix"]), finding
-
-
-def write_sources(cdc: Cdc, urls: dict[str, str]) -> None:
-    sources = "".join(f'[sources.{name}]\nurl = "{url}"\n' for name, url in urls.items())
-    cdc.file.write_text(f"""
-        [daemon]
-        data_dir = "{cdc.data_dir}"
-        [http]
-        address = "127.0.0.1:0"
-        [queue]
-        min_free_bytes = 0
-        {sources}
-    """)
 
 
 def last_findings(checked: str) -> dict[str, dict[str, str]]:
