@@ -1,12 +1,15 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""What takes `cdc.packed` apart, compiled.
+"""What takes `cdc.packed_rows` and `cdc.packed_documents` apart, compiled.
 
 Built where a C compiler is there when the package is installed; without it everything works the same, but slower.
 """
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uint32_t
 
-from cdc.change import Change, Transaction
+from cdc cimport _documents
+from cdc._documents cimport Document, read_document, u32, u64
+from cdc.change import Change, Delta, Transaction
 from cdc.errors import DecodeError
 
 cdef enum:
@@ -16,8 +19,8 @@ cdef enum:
     LENGTH_BYTES = 4
 
 
-def unpack(bytes data):
-    """See `cdc.packed.unpack_in_python`."""
+def unpack_rows(bytes data):
+    """See `cdc.packed_rows.unpack_in_python`."""
     cdef const unsigned char *d = data
     cdef Py_ssize_t length = len(data), at = SUMMARY_BYTES, part
     cdef uint32_t count, size
@@ -54,8 +57,8 @@ def unpack(bytes data):
     return found
 
 
-def transactions_at(bytes data, list places):
-    """See `cdc.packed.transactions_at_in_python`."""
+def rows_at(bytes data, list places):
+    """See `cdc.packed_rows.transactions_at_in_python`."""
     cdef const unsigned char *d = data
     cdef Py_ssize_t length = len(data), at = SUMMARY_BYTES, start, place
     cdef list found = []
@@ -94,13 +97,29 @@ cdef Py_ssize_t end_of(const unsigned char *d, Py_ssize_t at, Py_ssize_t length)
     return at
 
 
+def unpack_documents(bytes data):
+    """See `cdc.packed_documents.unpack_in_python`."""
+    cdef const unsigned char *d = data
+    cdef Py_ssize_t length = len(data), at = _documents.SUMMARY_BYTES
+    cdef Document found
+    cdef list transactions = []
+    cdef object commit_time
+    while at < length:
+        at = read_document(d, length, at, &found)
+        if at < 0:
+            raise truncated(length)
+        token = document(d, found.token)
+        after = document(d, found.after) if found.after else None
+        delta = Delta(document(d, found.delta)) if found.delta else None
+        change = Change(found.operation, found.table, document(d, found.key), None, after, delta)
+        commit_time = found.milliseconds  # a Python number before it grows: a hostile one must not wrap around
+        transactions.append(Transaction(token, token, commit_time * 1000, 0, 0, True, [change]))
+    return transactions
+
+
+cdef inline bytes document(const unsigned char *d, Py_ssize_t at):
+    return PyBytes_FromStringAndSize(<const char *> d + at, u32(d + at))
+
+
 cdef object truncated(Py_ssize_t length):
     return DecodeError(f"packed transactions truncated at byte {length}")
-
-
-cdef inline uint32_t u32(const unsigned char *data) noexcept nogil:
-    return <uint32_t> data[0] | <uint32_t> data[1] << 8 | <uint32_t> data[2] << 16 | <uint32_t> data[3] << 24
-
-
-cdef inline uint64_t u64(const unsigned char *data) noexcept nogil:
-    return <uint64_t> u32(data) | <uint64_t> u32(data + 4) << 32

@@ -8,7 +8,7 @@ from operator import attrgetter, is_
 from typing import Final, NamedTuple
 
 from cdc.change import DDL, Change, Transaction
-from cdc.packed import Packed, Span
+from cdc.packed_rows import PackedRows, Span
 from cdc.parking_plan import subject_of
 from cdc.parts import Item, Subjects, sifted
 from cdc.queue import Stored
@@ -177,11 +177,11 @@ class _Look:
             return sifted(piece, passes)
         look = subjects.quick_look(batch, self._sink.free_of, behind)
         transactions = batch.transactions
-        if look.marks is None or not isinstance(transactions, Packed):
+        if look.marks is None or not isinstance(transactions, PackedRows):
             return sifted(piece, passes, look.is_free)
         return sifted(piece, passes, look.is_free, self._marked(transactions, look.marks))
 
-    def _marked(self, packed: Packed, marks: frozenset[bytes]) -> Iterator[Span]:
+    def _marked(self, packed: PackedRows, marks: frozenset[bytes]) -> Iterator[Span]:
         """Where packed transactions have to be looked at."""
         for span in packed.spans(marks):
             yield span

@@ -222,10 +222,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     @property
     def change_count(self) -> int:
         """Number of changes in all transactions."""
-        transactions = self.transactions
-        if isinstance(transactions, Summarized):
-            return sum(transactions.summary.counts)
-        return sum(map(len, map(_CHANGES, transactions)))
+        return count_changes(self.transactions)
 
     def once(self) -> Sequence[Transaction]:
         """The transactions, for who goes through them once."""
@@ -253,6 +250,13 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
             last=last.position,
             commit_time=last.commit_time,
         )
+
+
+def count_changes(transactions: Sequence[Transaction]) -> int:
+    """Number of changes in all of them."""
+    if isinstance(transactions, Summarized):
+        return sum(transactions.summary.counts)
+    return sum(map(len, map(_CHANGES, transactions)))
 
 
 _OPERATION: Final = attrgetter("operation")

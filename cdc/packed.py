@@ -3,63 +3,34 @@
 A source that is behind hands on tens of thousands of rows a second. Made into objects one by one, to be written down,
 read and made again behind the queue, each costs more than all that its target does with it. Packed they are one value,
 which is taken apart only where somebody looks at the transactions as such; the rest goes by the summary.
-
-All numbers are little-endian. First the summary: how many transactions there are, how many of them end here, how many
-inserts, updates and deletes there are (u32 each), the positions of the first and the last transaction (u64), when the
-last one was committed (i64), and whether it ends (u8). Then each transaction: position, end (u64), commit time
-(i64), xid, first ordinal, number of changes (u32), whether it is complete (u8); and behind it its changes: operation
-(u8), table (u16), which parts there are (u8: 1 key, 2 before, 4 after), and each of these behind its length (u32).
 """
 
 from __future__ import annotations
 
-import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
-from itertools import chain
-from struct import Struct, error
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Final, overload
 
-import msgspec
-
-from cdc.change import Change, Image, Operation, Summarized, Summary, Transaction
+from cdc.change import Operation, Summarized, Summary, Transaction
 from cdc.errors import DecodeError
 
-_SUMMARY: Final = Struct("<5IQQq?")
-SUMMARY_BYTES: Final = _SUMMARY.size
-"""Where the first transaction begins."""
-
-_TRANSACTION: Final = Struct("<QQqIII?")
-_CHANGE: Final = Struct("<BHB")
-_LENGTH: Final = Struct("<I")
-
-_PARTS: Final = 3
-_NEVER_PACKED: Final = (0,) * (len(Operation) - 3)
-
-Span = tuple[int, int]
-"""Where one or more transactions stand: from a byte up to another one."""
+NEVER_PACKED: Final = (0,) * (len(Operation) - 3)
+"""Counts of what is neither insert, update nor delete."""
 
 _lock = threading.Lock()
 
 
 class Packed(Summarized):
-    """Transactions of a source whose positions are numbers, rows only. Equal to a list of the same.
-
-    data: as above. Whoever looks at the transactions gets the same objects every time, in whatever thread.
-    """
+    """Equal to a list of the same. Whoever looks at the transactions gets the same objects every time."""
 
     __slots__ = ("_count", "_summary", "_transactions", "data")
 
-    def __init__(self, data: bytes) -> None:
-        """Raises `DecodeError` where that is no summary; what follows is looked at later."""
-        try:
-            count, complete, *counts, first, last, commit_time, ended = _SUMMARY.unpack_from(data)
-        except error:
-            raise DecodeError(f"packed transactions truncated at byte {len(data)}") from None
+    def __init__(self, data: bytes, count: int, summary: Summary) -> None:
+        """count: of transactions, as `data` says; it is compared when they are looked at."""
         self.data = data
-        self._count: int = count
-        self._summary = Summary(complete, ended, (*counts, *_NEVER_PACKED), first, last, commit_time)
+        self._count = count
+        self._summary = summary
         self._transactions: list[Transaction] | None = None
 
     @property
@@ -67,186 +38,51 @@ class Packed(Summarized):
         """What stands at the beginning."""
         return self._summary
 
+    @abstractmethod
+    def unpacked(self) -> list[Transaction]:
+        """All of them, as new objects. Raises `DecodeError`."""
+
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[Transaction]:
-        return iter(self._unpacked())
+        return iter(self._kept())
 
     @overload
     def __getitem__(self, index: int) -> Transaction: ...
     @overload
     def __getitem__(self, index: slice) -> list[Transaction]: ...
     def __getitem__(self, index: int | slice) -> Transaction | list[Transaction]:
-        return self._unpacked()[index]
+        return self._kept()[index]
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, Packed):
+        if isinstance(other, type(self)):
             return self.data == other.data
-        return self._unpacked() == other if isinstance(other, list) else NotImplemented
+        return self._kept() == other if isinstance(other, list) else NotImplemented
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Packed({self._unpacked()!r})"
-
-    def spans(self, marks: frozenset[bytes]) -> list[Span]:
-        """Where the transactions are that have any of these byte strings in their images, in order; perhaps others."""
-        search = _pattern(marks).search
-        found: list[int] = []
-        match = search(self.data, SUMMARY_BYTES)
-        while match is not None:
-            found.append(match.start())
-            match = search(self.data, match.start() + 1)  # one that only looks like it may overlap
-        return transactions_at(self.data, found) if found else []
-
-    def rest(self, span: Span) -> Span:
-        """Where all transactions are that come later."""
-        return span[1], len(self.data)
-
-    def part(self, span: Span) -> list[Transaction]:
-        """The transactions that are there."""
-        start, end = span
-        return unpack(self.data[:SUMMARY_BYTES] + self.data[start:end])
-
-    def altered(
-        self, spans: Iterable[Span], alter: Callable[[Sequence[Transaction]], Sequence[Transaction] | None]
-    ) -> Packed | None:
-        """The same with what `alter` makes of the transactions in some places, in order: as many, with less changes.
-
-        It returns `None` for what is to stay, and so does this where all stays. A span is taken when the one before it
-        is dealt with.
-        """
-        counts = list(self._summary.counts)
-        pieces: list[bytes] = []
-        at = SUMMARY_BYTES
-        for span in spans:
-            was = self.part(span)
-            now = alter(was)
-            if now is None:
-                continue
-            for sign, some in ((-1, was), (1, now)):
-                for change in chain.from_iterable(each.changes for each in some):
-                    counts[change.operation] += sign
-            pieces += (self.data[at : span[0]], *map(_pack, now))
-            at = span[1]
-        if not pieces:
-            return None
-        head = _SUMMARY.pack(
-            *(self._count, self._summary.complete, *counts[: len(Operation) - len(_NEVER_PACKED)]),
-            *(self._summary.first, self._summary.last, self._summary.commit_time, self._summary.ended),
-        )
-        return Packed(b"".join((head, *pieces, self.data[at:])))
+        return f"{type(self).__name__}({self._kept()!r})"
 
     def once(self) -> Sequence[Transaction]:
         """Taken apart anew, unless somebody has looked at them: objects weigh four times as much as their bytes."""
-        return self._taken_apart() if self._transactions is None else self._transactions
+        return self._all() if self._transactions is None else self._transactions
 
-    def _unpacked(self) -> list[Transaction]:
+    def _kept(self) -> list[Transaction]:
         if self._transactions is None:
-            found = self._taken_apart()
+            found = self._all()
             with _lock:
                 self._transactions = self._transactions or found
         return self._transactions
 
-    def _taken_apart(self) -> list[Transaction]:
-        found = unpack(self.data)
+    def _all(self) -> list[Transaction]:
+        found = self.unpacked()
         if len(found) != self._count:
             raise DecodeError(f"{self._count} packed transactions should be {len(found)}")
         return found
 
 
-def packed_part(head: Transaction, counts: Sequence[int], changes: bytes) -> Packed:
-    """A part of a transaction that goes on later. head: without its changes, which are packed, so many of each kind."""
-    summary = _SUMMARY.pack(1, 0, *counts, head.position, head.position, head.commit_time, False)
-    return Packed(b"".join((summary, _head(head, sum(counts)), changes)))
-
-
-def unpack_in_python(data: bytes) -> list[Transaction]:
-    """Take packed transactions apart, behind their summary. Raises only `DecodeError`."""
-    at, found = SUMMARY_BYTES, []
-    try:
-        while at < len(data):
-            position, end, commit_time, xid, first_ordinal, count, complete = _TRANSACTION.unpack_from(data, at)
-            at += _TRANSACTION.size
-            changes = []
-            for _ in range(count):
-                change, at = change_at(data, at)
-                changes.append(change)
-            found.append(Transaction(position, end, commit_time, xid, first_ordinal, complete, changes))
-    except error:
-        raise _truncated(data) from None
-    return found
-
-
-def change_at(data: bytes, at: int) -> tuple[Change, int]:
-    """The change that begins at a byte, and where it ends."""
-    operation, table, parts = _CHANGE.unpack_from(data, at)
-    at += _CHANGE.size
-    images: list[Image | None] = [None] * _PARTS
-    for part in range(_PARTS):
-        if parts >> part & 1:
-            start = at + _LENGTH.size
-            at = start + _LENGTH.unpack_from(data, at)[0]
-            if at > len(data):
-                raise _truncated(data)
-            images[part] = data[start:at]
-    key, before, after = images
-    return Change(operation, table, key, before, after), at
-
-
-def transactions_at_in_python(data: bytes, places: Sequence[int]) -> list[Span]:
-    """Where the transactions are in which these bytes stand, both in order. Raises only `DecodeError`."""
-    found: list[Span] = []
-    at = SUMMARY_BYTES
-    try:
-        for place in places:
-            while at <= place:
-                start, at = at, _end(data, at)
-                if place < at:
-                    found.append((start, at))
-    except error:
-        raise _truncated(data) from None
-    return found
-
-
-def _end(data: bytes, at: int) -> int:
-    """Where the transaction ends that begins at a byte."""
-    count = _TRANSACTION.unpack_from(data, at)[5]
-    at += _TRANSACTION.size
-    for _ in range(count):
-        _, at = change_at(data, at)
-    return at
-
-
-def _head(transaction: Transaction, changes: int) -> bytes:
-    position, end, commit_time, xid, first_ordinal, complete, _ = msgspec.structs.astuple(transaction)
-    return _TRANSACTION.pack(position, end, commit_time, xid, first_ordinal, changes, complete)
-
-
-def _pack(transaction: Transaction) -> bytes:
-    pieces = [_head(transaction, len(transaction.changes))]
-    for change in transaction.changes:
-        images = (change.key, change.before, change.after)
-        parts = sum(1 << part for part, image in enumerate(images) if image is not None)
-        pieces.append(_CHANGE.pack(change.operation, change.table, parts))
-        pieces += (part for image in images if image is not None for part in (_LENGTH.pack(len(image)), image))
-    return b"".join(pieces)
-
-
-@lru_cache(maxsize=64)
-def _pattern(marks: frozenset[bytes]) -> re.Pattern[bytes]:
-    """What finds any of them."""
-    return re.compile(b"|".join(map(re.escape, sorted(marks))))
-
-
-def _truncated(data: bytes) -> DecodeError:
+def truncated(data: bytes) -> DecodeError:
+    """What is raised for bytes that end too early."""
     return DecodeError(f"packed transactions truncated at byte {len(data)}")
-
-
-try:
-    from cdc import _packed
-except ImportError:
-    unpack, transactions_at = unpack_in_python, transactions_at_in_python
-else:
-    unpack, transactions_at = _packed.unpack, _packed.transactions_at

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, cast
 import msgspec
 
 from cdc.change import DDL, TRUNCATE, Batch, Change, Table, TableName, Transaction, Truncate
-from cdc.packed import Packed, Span
+from cdc.packed_rows import PackedRows, Span
 from cdc.queue import Stored
 from cdc.queue.parked import ParkedId
 from cdc.sink import NEVER_FREE, QuickLook, Subject
@@ -162,7 +162,7 @@ def sifted(piece: Stored, passes: Passes, is_free: IsFree | None = None, spans: 
     if spans is None:
         kept = sift(transactions)
     else:
-        assert isinstance(transactions, Packed)
+        assert isinstance(transactions, PackedRows)
         kept = transactions.altered(spans, sift)
     return piece if kept is None else Stored(piece.seq, msgspec.structs.replace(piece.batch, transactions=kept))
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from struct import pack
 
-from cdc.change import DELETE, INSERT, UPDATE, Batch, Change, Column, Table, Transaction
+from cdc.change import DELETE, INSERT, UPDATE, Batch, Change, Column, Delta, Table, Transaction
 from cdc.postgres.row import encode_row
 
 TABLE = Table("public", "orders", (Column("id", 23, is_key=True), Column("note", 25, is_key=False)))
@@ -53,3 +53,19 @@ def packed(transactions: list[Transaction]) -> bytes:
             data += pack("<BHB", change.operation, change.table, parts)
             data += b"".join(pack("<I", len(image)) + image for image in images if image is not None)
     return data
+
+
+def packed_documents(transactions: Sequence[Transaction]) -> bytes:
+    """As the compiled reader of a change stream writes them."""
+    changes = [change for transaction in transactions for change in transaction.changes]
+    pieces = []
+    for transaction, change in zip(transactions, changes, strict=True):
+        assert isinstance(transaction.position, bytes)
+        assert change.key is not None
+        assert change.detail is None or isinstance(change.detail, Delta)
+        parts = (change.after is not None) | (change.detail is not None) << 1
+        head = pack("<BBHq", change.operation, parts, change.table, transaction.commit_time // 1000)
+        delta = change.detail.description if change.detail else b""
+        pieces.append(head + transaction.position + change.key + (change.after or b"") + delta)
+    counts = (sum(change.operation == operation for change in changes) for operation in (INSERT, UPDATE, DELETE))
+    return pack("<4I", *counts, 16 + sum(map(len, pieces[:-1]))) + b"".join(pieces)

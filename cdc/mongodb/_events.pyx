@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""`array_items` and `Items` of `cdc.mongodb.walk` and `take_plain` of `cdc.mongodb.plain_events`, compiled.
+"""`array_items` and `Items` of `cdc.mongodb.walk` and `PlainEvents` of `cdc.mongodb.plain_events`, compiled.
 
 Built where a C compiler is there when the package is installed; without it everything works the same, but slower.
 """
@@ -7,17 +7,19 @@ Built where a C compiler is there when the package is installed; without it ever
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memchr, memcmp
+from libc.string cimport memchr, memcmp, memcpy
 
-from cdc.change import Change, Delta, Transaction
+from cdc._documents cimport AFTER, DELTA, HEAD_BYTES, SMALLEST, SUMMARY_BYTES, u32
 from cdc.errors import DecodeError
+from cdc.packed_documents import PackedDocuments
 
 cdef enum:
     REPLACE = -1
     INSERT = 0
     UPDATE = 1
     DELETE = 2
-    SMALLEST = 5  # bytes of an empty document
+    MOST_TABLES = 0xFFFF
+    FIRST_BYTES = 65536  # of the buffer
 
 
 cdef struct Part:
@@ -94,50 +96,118 @@ def array_items(bytes data, Py_ssize_t at=0):
     return list(Items(data, at))
 
 
-def take_plain(events, Py_ssize_t at, Py_ssize_t room, dict table_of, list transactions):
-    """See `cdc.mongodb.plain_events.take_plain_in_python`."""
-    cdef Py_ssize_t count = len(events), size = 0, namespace_size = -1, length
-    cdef const unsigned char *d
-    cdef const unsigned char *known = NULL
-    cdef Items items = events if type(events) is Items else None
-    cdef Plain plain
-    cdef bytes raw, namespace = b"", token = None
-    cdef object table = None, after, detail, commit_time
-    while at < count and size < room:
-        if items is not None:
-            d = <const unsigned char *> PyBytes_AS_STRING(items.data) + items.parts[at].start
-            length = items.parts[at].end - items.parts[at].start
-        else:
-            raw = events[at]
-            d, length = raw, len(raw)
-        if not read(d, length, &plain):
-            break
-        if plain.namespace.end - plain.namespace.start != namespace_size or memcmp(
-            d + plain.namespace.start, known, namespace_size
-        ):
-            namespace = part_of(d, &plain.namespace)
-            known, namespace_size = namespace, len(namespace)
-            table = table_of.get(namespace)
-        if table is None:
-            break
-        token = part_of(d, &plain.token)
-        at += 1
-        if table < 0:
-            continue
-        size += length
-        after = part_of(d, &plain.after) if plain.after.start else None
-        detail = Delta(part_of(d, &plain.description)) if plain.operation == UPDATE else None
-        change = Change(
-            UPDATE if plain.operation == REPLACE else plain.operation,
-            table,
-            part_of(d, &plain.key),
-            None,
-            after,
-            detail,
-        )
-        commit_time = plain.milliseconds  # a Python number before it grows: a hostile one must not wrap around
-        transactions.append(Transaction(token, token, commit_time * 1000, 0, 0, True, [change]))
-    return at, size, token
+cdef class PlainEvents:
+    """See `cdc.mongodb.plain_events.PlainEventsInPython`: what is taken is packed at once."""
+
+    cdef char *packed
+    cdef Py_ssize_t size, capacity, last
+    cdef uint32_t counts[3]
+
+    def __dealloc__(self):
+        PyMem_Free(self.packed)
+
+    def __bool__(self):
+        return self.size > 0
+
+    def take(self, events, Py_ssize_t at, Py_ssize_t room, dict table_of):
+        """See there."""
+        cdef Py_ssize_t count = len(events), size = 0, namespace_size = -1, length
+        cdef const unsigned char *d
+        cdef const unsigned char *known = NULL
+        cdef const unsigned char *passed = NULL
+        cdef Items items = events if type(events) is Items else None
+        cdef Plain plain
+        cdef Part token
+        cdef bytes raw = None, held = None, namespace = b""
+        cdef object table = None
+        token.start = 0
+        while at < count and size < room:
+            if items is not None:
+                d = <const unsigned char *> PyBytes_AS_STRING(items.data) + items.parts[at].start
+                length = items.parts[at].end - items.parts[at].start
+            else:
+                raw = events[at]
+                d, length = raw, len(raw)
+            if not read(d, length, &plain):
+                break
+            if plain.namespace.end - plain.namespace.start != namespace_size or memcmp(
+                d + plain.namespace.start, known, namespace_size
+            ):
+                namespace = part_of(d, &plain.namespace)
+                known, namespace_size = namespace, len(namespace)
+                table = table_of.get(namespace)
+            if table is None or table > MOST_TABLES:
+                break
+            at += 1
+            passed, token, held = d, plain.token, raw
+            if table < 0:
+                continue
+            size += length
+            self._add(d, &plain, table)
+        return at, size, part_of(passed, &token) if token.start else None
+
+    def drain(self):
+        """See there."""
+        cdef bytes data
+        if not self.size:
+            return []
+        put_u32(self.packed, self.counts[INSERT])
+        put_u32(self.packed + 4, self.counts[UPDATE])
+        put_u32(self.packed + 8, self.counts[DELETE])
+        put_u32(self.packed + 12, <uint32_t> self.last)
+        data = PyBytes_FromStringAndSize(self.packed, self.size)
+        self.size = 0
+        return PackedDocuments(data)
+
+    cdef int _add(self, const unsigned char *d, const Plain *plain, int table) except -1:
+        cdef Py_ssize_t needed = HEAD_BYTES
+        cdef int operation = UPDATE if plain.operation == REPLACE else plain.operation
+        cdef char *at
+        if not self.size:
+            self.size = SUMMARY_BYTES
+            self.counts[INSERT] = self.counts[UPDATE] = self.counts[DELETE] = 0
+        needed += length_of(&plain.token) + length_of(&plain.key) + length_of(&plain.after)
+        needed += length_of(&plain.description)
+        if self.capacity - self.size < needed:
+            self._grow(needed)
+        at = self.packed + self.size
+        self.last = self.size
+        self.size += needed
+        self.counts[operation] += 1
+        at[0] = operation
+        at[1] = (AFTER if plain.after.start else 0) | (DELTA if plain.description.start else 0)
+        at[2], at[3] = <char> (table & 0xFF), <char> (table >> 8)
+        put_u32(at + 4, <uint32_t> <uint64_t> plain.milliseconds)
+        put_u32(at + 8, <uint32_t> (<uint64_t> plain.milliseconds >> 32))
+        at = put(at + HEAD_BYTES, d, &plain.token)
+        at = put(at, d, &plain.key)
+        at = put(at, d, &plain.after)
+        put(at, d, &plain.description)
+        return 0
+
+    cdef int _grow(self, Py_ssize_t needed) except -1:
+        cdef Py_ssize_t capacity = 2 * self.capacity + needed + FIRST_BYTES
+        cdef char *larger = <char *> PyMem_Realloc(self.packed, capacity)
+        if larger is NULL:
+            raise MemoryError
+        self.packed, self.capacity = larger, capacity
+        return 0
+
+
+cdef inline Py_ssize_t length_of(const Part *part) noexcept nogil:
+    return part.end - part.start if part.start else 0
+
+
+cdef inline char *put(char *at, const unsigned char *d, const Part *part) noexcept nogil:
+    cdef Py_ssize_t size = length_of(part)
+    memcpy(at, d + part.start, size)
+    return at + size
+
+
+cdef inline void put_u32(char *at, uint32_t value) noexcept nogil:
+    cdef int n
+    for n in range(4):
+        at[n] = <char> (value >> 8 * n & 0xFF)
 
 
 cdef inline bytes part_of(const unsigned char *d, const Part *part):
@@ -220,7 +290,3 @@ cdef inline bint has(
 ) noexcept nogil:
     """Whether these bytes are there."""
     return at <= length - name_size and not memcmp(d + at, name, name_size)
-
-
-cdef inline uint32_t u32(const unsigned char *d) noexcept nogil:
-    return <uint32_t> d[0] | <uint32_t> d[1] << 8 | <uint32_t> d[2] << 16 | <uint32_t> d[3] << 24

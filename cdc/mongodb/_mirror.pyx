@@ -7,17 +7,20 @@ is rare, or no BSON, is left to Python.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memchr, memcmp, memcpy
 
+from cdc import packed
+from cdc._documents cimport SMALLEST, SUMMARY_BYTES, Document, read_document, u32, u64
+from cdc.change import Change, Delta
 from cdc.mongodb import equality
 from cdc.mongodb.folded import Folded
+from cdc.packed_documents import PackedDocuments
 
 cdef enum:
     INSERT = 0
     DELETE = 2
     MESSAGE = 4
-    SMALLEST = 5  # bytes of an empty document
     STATEMENT = 20  # bytes of a replacement's statement beside the key and the document
 
 cdef enum:  # what is to be known of a document
@@ -44,16 +47,27 @@ cdef class Fold:
         self.take(change, change.operation)
 
     cdef take(self, change, int operation):
-        cdef object key = key_of(change.key)
+        cdef bytes document_key = change.key
         if operation != DELETE and change.after is None:
-            self.deltas.setdefault(key, []).append(change)
-            return
+            self.deltas.setdefault(key_of(document_key), []).append(change)
+        else:
+            self.put(operation, document_key, change.after)
+
+    cdef take_packed(self, const unsigned char *d, const Document *found):
+        cdef bytes document_key = part_of(d, found.key)
+        if found.operation != DELETE and not found.after:
+            self.deltas.setdefault(key_of(document_key), []).append(change_of(d, found))
+        else:
+            self.put(found.operation, document_key, part_of(d, found.after) if found.after else None)
+
+    cdef put(self, int operation, bytes document_key, after):
+        cdef object key = key_of(document_key)
         if operation == INSERT:
             if key not in self.last and not (self.deltas and key in self.deltas):
                 self.born.add(key)
         elif operation == DELETE:
             self.died.add(key)
-        self.last[key] = change
+        self.last[key] = (document_key, after)
         if self.deltas:
             self.deltas.pop(key, None)
 
@@ -61,10 +75,11 @@ cdef class Fold:
         """The effect of all that was added."""
         cdef list deletes = [], replaces = [], inserts = [], deltas = [], changes
         cdef Py_ssize_t expected_deletes = 0
+        cdef tuple document
         cdef bytes document_key, after
         cdef bint born
-        for key, change in self.last.items():
-            document_key, after = change.key, change.after
+        for key, document in self.last.items():
+            document_key, after = document
             born = key in self.born
             if after is None:
                 deletes.append(document_key)
@@ -74,11 +89,11 @@ cdef class Fold:
             ):
                 deletes.append(document_key)
                 expected_deletes += not born
-                inserts.append((document_key, after))
+                inserts.append(document)
             elif born:
-                inserts.append((document_key, after))
+                inserts.append(document)
             else:
-                replaces.append((document_key, after))
+                replaces.append(document)
         for changes in self.deltas.values():
             deltas += changes
         return Folded(deletes, replaces, inserts, deltas, expected_deletes)
@@ -88,6 +103,9 @@ def add_all(transactions, list takers):
     """See `cdc.mongodb.fold.add_all_in_python`."""
     cdef Py_ssize_t table
     cdef int operation
+    if type(transactions) is PackedDocuments:
+        add_packed(transactions.data, takers)
+        return
     for transaction in transactions:
         for change in transaction.changes:
             operation = change.operation
@@ -101,6 +119,39 @@ def add_all(transactions, list takers):
                 (<Fold> taker).take(change, operation)
             else:
                 taker.append(change)
+
+
+cdef add_packed(bytes data, list takers):
+    """The same of `cdc.packed_documents`, whose changes become objects only where they are kept as such."""
+    cdef const unsigned char *d = data
+    cdef Py_ssize_t length = len(data), at = SUMMARY_BYTES
+    cdef Document found
+    while at < length:
+        at = read_document(d, length, at, &found)
+        if at < 0:
+            raise packed.truncated(data)
+        if found.table >= len(takers):
+            raise IndexError(found.table)
+        taker = takers[found.table]
+        if type(taker) is Fold:
+            (<Fold> taker).take_packed(d, &found)
+        else:
+            taker.append(change_of(d, &found))
+
+
+cdef change_of(const unsigned char *d, const Document *found):
+    return Change(
+        found.operation,
+        found.table,
+        part_of(d, found.key),
+        None,
+        part_of(d, found.after) if found.after else None,
+        Delta(part_of(d, found.delta)) if found.delta else None,
+    )
+
+
+cdef inline bytes part_of(const unsigned char *d, Py_ssize_t at):
+    return PyBytes_FromStringAndSize(<const char *> d + at, u32(d + at))
 
 
 def replacements(documents):
@@ -135,7 +186,7 @@ cdef object key_of(bytes document_key):
     if d[4] == 0x10:
         return <int32_t> u32(d + 9)
     if d[4] == 0x12:
-        return <int64_t> (<uint64_t> u32(d + 13) << 32 | u32(d + 9))
+        return <int64_t> u64(d + 9)
     return document_key
 
 
@@ -233,7 +284,3 @@ cdef Py_ssize_t value_end(const unsigned char *d, int kind, Py_ssize_t start, Py
     else:
         return -1
     return start + size if size <= limit - start else -1
-
-
-cdef inline uint32_t u32(const unsigned char *d) noexcept nogil:
-    return <uint32_t> d[0] | <uint32_t> d[1] << 8 | <uint32_t> d[2] << 16 | <uint32_t> d[3] << 24

@@ -11,10 +11,11 @@ from cdc.change import DDL, INSERT, Batch, Change, Ddl, Table, TableName, Transa
 from cdc.errors import DecodeError
 from cdc.mongodb import walk
 from cdc.mongodb.equality import id_only
-from cdc.mongodb.event import Event, decode, fragment, join, namespace, renamed_to
+from cdc.mongodb.event import Event, decode, fragment, join, namespace, quick, renamed_to
 from cdc.mongodb.moment import moment
-from cdc.mongodb.plain_events import take_plain
+from cdc.mongodb.plain_events import PlainEvents
 from cdc.mongodb.scope import Scope
+from cdc.packed import Packed
 
 PART_BYTES: Final = 1024 * 1024
 """About so much goes into one batch: decoding it keeps other threads waiting."""
@@ -42,7 +43,8 @@ class Assembler:
         self._open: list[Event] = []
         self._open_bytes = 0
         self._ordinal = 0
-        self._transactions: list[Transaction] = []
+        self._transactions: list[Transaction] = []  # and behind them the plain ones
+        self._plain = PlainEvents()
         self._tables: list[Table] = []
         self._table_of: dict[bytes, int] = {}
         self._size = 0
@@ -56,13 +58,14 @@ class Assembler:
         """Take events from index `at` on, until they are a batch's worth; returns the index to go on from."""
         while at < len(events):
             before = at
-            if not self._open and not self._fragments:
+            within = self._open or self._fragments
+            if not within:
                 room = max(PART_BYTES - self._size, 1)
-                at, size, token = take_plain(events, at, room, self._table_of, self._transactions)
+                at, size, token = self._plain.take(events, at, room, self._table_of)
                 self._size += size
                 if token is not None:
                     self.token, self.invalidated = token, False
-            if at == before:
+            if at == before and (within or not self._meets_new_table(events[at])):
                 self._thoroughly(events[at])
                 at += 1
             if self._size >= PART_BYTES or self.moved_in:
@@ -91,16 +94,18 @@ class Assembler:
         """The transactions so far, and what an open one has too much; `None` if there are none."""
         if self._open and self._open_bytes >= PART_BYTES:
             self._flush_part()
-        if not self._transactions:
+        plain = self._plain.drain()
+        transactions = [*self._transactions, *plain] if self._transactions else plain
+        if not transactions:
             return None
-        self.position = _token(self._transactions[-1])
-        batch = Batch(tuple(self._tables), self._transactions, self.position, self._size)
+        self.position = _end(transactions)
+        batch = Batch(tuple(self._tables), transactions, self.position, self._size)
         self._start_batch()
         return batch
 
     def idle(self) -> bytes | None:
         """A token that the position may move to, as nothing is open or waiting to be taken."""
-        busy = self._open or self._fragments or self._transactions or self.moved_in
+        busy = self._open or self._fragments or self._transactions or self._plain or self.moved_in
         if busy or self.token == self.position:
             return None
         self.position = self.token
@@ -127,6 +132,14 @@ class Assembler:
             self.moved_in = None
             self.position = event.token
         return Batch((_table(name),), [transaction], event.token, sum(map(len, documents)))
+
+    def _meets_new_table(self, raw: bytes) -> bool:
+        """Whether an event is plain, and only its table was not known in this batch; it is from here on."""
+        event = quick(raw)
+        if event is None or event.namespace in self._table_of:
+            return False
+        self._add_table(event.namespace)
+        return True
 
     # one event that is not a plain insert, update, replace or delete
 
@@ -183,6 +196,7 @@ class Assembler:
     def _append(self, events: Sequence[Event], *, complete: bool) -> None:
         changes = [event.change(self._index(event.namespace)) for event in events]
         last = events[-1]
+        self._transactions += self._plain.drain()
         self._transactions.append(
             Transaction(last.token, last.token, last.commit_time, 0, self._ordinal, complete, changes)
         )
@@ -239,9 +253,11 @@ def _table(name: TableName) -> Table:
     return Table(name.schema, name.name, (), "")
 
 
-def _token(transaction: Transaction) -> bytes:
-    assert isinstance(transaction.end, bytes)
-    return transaction.end
+def _end(transactions: Sequence[Transaction]) -> bytes:
+    """The resume token behind them."""
+    last = transactions.summary.last if isinstance(transactions, Packed) else transactions[-1].end
+    assert isinstance(last, bytes)
+    return last
 
 
 def _kind(event: Event) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from cdc.change import DDL, DELETE, INSERT, MESSAGE, Batch, Change, Table, TableName, Transaction
+from cdc.change import DDL, DELETE, INSERT, MESSAGE, Batch, Change, Table, TableName, Transaction, count_changes
 from cdc.mongodb.equality import key_of, same_bytes
 from cdc.mongodb.folded import Folded
 
@@ -51,7 +51,7 @@ class Segment(msgspec.Struct, frozen=True):
     @property
     def size(self) -> int:
         """The number of its changes, without that of collections as such at its end."""
-        return sum(sum(map(len, map(_CHANGES, transactions))) for _, transactions in self.work)
+        return sum(count_changes(transactions) for _, transactions in self.work)
 
     def changes(self) -> Iterator[tuple[TableName, Change]]:
         """All changes in source order."""

@@ -10,7 +10,7 @@ from cdc.errors import DecodeError
 from cdc.postgres.fold import FoldError
 
 cdef enum:
-    # see cdc.packed
+    # see cdc.packed_rows
     TRANSACTION_BYTES = 37
     COUNT_AT = 32
     CHANGE_BYTES = 4

@@ -16,7 +16,7 @@ cdef enum:
     ROW_AT = 6  # of a change: behind its kind, its relation and what kind of row comes
     LENGTH_BYTES = 4
 
-    # see cdc.packed
+    # see cdc.packed_rows
     SUMMARY_BYTES = 45
     TRANSACTION_BYTES = 37
     CHANGE_BYTES = 4
@@ -126,7 +126,7 @@ def pack(bytes data, Py_ssize_t at, Py_ssize_t to, uint64_t end, dict known):
     """Pack whole transactions of nothing but rows, from one place in `Frames.data` up to another.
 
     Stops before the first one in which there is anything else: one that commits below `end` and so came before, rows of
-    relations that are not `known`, all that is no whole row. Returns where it stopped, `Packed.data` (empty if no
+    relations that are not `known`, all that is no whole row. Returns where it stopped, `PackedRows.data` (empty if no
     transaction with changes was among them), the relations by index of their tables, the end of the last transaction,
     and the size of all messages.
     """
@@ -196,7 +196,7 @@ cdef Py_ssize_t pack_transaction(
 def pack_rows(bytes data, Py_ssize_t at, Py_ssize_t to, dict known):
     """Pack the rows that begin at a place in `Frames.data`, inside a transaction, up to what is none, or another place.
 
-    Returns where that is, the changes as they stand in `Packed.data`, the relations by index of their tables, the
+    Returns where that is, the changes as they stand in `PackedRows.data`, the relations by index of their tables, the
     numbers of inserts, updates and deletes, and the size of all messages.
     """
     cdef Buffer packed = Buffer(NULL, 0, 0)

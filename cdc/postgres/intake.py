@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from cdc.change import Batch
-from cdc.packed import Packed, packed_part
+from cdc.packed_rows import PackedRows, packed_part
 from cdc.postgres.assembly import PART_BYTES, Assembler
 from cdc.postgres.frames import BEGIN, DATA_AT, LENGTH_BYTES, Frames, behind, compiled, messages
 
@@ -74,7 +74,7 @@ class Intake:
                 assembler.passed(end, empty=not packed)
             if packed:
                 tables = tuple(assembler.relations[relation] for relation in relations)
-                return Batch(tables, Packed(packed), end, size)
+                return Batch(tables, PackedRows(packed), end, size)
         self._assemble(whole)
         return None
 

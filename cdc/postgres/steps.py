@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cdc.change import DDL, TRUNCATE, Batch, Change, Image, Table, TableName
-from cdc.packed import SUMMARY_BYTES, Packed, change_at
+from cdc.packed_rows import SUMMARY_BYTES, PackedRows, change_at
 from cdc.postgres.copy_text import copy_text, plain_text
 from cdc.postgres.fold import Appends, Fold, FoldError, changed_columns
 from cdc.postgres.plan import TablePlan
@@ -90,7 +90,7 @@ def unplain_changes(batch: Batch, lanes: Sequence[_Lane | None]) -> Iterator[Cha
     Each has to be dealt with before the next one is asked for: it may leave a lane with another fold.
     """
     transactions = batch.transactions
-    if _fold is None or not isinstance(transactions, Packed):
+    if _fold is None or not isinstance(transactions, PackedRows):
         for transaction in transactions:
             yield from transaction.changes
         return

@@ -5,26 +5,27 @@ from __future__ import annotations
 import sqlite3
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
 import msgspec
+from msgspec.msgpack import Ext
 
 from cdc.change import Batch, Table, Transaction
-from cdc.errors import FatalError, QueueCorrupt
-from cdc.packed import Packed
+from cdc.errors import DecodeError, FatalError, QueueCorrupt
+from cdc.packed_documents import PackedDocuments
+from cdc.packed_rows import PackedRows
 from cdc.position import SourcePosition
 from cdc.queue import parked as parked_rows
 from cdc.queue.orders import Contents, State
 from cdc.queue.parked import ParkedId
 
-FORMAT: Final = 3
-"""Files of formats 1 and 2 are brought to this one when they are opened for writing, and read as they are otherwise.
+FORMAT: Final = 4
+"""Files of earlier formats are brought to this one when they are opened for writing, and read as they are otherwise.
 
-2: parked changes know their subjects. 3: transactions may be packed (see `cdc.packed`).
+2: parked changes know their subjects. 3: transactions may be packed rows, 4: or packed documents (see `cdc.packed`).
 """
 
 APPLICATION_ID: Final = int.from_bytes(b"cdcq", "big")
@@ -61,16 +62,27 @@ _HINTS: Final = {
 
 
 class _StoredBatch(msgspec.Struct, frozen=True, array_like=True):
-    """A `Batch` as it is written."""
+    """A `Batch` as it is written: packed rows are bytes, packed documents an extension's."""
 
     tables: tuple[Table, ...]
-    transactions: list[Transaction] | bytes
+    transactions: list[Transaction] | bytes | Ext
     position: SourcePosition
     size: int
 
 
-encode = msgspec.msgpack.Encoder(enc_hook=attrgetter("data")).encode
-"""Of batches, among others: packed transactions are their bytes."""
+_DOCUMENTS: Final = 1
+"""Which extension."""
+
+
+def _stored(transactions: object) -> bytes | Ext:
+    if isinstance(transactions, PackedRows):
+        return transactions.data
+    assert isinstance(transactions, PackedDocuments)
+    return Ext(_DOCUMENTS, transactions.data)
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=_stored).encode
+"""Of batches, among others."""
 
 _decode = msgspec.msgpack.Decoder(_StoredBatch).decode
 
@@ -78,8 +90,17 @@ _decode = msgspec.msgpack.Decoder(_StoredBatch).decode
 def decode(payload: bytes) -> Batch:
     """The batch that was encoded. Raises `msgspec.DecodeError` or `DecodeError` for anything else."""
     stored = _decode(payload)
-    transactions = Packed(stored.transactions) if isinstance(stored.transactions, bytes) else stored.transactions
-    return Batch(stored.tables, transactions, stored.position, stored.size)
+    return Batch(stored.tables, _transactions(stored.transactions), stored.position, stored.size)
+
+
+def _transactions(stored: list[Transaction] | bytes | Ext) -> Sequence[Transaction]:
+    if isinstance(stored, bytes):
+        return PackedRows(stored)
+    if not isinstance(stored, Ext):
+        return stored
+    if stored.code != _DOCUMENTS:
+        raise DecodeError(f"transactions are packed in a way {stored.code} that is not known")
+    return PackedDocuments(bytes(stored.data))
 
 
 def connect(path: Path, options: str) -> sqlite3.Connection:

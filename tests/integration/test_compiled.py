@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cdc import packed
+from cdc import packed_rows
 from cdc.change import Summarized
 from cdc.postgres import replication, steps
 from cdc.postgres.copy_text import plain_text_in_python
@@ -59,7 +59,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replication, "compiled", None)
     monkeypatch.setattr(steps, "_fold", None)
     monkeypatch.setattr(steps, "plain_text", plain_text_in_python)
-    monkeypatch.setattr(packed, "unpack", packed.unpack_in_python)
+    monkeypatch.setattr(packed_rows, "unpack", packed_rows.unpack_in_python)
 
 
 def test_what_one_form_has_queued_the_other_delivers(

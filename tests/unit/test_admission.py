@@ -11,7 +11,7 @@ import pytest
 
 from cdc.admission import ParkedRows, admission, apart
 from cdc.change import DDL, DELETE, INSERT, TRUNCATE, UPDATE, Batch, Change, Column, Ddl, Table, Transaction, Truncate
-from cdc.packed import Packed
+from cdc.packed_rows import PackedRows
 from cdc.parts import Item, Subjects, items_of
 from cdc.postgres.parking import SubjectFinder, Uniqueness
 from cdc.postgres.plan import TablePlan
@@ -170,7 +170,7 @@ def as_packed(piece: Stored) -> Stored:
     transactions = piece.batch.transactions
     if not transactions:
         return piece
-    return Stored(piece.seq, msgspec.structs.replace(piece.batch, transactions=Packed(packed(list(transactions)))))
+    return Stored(piece.seq, msgspec.structs.replace(piece.batch, transactions=PackedRows(packed(list(transactions)))))
 
 
 TRUNCATED = Change(TRUNCATE, -1, None, None, None, Truncate((1, 4), cascade=False, restart_identity=False))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cdc.change import DELETE, INSERT, UPDATE, Batch, Change, Transaction
 from cdc.errors import DecodeError
-from cdc.packed import Packed
+from cdc.packed_rows import PackedRows
 from cdc.postgres.copy_text import copy_text, plain_text, plain_text_in_python
 from cdc.postgres.fold import Appends, Fold, FoldError, KeyOf, changed_columns, old_row
 from cdc.postgres.row import UNCHANGED, Row, decode_row, encode_row, first_value, merge
@@ -97,7 +97,7 @@ ROWS = [
 @given(st.lists(st.lists(st.sampled_from(ROWS), min_size=1, max_size=6), min_size=1, max_size=4), st.booleans())
 def test_packed_changes_fold_as_others_do(wanted: list[list[Change]], first: bool) -> None:
     transactions = [Transaction(n, n, 0, 0, 0, True, changes) for n, changes in enumerate(wanted)]
-    batch = Batch((TABLE,), Packed(packed(transactions)), 9, 9)
+    batch = Batch((TABLE,), PackedRows(packed(transactions)), 9, 9)
     one_by_one, lane = Fold(first_value), Lane(first_value if first else second_value)
     refused = []
     for fold, changes in (

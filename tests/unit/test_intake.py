@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cdc.change import Batch, Change, Transaction, Truncate
 from cdc.errors import DecodeError, ResyncRequired
-from cdc.packed import Packed
+from cdc.packed_rows import PackedRows
 from cdc.postgres.assembly import PART_BYTES, Assembler
 from cdc.postgres.frames import Frames
 from cdc.postgres.intake import Intake
@@ -125,14 +125,14 @@ def test_rows_are_packed(name: str) -> None:
     intake = described()
     intake.feed(frames(begin(20), CHANGES[name], insert(b"1"), commit(20), begin(30), insert(b"2")))
     (batch,) = taken(intake)
-    assert isinstance(batch.transactions, Packed)
+    assert isinstance(batch.transactions, PackedRows)
     changes = 1 if name in {"origin", "type"} else 2
     assert (batch.position, batch.change_count, intake.position) == (28, changes, 28)
     assert batch.size == sum(map(len, (begin(20), CHANGES[name], insert(b"1"), commit(20))))
     assert intake.in_transaction
     intake.feed(frames(commit(30)))
     (batch,) = taken(intake)
-    assert isinstance(batch.transactions, Packed)
+    assert isinstance(batch.transactions, PackedRows)
     assert [table.name for table in batch.tables] == ["t"]
     assert not intake.in_transaction
 
@@ -143,7 +143,7 @@ def test_what_is_more_than_rows_goes_one_by_one(name: str) -> None:
     rest = (begin(30), CHANGES[name], insert(b"2"), commit(30), begin(40), insert(b"3"), commit(40))
     intake.feed(frames(begin(20), insert(b"1"), commit(20), *rest))
     packed, plain = taken(intake)
-    assert isinstance(packed.transactions, Packed)
+    assert isinstance(packed.transactions, PackedRows)
     assert isinstance(plain.transactions, list)
     assert [each.position for each in plain.transactions] == [30, 40]
 
@@ -185,7 +185,12 @@ def test_f40_a_large_transaction_is_given_out_in_parts_and_the_next_ones_are_pac
         (False, 1, 18),
         (True, 0, 28),
     ]
-    assert [isinstance(each.transactions, Packed) for each in (part, rest, end, packed)] == [True, True, False, True]
+    assert [isinstance(each.transactions, PackedRows) for each in (part, rest, end, packed)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
     assert intake.in_transaction
 
 
@@ -257,7 +262,7 @@ def test_f4_f5_a_new_stream_begins_where_the_last_one_was_given_out() -> None:
     assert intake.position == 28
     intake.feed(frames(begin(30), RELATION, long, long, long))
     (part,) = taken(intake)
-    assert isinstance(part.transactions, Packed)
+    assert isinstance(part.transactions, PackedRows)
     intake.reset()
     intake.feed(frames(begin(30), RELATION, long, long, long, insert(b"4"), commit(30)))
     (rest,) = taken(intake)

@@ -157,7 +157,7 @@ def package_folder(package: str) -> Path:
 
 def data_files() -> Iterator[Path]:
     """What the packages hold beside modules, and what those are compiled from and to."""
-    built = {".py", ".pyc", ".pyx", ".pyi", ".c", ".so"}
+    built = {".py", ".pyc", ".pyx", ".pxd", ".pyi", ".c", ".so"}
     for package in ("cdc", "sinks"):
         files = (file for file in (CHECKOUT / package).rglob("*") if file.is_file() and file.suffix not in built)
         yield from (file for file in files if file.parent.name != "__pycache__")  # a command may just be writing there

@@ -20,8 +20,9 @@ from cdc.mongodb import walk
 from cdc.mongodb.assembly import PART_BYTES, Assembler
 from cdc.mongodb.equality import id_only
 from cdc.mongodb.event import decode, fragment, join, quick
-from cdc.mongodb.plain_events import take_plain, take_plain_in_python
+from cdc.mongodb.plain_events import PlainEvents, PlainEventsInPython
 from cdc.mongodb.scope import Scope
+from cdc.packed_documents import PackedDocuments
 
 WALL: Final = dt.datetime(2024, 5, 1, 12, 30, tzinfo=dt.UTC)
 SCOPE: Final = Scope(TableGlobs(include=("shop.*",), exclude=("shop.tmp*",)))
@@ -146,27 +147,30 @@ def test_malformed_events_are_refused(raw: bytes, message: str) -> None:
 anything = st.sampled_from([*EVENTS, *OTHERS])
 
 
-def plain(take: Any, events: Sequence[bytes], room: int, tables: dict[bytes, int]) -> tuple[Any, list[Transaction]]:
+def plain(kind: Any, events: Sequence[bytes], room: int, tables: dict[bytes, int]) -> tuple[Any, list[Transaction]]:
     """What is taken, and how far it went."""
-    transactions: list[Transaction] = []
-    return take(events, 0, room, tables, transactions), transactions
+    taker = kind()
+    went = taker.take(events, 0, room, tables)
+    found = [*taker.drain()]
+    assert not taker
+    return went, found
 
 
-@pytest.mark.parametrize("take", [take_plain, take_plain_in_python])
-def test_plain_events_are_taken_up_to_the_first_that_is_not(take: Any) -> None:
+@pytest.mark.parametrize("kind", [PlainEvents, PlainEventsInPython])
+def test_plain_events_are_taken_up_to_the_first_that_is_not(kind: Any) -> None:
     """The same function twice where nothing was compiled."""
     orders, left_out = (bson.encode({"db": "shop", "coll": coll}) for coll in ("orders", "tmp"))
     tables = {orders: 3, left_out: -2}
     (at, size, token), found = plain(
-        take, [event(1), event(2, coll="tmp"), event(3, "delete"), event(4, "drop")], 10**6, tables
+        kind, [event(1), event(2, coll="tmp"), event(3, "delete"), event(4, "drop")], 10**6, tables
     )
     assert [(each.position, each.changes[0].table) for each in found] == [
         (bson.encode({"_data": number}), 3) for number in ("0001", "0003")
     ]
     assert (at, size, token) == (3, len(event(1)) + len(event(3, "delete")), bson.encode({"_data": "0003"}))
-    (at, _, token), found = plain(take, [event(1, coll="new")], 10**6, tables)
+    (at, _, token), found = plain(kind, [event(1, coll="new")], 10**6, tables)
     assert (at, token, found) == (0, None, []), "its table is not known yet"
-    (at, _, _), found = plain(take, [event(number) for number in range(9)], len(event(1)) * 3, tables)
+    (at, _, _), found = plain(kind, [event(number) for number in range(9)], len(event(1)) * 3, tables)
     assert at == len(found) == 3
 
 
@@ -180,10 +184,10 @@ def test_plain_events_are_taken_up_to_the_first_that_is_not(take: Any) -> None:
 def test_compiled_or_not_the_same_is_taken(parts: list[tuple[bytes, int, bytes]], room: int) -> None:
     damaged = [raw[:at] + other + raw[at + len(other) :] for raw, at, other in parts]
     tables = {bson.encode({"db": "shop", "coll": "orders"}): 0}
-    expected = plain(take_plain_in_python, damaged, room, tables)
-    assert plain(take_plain, damaged, room, tables) == expected
+    expected = plain(PlainEventsInPython, damaged, room, tables)
+    assert plain(PlainEvents, damaged, room, tables) == expected
     with suppress(DecodeError):  # what does not tell its own length cannot be in a reply
-        assert plain(take_plain, walk.items(array_of(damaged), 0), room, tables) == expected
+        assert plain(PlainEvents, walk.items(array_of(damaged), 0), room, tables) == expected
 
 
 def array_of(documents: list[bytes]) -> bytes:
@@ -196,8 +200,8 @@ def test_events_are_taken_out_of_a_reply_as_from_a_list(events: list[bytes], at:
     tables = {bson.encode({"db": "shop", "coll": "orders"}): 0}
     found = []
     for each in (events, walk.items(array_of(events), 0)):
-        transactions: list[Transaction] = []
-        found.append((take_plain(each, min(at, len(events)), room, tables, transactions), transactions))
+        plain_events = PlainEvents()
+        found.append((plain_events.take(each, min(at, len(events)), room, tables), [*plain_events.drain()]))
     assert found[0] == found[1]
 
 
@@ -358,3 +362,17 @@ def test_the_id_of_a_document() -> None:
     assert id_only(bson.encode({"a": 1, "_id": {"k": 1}})) == bson.encode({"_id": {"k": 1}})
     with pytest.raises(DecodeError):
         id_only(bson.encode({"a": 1}))
+
+
+def test_plain_events_of_any_collections_stay_packed() -> None:
+    pytest.importorskip("cdc.mongodb._events", reason="there was no C compiler when this was installed")
+    events = [event(1), event(2, coll="tmp"), event(3, "update", coll="parts"), event(4, "delete")]
+    (batch,) = assemble(*events)
+    assert isinstance(batch.transactions, PackedDocuments)
+    assert [(each.changes[0].table, each.changes[0].operation) for each in batch.transactions] == [
+        (0, INSERT), (1, UPDATE), (0, DELETE),
+    ]  # fmt: skip
+    assert batch.position == bson.encode({"_data": "0004"})
+    (mixed,) = assemble(event(1), event(2, "drop"), event(3))
+    assert [each.changes[0].operation for each in mixed.transactions] == [INSERT, DDL, INSERT]
+    assert mixed.position == bson.encode({"_data": "0003"})

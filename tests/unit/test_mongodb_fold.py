@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import bson
+import pytest
 from bson import Decimal128, Int64, Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ from cdc.mongodb.delta import statements
 from cdc.mongodb.equality import id_only, key_of
 from cdc.mongodb.fold import Fold, FoldInPython, add_all, add_all_in_python, fold, segments
 from cdc.mongodb.folded import Folded
+from cdc.packed_documents import PackedDocuments
+from tests.batches import packed_documents
 from tests.mongo_model import Document, describe, execute
 
 IDS = [1, 1.0, Int64(1), Decimal128("1"), "a", {"x": 1}, {"x": 1.0}]
@@ -87,6 +90,11 @@ def id_of(document: bytes) -> bytes:
 
 def transactions(changes: Sequence[Change]) -> list[Tx]:
     return [Tx(b"%d" % n, b"%d" % n, 0, 0, 0, True, [change]) for n, change in enumerate(changes)]
+
+
+def packed(changes: Sequence[Change]) -> PackedDocuments:
+    token = bson.encode({"_data": "82"})
+    return PackedDocuments(packed_documents([Tx(token, token, 0, 0, 0, True, [change]) for change in changes]))
 
 
 def batch(changes: Sequence[Change], tables: tuple[Table, ...] = (ORDERS,)) -> Batch:
@@ -207,6 +215,26 @@ def test_f68_f73_compiled_or_not_the_fold_is_the_same(changes: list[Change]) -> 
     for one_fold, other in ((ours[0], theirs[0]), (ours[2], theirs[2])):
         assert bool(one_fold) == bool(other)
         assert one_fold.folded() == other.folded()
+
+
+@given(any_changes, st.booleans())
+def test_packed_or_not_the_fold_is_the_same(changes: list[Change], in_order: bool) -> None:
+    plain = [change for change in changes if change.operation != MESSAGE]
+    if not plain:
+        return
+    ours: list[Any] = [Fold(), [] if in_order else Fold(), Fold()]
+    theirs: list[Any] = [Fold(), [] if in_order else Fold(), Fold()]
+    add_all(packed(plain), ours)
+    add_all(transactions(plain), theirs)
+    for one_taker, other in zip(ours, theirs, strict=True):
+        assert (one_taker if isinstance(one_taker, list) else one_taker.folded()) == (
+            other if isinstance(other, list) else other.folded()
+        )
+
+
+def test_packed_changes_of_no_table_that_is_known() -> None:
+    with pytest.raises(IndexError):
+        add_all(packed([one(INSERT, 1, table=3)]), [Fold()])
 
 
 def one(operation: int, number: int, *, table: int = 0, detail: Any = None) -> Change:
