@@ -62,8 +62,6 @@ class MemoryFeed:
 class MemoryWriter:
     """A `FeedWriter`."""
 
-    is_remote = False
-
     def __init__(self, feed: MemoryFeed, source: str) -> None:
         self._feed = feed
         self._source = source

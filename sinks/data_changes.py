@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Final
 
 import msgspec
@@ -17,7 +16,6 @@ import structlog
 from cdc.change import Batch
 from cdc.config import SinkConfig
 from cdc.errors import TransientError
-from cdc.feed.beside import Beside
 from cdc.feed.composer import NO_CONTEXT, Composer, Draft, Drafter, keys_of
 from cdc.feed.event import translator
 from cdc.feed.options import FeedOptions
@@ -72,13 +70,8 @@ class DataChangesSink:
         """Append in order; visible together with `position` when `batches` end with a complete transaction."""
         if not self._is_open:
             raise TransientError(f"sink {self.name} is not connected")
-        with Beside(f"write:{self.name}") as beside:
-            for drafts in self._drafts(batches):
-                if self._writer.is_remote and len(drafts) == DRAFTS_AT_ONCE:
-                    beside.begin(partial(self._write, drafts))
-                else:
-                    beside.wait()
-                    self._write(drafts)
+        for drafts in self._drafts(batches):
+            self._write(drafts)
         if batches[-1].complete:
             self._writer.commit(position)
             self._context = NO_CONTEXT

@@ -5,32 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from types import TracebackType
-from typing import Self
 
 from cdc.pulse import elsewhere
 
 
 class Beside:
-    """While one piece waits for a server, the next is prepared: a context, at whose end nothing is under way.
+    """While one piece waits for a server, the next is prepared. Used by one thread.
 
-    Where a piece fails no other is begun, and its error is raised by what is called next. Used by one thread.
+    Where a piece fails no other is begun, and its error is raised by what is called next.
     """
 
     def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(1, name)  # which has no thread until there is a piece
+        self._name = name
+        self._pool: ThreadPoolExecutor | None = None
         self._running: Future[None] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        with self._pool, suppress(*() if kind is None else (Exception,)):
-            self.wait()
 
     def begin(self, piece: Callable[[], None]) -> None:
         """Begin a piece once the one before is done."""
         self.wait()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, self._name)
         self._running = self._pool.submit(piece)
 
     def wait(self) -> None:
@@ -39,3 +33,11 @@ class Beside:
         if running is not None:
             with elsewhere():
                 running.result()
+
+    def end(self) -> None:
+        """Wait, whatever becomes of it, and leave no thread behind. Another piece may begin later."""
+        with suppress(Exception):
+            self.wait()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
@@ -135,6 +136,12 @@ def as_json(record: Record) -> dict[str, Any]:
     if record.truncated:
         found["truncated"] = True
     return found
+
+
+def numbered(records: Sequence[Record], first_id: int, recorded_at: int) -> list[Record]:
+    """The records as a store keeps them."""
+    replace = msgspec.structs.replace
+    return [replace(each, id=id_, recorded_at=recorded_at) for id_, each in enumerate(records, first_id)]
 
 
 def iso_time(microseconds: int) -> str:

@@ -18,7 +18,7 @@ import msgspec
 from cdc.feed.bell import bell_of
 from cdc.feed.cache import Key
 from cdc.feed.place import Place
-from cdc.feed.record import EntityState, Record, iso_time
+from cdc.feed.record import EntityState, Record, iso_time, numbered
 from cdc.feed.sqlite_file import (
     CODEC,
     check_file,
@@ -147,12 +147,16 @@ class _Session:
         with translated(self._path):
             return {position for position in positions if execute(query, (source, position)).fetchone()}
 
-    def insert(self, records: Sequence[Record]) -> bool:
+    def encoded(self, records: Sequence[Record]) -> Sequence[Record]:
+        """As they are: nobody has anything else to do meanwhile."""
+        return records
+
+    def insert(self, encoded: Sequence[Record], first_id: int, recorded_at: int) -> bool:
         """Insert records; False, and none of them is there, if the (source, position) of one was there before."""
         with translated(self._path):
             self._connection.execute("SAVEPOINT records")
             try:
-                self._insert_columns("insert", CODEC.columns(records))
+                self._insert_columns("insert", CODEC.columns(numbered(encoded, first_id, recorded_at)))
             except sqlite3.IntegrityError as exc:
                 if exc.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_UNIQUE:
                     raise

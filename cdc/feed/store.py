@@ -24,12 +24,7 @@ class FeedWriter(Protocol):
     Every transaction on the feed, of whatever writer, first takes one lock, which it holds until it has committed, and
     then gives ids: so they become visible in the order of their numbers. Raises the errors of `cdc.errors`; after one
     of `begin`, `states`, `append` or `commit` nothing is left of the transaction, and `open` comes next.
-
-    is_remote: whether a server does the work. Where it is done here, for every row the interpreter is given away, and
-    comes back late if another thread wants it.
     """
-
-    is_remote: bool
 
     def open(self) -> Position | None:
         """Connect, create or migrate the tables, and return this source's position; `None` if it has none."""

@@ -7,15 +7,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import Final, Protocol
+from functools import partial
+from typing import Any, Final, Protocol
 
 import msgspec
 
 from cdc.errors import FatalError, TransientError
 from cdc.failpoints import failpoint
+from cdc.feed.beside import Beside
 from cdc.feed.cache import Key, StateCache
 from cdc.feed.place import Place
-from cdc.feed.record import EntityState, Record
+from cdc.feed.record import EntityState, Record, numbered
 from cdc.position import Position, format_position
 
 _DAMAGED: Final = "were its tables changed or restored in part? a feed under another name begins anew"
@@ -58,8 +60,12 @@ class Session(Protocol):
         """Those of the positions of which there are records."""
         ...
 
-    def insert(self, records: Sequence[Record]) -> bool:
-        """Insert records; False, and none of them is there, if the (source, position) of one was there before.
+    def encoded(self, records: Sequence[Record]) -> Any:
+        """What `insert` takes: records in the form of the store. Does not use the connection."""
+        ...
+
+    def insert(self, encoded: Any, first_id: int, recorded_at: int) -> bool:
+        """Insert records, numbered from an id on; False, and none is there, if (source, position) of one was before.
 
         A store whose transaction ends with that raises `TransientError`, and looks first the next time.
         """
@@ -100,13 +106,30 @@ class Session(Protocol):
         ...
 
 
+class _Appended(msgspec.Struct, frozen=True):
+    """What goes into a store at once. absent: keys of states of which there are none yet."""
+
+    records: Sequence[Record]
+    encoded: Any
+    latest: Mapping[Key, EntityState]
+    absent: Set[Key]
+
+
+_NOTHING: Final = _Appended((), None, {}, frozenset())
+
+
 class StoreWriter(ABC):
     """`cdc.feed.store.FeedWriter` over the sessions of a store.
 
     What a source writes has a session of its own; publishing and pruning, which other threads may do, share another.
+    A server takes what was appended while the caller makes what comes next, which has to know its states by then: so
+    each piece waits until those of its successor were read. All work of the interpreter is the caller's: two threads
+    that both want it wait for each other.
     """
 
     is_remote = True
+    """Whether a server does the work. Where it is done here, for every row the interpreter is given away, and comes
+    back late if another thread wants it."""
 
     def __init__(self, place: Place, source: str) -> None:
         self._place = place
@@ -116,6 +139,8 @@ class StoreWriter(ABC):
         self._turn: _Turn | None = None
         self._cache = StateCache()
         self._absent: Set[Key] = frozenset()  # were asked for last, and are not there
+        self._unwritten = _NOTHING
+        self._pieces = Beside(f"write:{source}")
         self._other: Session | None = None
         self._other_lock = threading.Lock()
 
@@ -142,19 +167,23 @@ class StoreWriter(ABC):
     def states(self, keys: Collection[Key]) -> Mapping[Key, EntityState]:
         """What is known of entities of this source; the first call of a transaction takes the lock."""
         with self._leaving_on_error():
+            self._pieces.wait()
             session, _ = self._begun()
             found, missing = self._cache.find(keys)
-            if missing:
+            unwritten = self._unwritten.latest  # which the cache need not have any more
+            found.update({key: unwritten[key] for key in missing if key in unwritten})
+            if missing := [key for key in missing if key not in unwritten]:
                 read = session.states(self._source, missing)
                 found.update({(state.entity_type, state.key): state for state in read})
                 self._cache.put(read)
             self._absent = set(missing) - found.keys()
+            self._begin_to_write()
         return found
 
     def known(self, positions: Collection[str]) -> Collection[str]:
         """Those of the positions of which this source has records."""
         with self._leaving_on_error():
-            session, _ = self._begun()
+            session, _ = self._written()
             return session.existing(self._source, list(positions))
 
     def append(self, records: Sequence[Record], states: Sequence[EntityState]) -> None:
@@ -162,20 +191,18 @@ class StoreWriter(ABC):
         latest = {(state.entity_type, state.key): state for state in states}
         absent, self._absent = self._absent, frozenset()
         with self._leaving_on_error():
-            session, turn = self._begun()
-            if records and not turn.insert(session, records):
-                new = self._new(session, records)
-                if new and not turn.insert(session, new):
-                    raise FatalError(f"the feed refuses what it does not have of {self._source}", hint=_DAMAGED)
-            for is_new in (True, False):
-                if some := [state for key, state in latest.items() if (key in absent) is is_new]:
-                    session.put_states(self._source, some, new=is_new)
-        self._cache.put(latest.values())
+            session, _ = self._begun()
+            encoded = session.encoded(records) if records else None
+            self._begin_to_write()
+            self._unwritten = _Appended(records, encoded, latest, absent)
+            self._cache.put(latest.values())
+            if not self.is_remote:
+                self._written()
 
     def commit(self, position: Position) -> None:
         """Make all that was appended visible at once, durably, together with the position; wake the readers."""
         with self._leaving_on_error():
-            session, turn = self._begun()
+            session, turn = self._written()
             session.move(self._source, position)
             failpoint("target.commit.before")
             session.commit(turn.head, turn.recorded_at)
@@ -191,9 +218,10 @@ class StoreWriter(ABC):
                 session.rollback()
                 return None
             version = 1 + max((state.version for state in session.states(source, [key])), default=0)
-            (stored,) = turn.numbered([msgspec.structs.replace(record, version=version)])
-            if not session.insert([stored]):
+            record = msgspec.structs.replace(record, version=version)
+            if not turn.insert(session, 1, session.encoded([record])):
                 raise FatalError("the feed refuses what it does not have", hint=_DAMAGED)
+            (stored,) = numbered([record], turn.head, turn.recorded_at)
             session.put_states(source, [_published(stored)])
             session.commit(stored.id, stored.recorded_at)
         return stored
@@ -236,6 +264,30 @@ class StoreWriter(ABC):
             self._turn = _Turn(locked)
         return self._session, self._turn
 
+    def _begin_to_write(self) -> None:
+        """Let the store take what was appended, while its session is not needed otherwise."""
+        unwritten, self._unwritten = self._unwritten, _NOTHING
+        if unwritten is not _NOTHING:
+            self._pieces.begin(partial(self._write, *self._begun(), unwritten))
+
+    def _written(self) -> tuple[Session, _Turn]:
+        """The open transaction, or a new one, with all that was appended."""
+        self._pieces.wait()
+        session, turn = self._begun()
+        unwritten, self._unwritten = self._unwritten, _NOTHING
+        self._write(session, turn, unwritten)
+        return session, turn
+
+    def _write(self, session: Session, turn: _Turn, appended: _Appended) -> None:
+        records, latest, absent = appended.records, appended.latest, appended.absent
+        if records and not turn.insert(session, len(records), appended.encoded):
+            new = self._new(session, records)
+            if new and not turn.insert(session, len(new), session.encoded(new)):
+                raise FatalError(f"the feed refuses what it does not have of {self._source}", hint=_DAMAGED)
+        for is_new in (True, False):
+            if some := [state for key, state in latest.items() if (key in absent) is is_new]:
+                session.put_states(self._source, some, new=is_new)
+
     def _new(self, session: Session, records: Sequence[Record]) -> list[Record]:
         """Those that are not there yet, each once."""
         seen = session.existing(self._source, [record.position for record in records])
@@ -252,6 +304,8 @@ class StoreWriter(ABC):
             raise
 
     def _leave(self) -> None:
+        self._pieces.end()
+        self._unwritten = _NOTHING
         if self._session is not None:
             self._session.close()
         self._session = self._turn = self._position = None
@@ -284,20 +338,16 @@ class _Turn:
         self._locked = locked
         self._began = time.monotonic_ns()
 
-    def numbered(self, records: Sequence[Record]) -> list[Record]:
-        """The records as they are to be stored next. The clock never goes back, whatever the store's does."""
+    def insert(self, session: Session, count: int, encoded: Any) -> bool:
+        """Number and insert records; False, and nothing has happened, if one is there already.
+
+        The clock never goes back, whatever the store's does.
+        """
         now = self._locked.now + (time.monotonic_ns() - self._began) // 1000
         recorded_at = max(self.recorded_at, now - now % self._locked.resolution)
-        replace = msgspec.structs.replace
-        return [replace(each, id=id_, recorded_at=recorded_at) for id_, each in enumerate(records, self.head + 1)]
-
-    def insert(self, session: Session, records: Sequence[Record]) -> bool:
-        """Number and insert records; False, and nothing has happened, if one is there already."""
-        stored = self.numbered(records)
-        if not session.insert(stored):
+        if not session.insert(encoded, self.head + 1, recorded_at):
             return False
-        if stored:
-            self.head, self.recorded_at = stored[-1].id, stored[-1].recorded_at
+        self.head, self.recorded_at = self.head + count, recorded_at
         return True
 
 

@@ -26,7 +26,7 @@ from cdc.feed.record import EntityState, Record
 from cdc.feed.tables import LOCK_SECONDS, tables_of
 from cdc.feed.writer import Locked, Session, StoreWriter
 from cdc.mongodb.client import translated_errors
-from cdc.mongodb.feed_documents import STATE, Collections, Document, date, document_of, microseconds
+from cdc.mongodb.feed_documents import STATE, Collections, Document, date, document_of, microseconds, number
 from cdc.mongodb.feed_reader import MongoReader as Reader
 from cdc.mongodb.positions import DURABLE
 from cdc.mongodb.writes import DUPLICATE_KEY
@@ -120,21 +120,25 @@ class _Session:
             found = self._collections.main.find(query, {"_id": 0, "position": 1}, session=self._session)
             return {document["position"] for document in found}
 
-    def insert(self, records: Sequence[Record]) -> bool:
+    def encoded(self, records: Sequence[Record]) -> Sequence[Document]:
+        """As documents."""
+        return list(map(document_of, records))
+
+    def insert(self, encoded: Sequence[Document], first_id: int, recorded_at: int) -> bool:
         """Insert records; False, and none of them is there, if the (source, position) of one was there before.
 
         Looks for that first after connecting, and as long as there are some. Else a duplicate is a `TransientError`.
         """
-        if self._look and records:
-            positions = [record.position for record in records]
-            if len(set(positions)) < len(positions) or self.existing(records[0].source, positions):
+        if self._look:
+            positions = [document["position"] for document in encoded]
+            if len(set(positions)) < len(positions) or self.existing(encoded[0]["source"], positions):
                 self._seen = True
                 return False
-        if not records:
-            return True
+        for id_, document in enumerate(encoded, first_id):
+            number(document, id_, recorded_at)
         with translated_errors():
             try:
-                self._collections.main.insert_many(map(document_of, records), session=self._session)
+                self._collections.main.insert_many(encoded, session=self._session)
             except BulkWriteError as exc:
                 if any(map(_is_replay, exc.details.get("writeErrors", ()))):
                     raise TransientError("the feed holds some of this already: it is looked at first") from exc

@@ -141,6 +141,11 @@ def document_of(record: Record) -> Document:
     return document
 
 
+def number(document: Document, id_: int, recorded_at: int) -> None:
+    """Set what a record is given when it is stored."""
+    document["_id"], document["recorded_at"] = Int64(id_), date(recorded_at)
+
+
 def record_of(document: Mapping[str, Any]) -> Record:
     """The record of a document."""
     exact = document.get(_EXACT, {})

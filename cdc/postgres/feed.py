@@ -6,7 +6,7 @@ that has the table's name.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -22,10 +22,12 @@ from cdc.position import Position, format_position, parse_position
 from cdc.postgres.connection import connect, translated_errors
 from cdc.postgres.feed_reader import PostgresReader as Reader
 from cdc.postgres.feed_tables import (
+    Fields,
     adapt,
     check_tables,
     composed,
     copy_data,
+    copy_fields,
     copy_query,
     create_tables,
     moment,
@@ -197,12 +199,18 @@ class _Session:
             rows = self._connection.execute(self._sql["existing"], [source, list(wanted)]).fetchall()
         return {wanted[position] for (position,) in rows}
 
-    def insert(self, records: Sequence[Record]) -> bool:
+    def encoded(self, records: Sequence[Record]) -> Fields:
+        """By column, for COPY."""
+        return copy_fields(given(COLUMNS, map(msgspec.structs.astuple, records)))
+
+    def insert(self, encoded: Fields, first_id: int, recorded_at: int) -> bool:
         """Insert records; False, and none of them is there, if the (source, position) of one was there before."""
+        count = len(encoded["id"])
+        numbers = copy_fields({"id": range(first_id, first_id + count), "recorded_at": [recorded_at] * count})
         with translated_errors():
             self._connection.execute("SAVEPOINT records")
             try:
-                self._copy("main", given(COLUMNS, map(msgspec.structs.astuple, records)))
+                self._copy("main", {**encoded, **numbers})
             except psycopg.errors.UniqueViolation as exc:
                 if exc.diag.constraint_name != self._unique:
                     raise
@@ -211,9 +219,9 @@ class _Session:
             self._connection.execute("RELEASE SAVEPOINT records")
         return True
 
-    def _copy(self, table: str, columns: Mapping[str, Sequence[Any]]) -> None:
-        with self._connection.cursor() as cursor, cursor.copy(copy_query(self._tables, table, columns)) as copy:
-            copy.write(copy_data(columns))
+    def _copy(self, table: str, fields: Fields) -> None:
+        with self._connection.cursor() as cursor, cursor.copy(copy_query(self._tables, table, fields)) as copy:
+            copy.write(copy_data(fields))
 
     def put_states(self, source: str, states: Sequence[EntityState], *, new: bool = False) -> None:
         """Insert states, or replace those that are there: that is slower, since the server looks for each."""
@@ -227,7 +235,7 @@ class _Session:
         }
         with translated_errors():
             if new:
-                self._copy("entities", {"source": [source] * len(states), **columns})
+                self._copy("entities", copy_fields({"source": [source] * len(states), **columns}))
             else:
                 self._connection.execute(self._sql["put_states"], [source, *columns.values()])
 

@@ -27,6 +27,9 @@ _SINCE_1970: Final = 946_684_800_000_000
 
 _EMPTY: Final = struct.pack("!iiI", 0, 0, postgres.types["text"].oid)
 
+Fields = Mapping[str, Sequence[bytes]]
+"""Values by column, in COPY's binary format."""
+
 _TYPES: Final = {
     "id": "int8", "version": "int8", "changed_at": "timestamptz", "recorded_at": "timestamptz", "changed": "text[]",
     "lookup": "bool", "truncated": "bool", "before": "json", "after": "json", "delta": "json", "scope_before": "json",
@@ -96,11 +99,15 @@ def copy_query(tables: Tables, table: str, columns: Iterable[str]) -> sql.Compos
     return sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(_names(tables)[table], names)
 
 
-def copy_data(columns: Mapping[str, Sequence[Any]]) -> bytes:
-    """Rows in COPY's binary format, from the values of records or entities' states by column."""
-    fields = [_fields(_ENCODERS[_TYPES.get(name, "text")], values) for name, values in columns.items()]
+def copy_fields(columns: Mapping[str, Sequence[Any]]) -> Fields:
+    """The values of records or entities' states by column, each as COPY's binary format has it."""
+    return {name: _fields(_ENCODERS[_TYPES.get(name, "text")], values) for name, values in columns.items()}
+
+
+def copy_data(fields: Fields) -> bytes:
+    """Rows in COPY's binary format."""
     head = len(fields).to_bytes(2, "big")
-    return b"".join((_SIGNATURE, *chain.from_iterable(zip(repeat(head), *fields, strict=False)), _END))
+    return b"".join((_SIGNATURE, *chain.from_iterable(zip(repeat(head), *fields.values(), strict=False)), _END))
 
 
 def _fields(encode: Callable[[Any], bytes], values: Sequence[Any]) -> list[bytes]:

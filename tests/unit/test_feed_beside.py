@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -10,7 +12,14 @@ import pytest
 from cdc.feed.beside import Beside
 
 
-def test_pieces_go_on_in_order_beside_their_caller() -> None:
+@pytest.fixture
+def beside() -> Iterator[Beside]:
+    made = Beside("test")
+    yield made
+    made.end()
+
+
+def test_pieces_go_on_in_order_beside_their_caller(beside: Beside) -> None:
     done: list[tuple[int, bool]] = []
     go = threading.Event()
 
@@ -18,15 +27,14 @@ def test_pieces_go_on_in_order_beside_their_caller() -> None:
         assert go.wait(60)
         done.append((number, threading.current_thread() is threading.main_thread()))
 
-    with Beside("test") as beside:
-        beside.begin(partial(piece, 1))
-        assert done == []
-        go.set()
-        for number in range(2, 20):
-            beside.begin(partial(piece, number))
-            assert [one for one, _ in done[: number - 1]] == list(range(1, number)), "one began before another was done"
-        beside.wait()
-        assert len(done) == 19
+    beside.begin(partial(piece, 1))
+    assert done == []
+    go.set()
+    for number in range(2, 20):
+        beside.begin(partial(piece, number))
+        assert [one for one, _ in done[: number - 1]] == list(range(1, number)), "one began before another was done"
+    beside.wait()
+    assert len(done) == 19
     assert not any(here for _, here in done)
 
 
@@ -34,36 +42,32 @@ def fail() -> None:
     raise LookupError("piece")
 
 
-def test_an_error_is_raised_by_what_comes_next_and_nothing_else_begins() -> None:
+def test_an_error_is_raised_by_what_comes_next_and_nothing_else_begins(beside: Beside) -> None:
     begun: list[str] = []
-    with Beside("test") as beside:
-        beside.begin(fail)
-        with pytest.raises(LookupError):
-            beside.begin(partial(begun.append, "another"))
+    beside.begin(fail)
+    with pytest.raises(LookupError):
+        beside.begin(partial(begun.append, "another"))
     assert begun == []
+    beside.begin(fail)
+    with pytest.raises(LookupError):
+        beside.wait()
+    beside.wait()
 
 
-def test_the_end_waits_and_raises() -> None:
-    done: list[str] = []
-    with Beside("test") as beside:
-        beside.begin(partial(done.append, "piece"))
-    assert done == ["piece"]
-    with pytest.raises(LookupError), Beside("test") as beside:
-        beside.begin(fail)
-
-
-def test_an_error_of_the_caller_goes_before_that_of_a_piece() -> None:
+def test_the_end_waits_whatever_becomes_of_it_and_leaves_no_thread(beside: Beside) -> None:
     ended = threading.Event()
 
     def late() -> None:
+        time.sleep(0.05)
         ended.set()
         fail()
 
-    def work() -> None:
-        with Beside("test") as beside:
-            beside.begin(late)
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        work()
+    before = threading.active_count()
+    beside.begin(late)
+    beside.end()
     assert ended.is_set()
+    assert threading.active_count() == before
+    done: list[str] = []
+    beside.begin(partial(done.append, "again"))
+    beside.end()
+    assert done == ["again"]
