@@ -22,6 +22,7 @@ from cdc.feed.record import EntityState, Record, iso_time, numbered
 from cdc.feed.sqlite_file import (
     CODEC,
     check_file,
+    composed,
     identity,
     microseconds,
     open_reading,
@@ -60,8 +61,7 @@ _QUERIES: Final = {
         SELECT (SELECT min(entity_type) FROM {main} WHERE entity_type > found.entity_type) FROM found
             WHERE entity_type IS NOT NULL)
         SELECT entity_type FROM found WHERE entity_type IS NOT NULL""",
-    "old": """SELECT max(id) FROM
-        (SELECT id FROM {main} WHERE recorded_at < ? ORDER BY recorded_at DESC, id DESC LIMIT 1)""",
+    "old": "WITH RECURSIVE {span} SELECT max(low) - 1 FROM span",
     "doomed": """SELECT id, entity_type, channel, recorded_at FROM {main} WHERE id <= ?
         AND (? IS NULL OR source IN (SELECT value FROM json_each(?))) ORDER BY id LIMIT ?""",
     "doomed_of_type": """SELECT id, entity_type, channel, recorded_at FROM {main} WHERE entity_type = ? AND id <= ?
@@ -105,8 +105,7 @@ class _Session:
         tables = tables_of(place.table)
         self._path = place.file
         self._bell = bell_of(place)
-        names = msgspec.structs.asdict(tables)
-        self._sql = {name: query.format(**names) for name, query in _QUERIES.items()}
+        self._sql = composed(tables, _QUERIES)
         self._connection = open_writing(self._path, tables)
         self._identity = identity(self._path)
 

@@ -8,6 +8,7 @@ CREATE TABLE {state} (
 );
 INSERT INTO {state} VALUES (1, 0, 0);
 
+-- what was recorded later has the larger id: so there is no index by time
 -- times are ISO 8601 in UTC; before, after, changed, delta and the scopes are JSON
 CREATE TABLE {main} (
     id INTEGER PRIMARY KEY,
@@ -35,7 +36,6 @@ CREATE TABLE {main} (
 CREATE UNIQUE INDEX {main}_source ON {main} (source, position);
 CREATE INDEX {main}_history ON {main} (entity_type, entity_id, id);
 CREATE INDEX {main}_types ON {main} (entity_type, id);
-CREATE INDEX {main}_recorded ON {main} (recorded_at, id);
 
 CREATE TABLE {entities} (
     source TEXT NOT NULL,
@@ -46,7 +46,7 @@ CREATE TABLE {entities} (
     scope TEXT,
     known BLOB,
     PRIMARY KEY (source, entity_type, key)
-);
+) WITHOUT ROWID;
 
 CREATE TABLE {positions} (
     source TEXT PRIMARY KEY,

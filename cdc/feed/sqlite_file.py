@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -16,13 +16,22 @@ import msgspec
 
 from cdc.errors import FatalError, PermanentError, TransientError
 from cdc.feed.record import iso_time
-from cdc.feed.tables import LOCK_SECONDS, Codec, Tables, check_format, not_ours
+from cdc.feed.tables import COLUMNS, LOCK_SECONDS, Codec, Tables, check_format, not_ours
 
 _PAGE_BYTES: Final = 8 * 1024
 _CHECKPOINT_BYTES: Final = 32 * 1024**2
 _CACHE_BYTES: Final = 12 * 1024**2
 """Of each connection that writes. Five times as much is worth 15 % where a million entities change at random, and too
 much to ask of everybody else."""
+
+_SPAN: Final = """span (low, high) AS (
+        SELECT (SELECT min(id) FROM {main}), (SELECT max(id) + 1 FROM {main}) UNION ALL
+        SELECT CASE WHEN recorded_at < ?1 THEN id + 1 ELSE low END,
+            CASE WHEN recorded_at < ?1 THEN high ELSE (low + high) / 2 END
+        FROM span CROSS JOIN {main} WHERE low < high
+            AND id = (SELECT min(id) FROM {main} WHERE id >= (low + high) / 2))"""
+"""Of a recursive query, as {span}, whose first parameter is a time: its largest `low` is above all ids recorded before
+that, and not above any later one. Ids and times rise together: halves are looked at."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -38,6 +47,13 @@ _HINTS: Final = {
     sqlite3.SQLITE_CORRUPT: "check the disk; then move the file away: a new feed begins",
     sqlite3.SQLITE_NOTADB: "move it away, or name another table",
 }
+
+
+def composed(tables: Tables, queries: Mapping[str, str]) -> dict[str, str]:
+    """Queries with the names of the tables, the columns of the main one, and `_SPAN`."""
+    names = {**msgspec.structs.asdict(tables), "columns": ", ".join(f'"{name}"' for name in COLUMNS)}
+    names["span"] = _SPAN.format(**names)
+    return {name: query.format(**names) for name, query in queries.items()}
 
 
 def open_writing(path: Path, tables: Tables) -> sqlite3.Connection:

@@ -8,14 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-import msgspec
-
 from cdc.feed.bell import bell_of
 from cdc.feed.place import Place
 from cdc.feed.record import Pruned, Record, iso_time
-from cdc.feed.sqlite_file import CODEC, check_file, identity, open_reading, removed, translated
+from cdc.feed.sqlite_file import CODEC, check_file, composed, identity, open_reading, removed, translated
 from cdc.feed.store import Scan, Wanted
-from cdc.feed.tables import COLUMNS, Window, rows_to_look_at, tables_of
+from cdc.feed.tables import Window, rows_to_look_at, tables_of
 
 _POLL_SECONDS: Final = 0.02
 """How often to look for what other processes have committed."""
@@ -27,7 +25,7 @@ _QUERIES: Final = {
     "scan": "SELECT {columns} FROM {main} WHERE id > ? AND id <= ?{{}} ORDER BY id LIMIT ?",
     "history": """SELECT {columns} FROM {main} WHERE entity_type = ? AND entity_id = ? AND id < ?
         ORDER BY id DESC LIMIT ?""",
-    "since": "SELECT min(id) FROM (SELECT id FROM {main} WHERE recorded_at >= ? ORDER BY recorded_at, id LIMIT 1)",
+    "since": "WITH RECURSIVE {span} SELECT min(id) FROM {main} WHERE id >= (SELECT max(low) FROM span)",
     "pruned": "SELECT entity_type, channel, through_id, through_recorded_at, rows FROM {pruned}",
     "oldest": "SELECT min(id) FROM {main}",
 }
@@ -44,8 +42,7 @@ class SqliteReader:
         self._place = place
         self._idle: list[sqlite3.Connection] = []
         self._identity = identity(self._path)
-        names = {**msgspec.structs.asdict(self._tables), "columns": ", ".join(f'"{name}"' for name in COLUMNS)}
-        self._sql = {name: query.format(**names) for name, query in _QUERIES.items()}
+        self._sql = composed(self._tables, _QUERIES)
 
     def open(self) -> None:
         """Check that the feed can be read. Raises `TransientError` if it is not there (yet)."""

@@ -13,8 +13,9 @@ from cdc.errors import DecodeError
 from cdc.feed.event import Event, Told, View, bounded, masked, masked_text
 from cdc.feed.options import Entity, FeedOptions, Mask
 from cdc.feed.record import ALL, ChangeType, EntityState, Json
+from cdc.postgres.json_object import JsonObject
 from cdc.postgres.json_values import Encode, encoder, text
-from cdc.postgres.row import UNCHANGED, Row, Value, decode_key, decode_row, merge
+from cdc.postgres.row import Row, Value, decode_key, decode_row, merge
 from cdc.sink import SinkContext
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -101,9 +102,7 @@ class _Shape:
             for index, each in enumerate(table.columns)
             if entity.shows(each.name)
         ]
-        self._shows = [(column.index, column.show) for column in self._columns]
-        prefixes = [column.prefix.replace(b"%", b"%%") for column in self._columns]
-        self._whole = b"{%s}" % b",".join([prefix + b"%b" for prefix in prefixes])
+        self._object = JsonObject([(column.index, column.prefix, column.show) for column in self._columns])
         self._keys = [(at[name], entity.mask.get(name)) for name in keys if name in at]
         self._has_masked_key = any(mask for _, mask in self._keys)
         if not self._keys:  # named by what is shown of it: all else is nobody's to see
@@ -168,28 +167,12 @@ class _Shape:
 
     def _view(self, row: Row) -> View:
         return View(
-            shown=self._shown(row),
+            shown=self._object.of(row),
             location_id=_text(row, self._location),
             user_id=_text(row, self._user),
             scope=b"{%s}" % b",".join([name + _plain(row[index], type_oid) for name, index, type_oid in self._scope])
             if self._scope
             else None,
-        )
-
-    def _shown(self, row: Row) -> Json:
-        """`"name":value` of each column that travelled."""
-        values = [
-            show(value) if isinstance(value := row[index], bytes) else value if value is UNCHANGED else b"null"
-            for index, show in self._shows
-        ]
-        if UNCHANGED not in values:
-            return self._whole % tuple(values)
-        return b"{%s}" % b",".join(
-            [
-                column.prefix + value
-                for column, value in zip(self._columns, values, strict=True)
-                if value is not UNCHANGED
-            ]
         )
 
     def _changed(self, before: Row, after: Row) -> tuple[str, ...]:

@@ -20,19 +20,16 @@ from cdc.feed.tables import COLUMNS, LOCK_SECONDS, given, tables_of
 from cdc.feed.writer import Locked, Session, StoreWriter
 from cdc.position import Position, format_position, parse_position
 from cdc.postgres.connection import connect, translated_errors
+from cdc.postgres.copy_fields import Fields, copy_data, copy_fields, text
 from cdc.postgres.feed_reader import PostgresReader as Reader
 from cdc.postgres.feed_tables import (
-    Fields,
     adapt,
     check_tables,
     composed,
-    copy_data,
-    copy_fields,
     copy_query,
     create_tables,
     moment,
     schema_of,
-    text,
 )
 from cdc.preflight import Finding
 
@@ -85,10 +82,8 @@ _QUERIES: Final = {
         SELECT (SELECT min(entity_type) FROM {main} WHERE entity_type > found.entity_type) FROM found
             WHERE entity_type IS NOT NULL)
         SELECT entity_type FROM found WHERE entity_type IS NOT NULL""",
-    "prune": """WITH old AS MATERIALIZED (
-            SELECT id FROM {main} WHERE recorded_at < %(before)s ORDER BY recorded_at DESC, id DESC LIMIT 1),
-        doomed AS MATERIALIZED (
-            SELECT id FROM {main} WHERE id <= (SELECT id FROM old)
+    "prune": """WITH RECURSIVE {span}, doomed AS MATERIALIZED (
+            SELECT id FROM {main} WHERE id < (SELECT max(low) FROM span)
                 AND (%(entity_type)s::text IS NULL OR entity_type = %(entity_type)s::text)
                 AND (%(sources)s::text[] IS NULL OR source = ANY (%(sources)s::text[]))
             ORDER BY id LIMIT %(rows)s FOR UPDATE SKIP LOCKED),
@@ -264,7 +259,7 @@ class _Session:
         name = None if entity_type is None else text(entity_type)
         parameters = {
             "entity_type": name,
-            "before": moment(recorded_before),
+            "at": moment(recorded_before),
             "rows": rows,
             "sources": None if sources is None else list(sources),
         }

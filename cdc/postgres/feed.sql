@@ -35,7 +35,8 @@ CREATE TABLE {main} (
 CREATE UNIQUE INDEX {main_source} ON {main} (source, position);
 CREATE INDEX {main_history} ON {main} (entity_type, entity_id, id);
 CREATE INDEX {main_types} ON {main} (entity_type, id);
-CREATE INDEX {main_recorded} ON {main} (recorded_at, id);
+-- for queries of applications: what was recorded later has the larger id, by which it is found here
+CREATE INDEX {main_recorded} ON {main} USING brin (recorded_at);
 
 -- rows are updated far more often than inserted: room for new versions on the same page
 CREATE TABLE {entities} (

@@ -16,7 +16,8 @@ from cdc.feed.record import Pruned, Record
 from cdc.feed.store import Scan, Wanted
 from cdc.feed.tables import Window, rows_to_look_at, tables_of
 from cdc.postgres.connection import Connection, connect, connect_arguments, lift_later_timeouts, translated_errors
-from cdc.postgres.feed_tables import CODEC, adapt, check_tables, composed, moment, text
+from cdc.postgres.copy_fields import text
+from cdc.postgres.feed_tables import CODEC, adapt, check_tables, composed, moment
 
 _SETTINGS: Final = {
     "default_transaction_read_only": "on",
@@ -42,7 +43,7 @@ _QUERIES: Final = {
         ORDER BY id LIMIT %(limit)s""",
     "history": """SELECT {columns} FROM {main} WHERE entity_type = %s AND entity_id = %s AND id < %s
         ORDER BY id DESC LIMIT %s""",
-    "since": "SELECT id FROM {main} WHERE recorded_at >= %s ORDER BY recorded_at, id LIMIT 1",
+    "since": "WITH RECURSIVE {span} SELECT min(id) FROM {main} WHERE id >= (SELECT max(low) FROM span)",
     "pruned": "SELECT entity_type, channel, through_id, through_recorded_at, rows FROM {pruned}",
     "oldest": "SELECT min(id) FROM {main}",
 }
@@ -102,8 +103,8 @@ class PostgresReader:
     def cursor_at(self, recorded_at: int) -> int:
         """The largest cursor behind which are all records recorded at that time (microseconds) or later."""
         head = self.head()  # first: what is committed meanwhile is behind it
-        found = self._query("since", moment(recorded_at))
-        return min(found[0][0] - 1, head) if found else head
+        ((first,),) = self._query("since", at=moment(recorded_at))
+        return head if first is None else min(first - 1, head)
 
     def pruned(self) -> Mapping[tuple[str, str], Pruned]:
         """By (entity_type, channel), what retention has removed."""
@@ -129,9 +130,9 @@ class PostgresReader:
         if pool is not None:
             pool.close()
 
-    def _query(self, name: str, *parameters: object) -> list[Any]:
+    def _query(self, name: str, *parameters: object, **named: object) -> list[Any]:
         with self._connection() as connection:
-            return connection.execute(self._sql[name], parameters, binary=True).fetchall()
+            return connection.execute(self._sql[name], named or parameters, binary=True).fetchall()
 
     @contextmanager
     def _connection(self) -> Iterator[Connection]:

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache, partial
-from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Final, LiteralString
+from typing import Final, LiteralString
 
 import psycopg
-from psycopg import postgres, pq, sql
+from psycopg import pq, sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Loader
 
 from cdc.errors import FatalError
 from cdc.feed.tables import COLUMNS, Codec, Tables, check_format, not_ours
 from cdc.postgres.connection import Connection, while_doing
+from cdc.postgres.copy_fields import SINCE_1970
+
+_SPAN: Final = """span (low, high) AS (
+        SELECT min(id), max(id) + 1 FROM {main} UNION ALL
+        SELECT CASE WHEN is_earlier THEN id + 1 ELSE low END, CASE WHEN is_earlier THEN high ELSE (low + high) / 2 END
+        FROM span CROSS JOIN LATERAL (SELECT id, recorded_at < %(at)s AS is_earlier FROM {main}
+            WHERE id >= (low + high) / 2 ORDER BY id LIMIT 1) AS middle WHERE low < high)"""
+"""Of a recursive query, as {span}: its largest `low` is above all ids recorded before `at`, and not above any later one.
+Ids and times rise together: halves are looked at."""
 
 DEFAULT_SCHEMA: Final = "public"
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_SINCE_1970: Final = 946_684_800_000_000
-"""PostgreSQL counts microseconds from 2000-01-01 on."""
-
-_EMPTY: Final = struct.pack("!iiI", 0, 0, postgres.types["text"].oid)
-
-Fields = Mapping[str, Sequence[bytes]]
-"""Values by column, in COPY's binary format."""
-
-_TYPES: Final = {
-    "id": "int8", "version": "int8", "changed_at": "timestamptz", "recorded_at": "timestamptz", "changed": "text[]",
-    "lookup": "bool", "truncated": "bool", "before": "json", "after": "json", "delta": "json", "scope_before": "json",
-    "scope_after": "json", "key": "bytea", "known": "bytea",
-}  # fmt: skip
-"""Of the columns whose values are no texts."""
 
 
 def create_tables(connection: Connection, tables: Tables) -> None:
@@ -64,8 +56,9 @@ def schema_of(tables: Tables) -> str:
 
 
 def composed(tables: Tables, queries: Mapping[str, LiteralString]) -> dict[str, bytes]:
-    """Queries with the names of the tables, and the columns of the main one."""
+    """Queries with the names of the tables, the columns of the main one, and `_SPAN`."""
     names = {**_names(tables), "columns": sql.SQL(", ").join(map(sql.Identifier, COLUMNS))}
+    names["span"] = sql.SQL(_SPAN).format(**names)
     return {name: sql.SQL(query).format(**names).as_bytes() for name, query in queries.items()}
 
 
@@ -80,62 +73,11 @@ def moment(microseconds: int) -> datetime:
     return _EPOCH + timedelta(microseconds=microseconds)
 
 
-def text(value: str) -> str:
-    """A text that PostgreSQL can hold: NUL is shown by its symbol."""
-    return value.replace("\0", "\N{SYMBOL FOR NULL}") if "\0" in value else value
-
-
-@lru_cache(1024)  # the same fields change again and again
-def _array(names: tuple[str, ...]) -> bytes:
-    """As `array_recv` in PostgreSQL's `arrayfuncs.c` reads it: dimensions, no NULLs, element type; length, bound."""
-    items = [text(name).encode() for name in names]
-    head = struct.pack("!iiIii", 1, 0, postgres.types["text"].oid, len(items), 1) if items else _EMPTY
-    return head + b"".join(len(item).to_bytes(4, "big") + item for item in items)
-
-
 def copy_query(tables: Tables, table: str, columns: Iterable[str]) -> sql.Composed:
     """What takes `copy_data`, for `main` or `entities`; the columns that are not named are NULL."""
     names = sql.SQL(", ").join(map(sql.Identifier, columns))
     return sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(_names(tables)[table], names)
 
-
-def copy_fields(columns: Mapping[str, Sequence[Any]]) -> Fields:
-    """The values of records or entities' states by column, each as COPY's binary format has it."""
-    return {name: _fields(_ENCODERS[_TYPES.get(name, "text")], values) for name, values in columns.items()}
-
-
-def copy_data(fields: Fields) -> bytes:
-    """Rows in COPY's binary format."""
-    head = len(fields).to_bytes(2, "big")
-    return b"".join((_SIGNATURE, *chain.from_iterable(zip(repeat(head), *fields.values(), strict=False)), _END))
-
-
-def _fields(encode: Callable[[Any], bytes], values: Sequence[Any]) -> list[bytes]:
-    return [_NULL if value is None else encode(value) for value in values]
-
-
-def _text(value: str) -> bytes:
-    return _sized(text(value).encode())
-
-
-def _sized(data: bytes) -> bytes:
-    return len(data).to_bytes(4, "big") + data
-
-
-_SIGNATURE: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
-_END: Final = b"\xff\xff"
-_NULL: Final = b"\xff\xff\xff\xff"
-_INT8: Final = struct.Struct("!Iq").pack
-
-_ENCODERS: Final[dict[str, Callable[[Any], bytes]]] = {
-    "text": _text,
-    "json": _sized,
-    "bytea": _sized,
-    "int8": partial(_INT8, 8),
-    "timestamptz": lambda microseconds: _INT8(8, microseconds - _SINCE_1970),
-    "bool": (b"\0\0\0\1\0", b"\0\0\0\1\1").__getitem__,
-    "text[]": lambda names: _sized(_array(names)),
-}
 
 CODEC: Final = Codec(kept={}, read={"changed": tuple})
 """The rest is done by `adapt`."""
@@ -184,4 +126,4 @@ class _TimeLoader(Loader):
     format = pq.Format.BINARY
 
     def load(self, data: Buffer) -> int:
-        return int.from_bytes(data, "big", signed=True) + _SINCE_1970
+        return int.from_bytes(data, "big", signed=True) + SINCE_1970

@@ -32,7 +32,7 @@ COUNT_BYTES: Final = 2
 """A row begins with the number of its columns."""
 
 
-def decode_row(image: bytes) -> Row:
+def decode_row_in_python(image: bytes) -> Row:
     """Take a row apart. Raises only `DecodeError`, also where the row ends before or after the image."""
     values = short_texts(image)
     if values is not None:
@@ -120,3 +120,10 @@ def _truncated(data: bytes) -> DecodeError:
 
 
 _ABSENT: Final[dict[int, Value]] = {_NULL: None, _UNCHANGED: UNCHANGED}
+
+try:
+    from cdc.postgres import _row
+except ImportError:
+    decode_row = decode_row_in_python
+else:
+    decode_row = _row.decode_row

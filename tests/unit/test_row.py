@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from struct import pack
 
 import pytest
@@ -17,6 +18,7 @@ from cdc.postgres.row import (
     decode_key,
     decode_row,
     decode_row_at,
+    decode_row_in_python,
     encode_row,
     first_value,
     merge,
@@ -98,3 +100,19 @@ def test_outside_the_key_nothing_is_known() -> None:
 
 def test_what_did_not_travel_comes_from_the_earlier_row() -> None:
     assert merge((b"1", UNCHANGED, None), (b"0", b"toast", b"x")) == (b"1", b"toast", None)
+
+
+@given(
+    st.binary(max_size=40)
+    | st.tuples(images, st.integers(0, 40), st.binary(max_size=3)).map(
+        lambda it: it[0][: it[1]] + it[2] + it[0][it[1] :]
+    )
+)
+def test_compiled_or_not_a_row_is_the_same(image: bytes) -> None:
+    def found(decode: Callable[[bytes], Row]) -> object:
+        try:
+            return decode(image)
+        except DecodeError as exc:
+            return str(exc)
+
+    assert found(decode_row) == found(decode_row_in_python)

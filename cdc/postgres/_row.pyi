@@ -1,0 +1,3 @@
+from cdc.postgres.row import Row
+
+def decode_row(image: bytes) -> Row: ...
