@@ -12,7 +12,7 @@ from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcpy
 
-from cdc.postgres import copy_fields, json_values, row
+from cdc.postgres import json_values, row
 
 cdef enum:
     OTHER = 0
@@ -99,7 +99,7 @@ def texts(values):
             found.append(NULL_FIELD)
             continue
         utf8 = PyUnicode_AsUTF8AndSize(value, &size)
-        found.append(copy_fields.text_field(value) if memchr(utf8, 0, size) else sized_field(utf8, size))
+        found.append(with_nul(value) if memchr(utf8, 0, size) else sized_field(utf8, size))
     return found
 
 
@@ -132,6 +132,12 @@ def numbers(values):
             field[4 + n] = <char> (number >> 8 * (7 - n) & 0xFF)
         found.append(PyBytes_FromStringAndSize(field, 12))
     return found
+
+
+cdef bytes with_nul(value):
+    from cdc.postgres import copy_fields  # which imports this module
+
+    return copy_fields.text_field(value)
 
 
 cdef bytes NULL_FIELD = b"\xff\xff\xff\xff"

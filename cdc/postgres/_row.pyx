@@ -10,9 +10,7 @@ from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from libc.stdint cimport uint32_t
 
-from cdc.postgres import row
-
-cdef object UNCHANGED = row.UNCHANGED
+cdef object UNCHANGED = False  # as it is there
 
 
 def decode_row(bytes image):
@@ -22,10 +20,10 @@ def decode_row(bytes image):
     cdef tuple values
     cdef object value
     if length < 2:
-        return row.decode_row_in_python(image)
+        return malformed(image)
     count = d[0] << 8 | d[1]
     if count > length - 2:
-        return row.decode_row_in_python(image)
+        return malformed(image)
     values = PyTuple_New(count)
     for n in range(count):
         value = None
@@ -47,7 +45,13 @@ def decode_row(bytes image):
             at = length + 1
         Py_INCREF(value)
         PyTuple_SET_ITEM(values, n, value)
-    return values if at == length else row.decode_row_in_python(image)
+    return values if at == length else malformed(image)
+
+
+cdef malformed(bytes image):
+    from cdc.postgres import row  # which imports this module
+
+    return row.decode_row_in_python(image)
 
 
 cdef inline uint32_t u32(const unsigned char *d) noexcept nogil:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -149,6 +151,15 @@ def test_every_file_that_is_no_module_is_shipped() -> None:
         file for package, globs in patterns.items() for glob in globs for file in package_folder(package).glob(glob)
     }
     assert {file for file in data_files() if file not in shipped} == set()
+
+
+@pytest.mark.parametrize("path", sorted(CHECKOUT.glob("cdc/**/*.pyx")), ids=lambda path: path.stem)
+def test_what_is_compiled_may_be_imported_first(path: Path) -> None:
+    """It and its twin in Python may want each other."""
+    module = ".".join(path.relative_to(CHECKOUT).with_suffix("").parts)
+    pytest.importorskip(module, reason="there was no C compiler when this was installed")
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def package_folder(package: str) -> Path:
