@@ -7,15 +7,17 @@ import tomllib
 from glob import escape
 from pathlib import Path
 from typing import Annotated, Final
+from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 import typer
 from rich.console import Console
 
 from cdc import config_file, first_config, kinds, preflight
-from cdc.errors import FatalError
+from cdc.config import Config, SourceConfig, TableGlobs
+from cdc.errors import ConfigError, FatalError
 from cdc.first_config import Secrets, Wanted
-from cdc.session import Session
+from cdc.session import NoFacts, Session
 from cdc.urls import POSTGRES, database_of, kind_of, redact
 
 app = typer.Typer()
@@ -24,6 +26,12 @@ err: Final = Console(stderr=True)
 """For people; what an administrator has to run goes to standard output."""
 
 Flag = typer.Option
+
+_OWN_SCHEMA: Final = "cdc"
+"""Of a database that is, or was, a mirror."""
+
+_MOST_NAMED: Final = 10
+"""Tables, in a hint."""
 
 
 @app.command()
@@ -82,7 +90,7 @@ def _completed(given: Wanted) -> Wanted:
         err.print(f"found {schema}, {count} {'tables' if kind == POSTGRES else 'collections'}", highlight=False)
     tables = given.tables
     if not tables and kind == POSTGRES:  # for MongoDB, what the url leads to is the default
-        tables = tuple(f"{escape(schema)}.*" for schema in contents if schema != "cdc") or ("public.*",)
+        tables = tuple(f"{escape(schema)}.*" for schema in contents if schema != _OWN_SCHEMA) or ("public.*",)
     return msgspec.structs.replace(given, tables=tables, name=given.name or _name_for(given.url))
 
 
@@ -115,6 +123,7 @@ def _begin(file: Path, wanted: Wanted) -> None:
     config = config_file.parse(tomllib.loads(first_config.text(wanted.as_administrator)), {})
     ((name, source),) = config.sources.items()
     ((mirror, sink),) = config.sinks.items()
+    _check_tables(config, source)
     checks = kinds.preflight(source.kind)
     sections = [
         preflight.collect(f"source {name}", checks.check_source(config, source)),
@@ -123,13 +132,36 @@ def _begin(file: Path, wanted: Wanted) -> None:
     err.print(preflight.render(sections))
     if wanted.role:
         onboarding, comment = kinds.onboarding(source.kind), "--" if source.kind == POSTGRES else "//"
-        for url, script in (
+        for secret, script in (
             (source.url, onboarding.source_role(config, source, wanted.role)),
             (sink.url, onboarding.mirror_role(sink, wanted.role)),
         ):
-            print(f"{comment} for an administrator, at {redact(url.reveal() if url else '')}\n{script}")
+            url = secret.reveal() if secret is not None else ""
+            print(f"{comment} for an administrator, at {redact(_place_of(url, script))}\n{script}")
     _write(file, first_config.text(wanted), private=not wanted.role)
     _tell_what_is_next(file, wanted)
+
+
+def _check_tables(config: Config, source: SourceConfig) -> None:
+    """Raises `ConfigError` where the globs match nothing of what is there. Of an empty database they need not."""
+    everything = msgspec.structs.replace(source, tables=TableGlobs(include=("*",)))
+    found = kinds.build_source(config, everything, NoFacts()).tables()
+    there = [table for table in found if table.schema != _OWN_SCHEMA]
+    if there and not any(map(source.tables.match, there)):
+        more = [f"{len(there) - _MOST_NAMED} more"] if len(there) > _MOST_NAMED else []
+        named = ", ".join([*map(str, there[:_MOST_NAMED]), *more])
+        one, form = ("table", "schema.table") if source.kind == POSTGRES else ("collection", "database.collection")
+        raise ConfigError(
+            f"no {one} matches {', '.join(source.tables.include)}",
+            hint=f"there are {named}; --tables takes globs over {form}, in which case counts",
+        )
+
+
+def _place_of(url: str, script: str) -> str:
+    """Where a script for the database of `url` is to be run: what makes that database cannot be run in it."""
+    if not re.search(r"^CREATE DATABASE ", script, re.MULTILINE) or database_of(url) is None:
+        return url
+    return urlunsplit(urlsplit(url)._replace(path="/postgres"))
 
 
 def _write(file: Path, text: str, *, private: bool) -> None:

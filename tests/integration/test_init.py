@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import tomllib
@@ -185,6 +186,45 @@ def test_what_keeps_it_from_being_captured_is_told(cdc: Cdc, source_db: Database
     assert "REPLICA IDENTITY FULL" in made.stderr
     assert f'CREATE DATABASE "{source_db.name}_backup" OWNER "cdc";' in made.stdout
     assert tomllib.loads(cdc.file.read_text())["sources"][source_db.name]["tables"]["include"] == ["public.*", "s.*"]
+
+
+def test_globs_that_match_no_table_are_refused_with_what_there_is(cdc: Cdc, source_db: Database) -> None:
+    source_db.execute("CREATE SCHEMA s; CREATE TABLE s.t (id int PRIMARY KEY); CREATE TABLE public.t (id int)")
+    result = cdc("init", "--url", source_db.url, "--tables", "nope.*", "--tables", "Public.t")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-2:] == [
+        "error: no table matches nope.*, Public.t",
+        "hint: there are public.t, s.t; --tables takes globs over schema.table, in which case counts",
+    ]
+    assert list(cdc.folder.iterdir()) == []
+
+
+def test_globs_that_match_no_collection_are_refused_likewise(cdc: Cdc, mongodb: str, mongo_database: Any) -> None:
+    mongo_database.orders.insert_one({"a": 1})
+    result = cdc("init", "--tables", "nope.*", CDC_URL=mongodb.replace("/?", f"/{mongo_database.name}?"))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "error: no collection matches nope.*" in result.stderr
+    assert f"{mongo_database.name}.orders" in result.stderr.splitlines()[-1]
+    assert list(cdc.folder.iterdir()) == []
+
+
+def test_a_database_is_made_from_another_that_is_there(cdc: Cdc, source_db: Database) -> None:
+    """What is printed, each script where its head says."""
+    source_db.execute("CREATE TABLE public.t (id int PRIMARY KEY)")
+    role = f"cdc_{source_db.name}"
+    made = cdc("init", "--role", role, CDC_URL=source_db.url)
+    places = re.findall(r"^-- for an administrator, at (.*)$", made.stdout, re.MULTILINE)
+    assert places == [source_db.url, source_db.server.url("postgres")]
+    try:
+        with psycopg.connect(places[1], autocommit=True) as connection:
+            for statement in scripts(made)[1].strip().split(";\n"):
+                connection.execute(statement.encode())
+        mirror = source_db.server.url(f"{source_db.name}_backup", user=role)
+        psycopg.connect(mirror).close()
+    finally:
+        source_db.execute(f'DROP DATABASE IF EXISTS "{source_db.name}_backup" WITH (FORCE)')
+        source_db.execute(f"REVOKE SET ON PARAMETER session_replication_role FROM {role}")
+        source_db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 def test_a_database_that_cannot_be_reached_leaves_nothing(cdc: Cdc) -> None:
