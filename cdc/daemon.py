@@ -134,8 +134,10 @@ class Daemon:
             config = self._parts.reload()
             changed = changes(self._config, config)
             if self._web is not None:
-                changed += self._web.renew_certificate()
-                tell_address(self._directory, self._web.address)
+                tell_address(self._directory, self._web.address)  # where that is refused, the certificate stays, too
+                if renewed := self._web.renew_certificate():
+                    tell_address(self._directory, self._web.address)
+                    changed += renewed
             self._adopt(config)
             log.info("reloaded", changed=changed)
 

@@ -93,11 +93,17 @@ def _owner(descriptor: int) -> str:
 
 
 def tell_address(directory: Path, address: Address) -> None:
-    """Tell the command line where to ask, and whom to trust."""
+    """Tell the command line where to ask, and whom to trust. Raises `FatalError` where that cannot be written."""
     path = directory / ADDRESS_FILE
     partial_file = path.with_name(f"{path.name}.new")
-    partial_file.write_text("\n".join(filter(None, address)), encoding="ascii")
-    partial_file.replace(path)
+    try:
+        partial_file.write_text("\n".join(filter(None, address)), encoding="ascii")
+        partial_file.replace(path)
+    except OSError as exc:
+        hint = "make room on its disk, and let the user that runs cdc write to it"
+        if isinstance(exc, FileNotFoundError):
+            hint = "somebody has removed it: what is only in the queue there ends with the daemon; see `cdc status`"
+        raise FatalError(f"cannot write to the data directory {directory}: {exc.strerror}", hint=hint) from exc
 
 
 def read_address(directory: Path) -> Address:

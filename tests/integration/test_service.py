@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -199,6 +201,20 @@ def test_f110_a_bad_configuration_changes_nothing(
         reloaded(cdc, process, "reloaded")
         assert cdc.status()["problems"] == []
         assert "\ncdc_config_last_reload_successful 1.0\n" in metrics(cdc)
+
+
+def test_f110_a_reload_without_a_data_directory_is_refused(cdc: Cdc, shop: Database) -> None:
+    with cdc.running() as process:
+        cdc.wait_for_sink("running")
+        address = cdc.address.url
+        shutil.rmtree(cdc.data_dir)
+        line = reloaded(cdc, process, "not reloaded")
+        assert re.search(r"cannot write to the data directory .*/data: No such file", line["error"])
+        assert "the queue" in line["hint"]
+        assert "Traceback" not in cdc.log
+        assert process.poll() is None
+        with urlopen(f"{address}/health", timeout=60) as answer:
+            assert answer.status == 200
 
 
 def metrics(cdc: Cdc) -> str:
