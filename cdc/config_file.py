@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from cdc import http_config
+from cdc.choices import hint_of
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.config_rules import ALL_OPTIONS, check_filters, complete_alerts, complete_sink, complete_source, without_own
 from cdc.errors import ConfigError
@@ -51,7 +52,7 @@ def parse(raw: dict[str, Any], environment: Mapping[str, str], *, options_of: Op
     try:
         config = msgspec.convert(expanded, Config, dec_hook=_decode_hook)
     except msgspec.ValidationError as exc:
-        raise ConfigError(_readable(str(exc), raw), hint=ALL_OPTIONS) from exc
+        raise ConfigError(_readable(str(exc), raw), hint=hint_of(str(exc), Config) or ALL_OPTIONS) from exc
     http = http_config.complete(config.http)
     alerts = complete_alerts(config.alerts)
     sources = {name: complete_source(name, source) for name, source in config.sources.items()}
@@ -86,7 +87,8 @@ def _take_options(sinks: Any, options_of: OptionsOf) -> dict[str, msgspec.Struct
         try:
             taken[name] = msgspec.convert(own, struct)
         except msgspec.ValidationError as exc:
-            raise ConfigError(_readable(str(exc), {}, f"sinks.{name}"), hint=ALL_OPTIONS) from exc
+            hint = hint_of(str(exc), struct) or ALL_OPTIONS
+            raise ConfigError(_readable(str(exc), {}, f"sinks.{name}"), hint=hint) from exc
         except ConfigError as exc:
             raise ConfigError(f"sinks.{name}.{exc}", hint=exc.hint) from exc
     return taken

@@ -9,6 +9,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from cdc.choices import hint_of
 from cdc.errors import CdcError
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -70,7 +71,7 @@ def _refusal(error: msgspec.ValidationError, kind: type[msgspec.Struct], what: s
         return BadRequest(f"{what}: {reason}", hint=f"known are: {', '.join(fields)}")
     name, in_list, _ = path.partition("[")
     described = _descriptions(fields.get(name))
-    hint = described[-1 if in_list else 0] if described else ""
+    hint = hint_of(str(error), kind) or (described[-1 if in_list else 0] if described else "")
     if " matching regex " in reason:
         reason = "not of the expected form"
     return BadRequest(f"{path}: {reason}", hint=hint)

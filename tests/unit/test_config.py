@@ -144,6 +144,27 @@ def test_f112_errors_name_file_key_and_reason(text: str, message: str, tmp_path:
     assert message in refusal(text, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("[daemon]\nlog_level = 'loud'\n", "one of: debug, error, info, warning"),
+        ("[sinks.m]\nfrom = 'shop'\non_error = 'parkk'\n", "one of: park, stop"),
+        ("[[http.tokens]]\nname = 'a'\ntoken = 'x'\nscopes = ['read', 'w']\n", "one of: admin, publish, read"),
+        (
+            "[sinks.f]\nkind = 'data_changes'\nfrom = 'shop'\nentities.'public.a' = {type = 'A', mask = {b = 'x'}}\n",
+            "one of: redact, sha256",
+        ),
+        ("[daemon]\nlog_level = 5\n", "config.example.toml lists every option"),
+    ],
+)
+def test_f112_the_hint_lists_what_is_allowed(text: str, hint: str, tmp_path: Path) -> None:
+    file = tmp_path / "cdc.toml"
+    file.write_text(MINIMAL + text)
+    with pytest.raises(ConfigError) as caught:
+        load(file, {}, options_of=options_of)
+    assert caught.value.hint == hint
+
+
 def test_f112_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing\.toml: No such file") as caught:
         load(tmp_path / "missing.toml")

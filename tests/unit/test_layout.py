@@ -30,6 +30,7 @@ ONLY: Final = {
         "cdc.letter",
         "cdc.steering",
         "cdc.metrics",
+        "cdc.choices",
         "cdc.queue",
         "cdc.config",
         "cdc.http_config",
