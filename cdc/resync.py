@@ -25,8 +25,13 @@ class Action(StrEnum):
     INSERTED = "inserted"
     REPLACED = "replaced"
     DELETED = "deleted"
+    ABSENT = "absent"
+    """It was asked for by its key, and is on neither side."""
     CHANGING = "still changing"
     """It was written at the source each time it was looked at: left to the stream."""
+
+
+_WRITES: Final = frozenset({Action.INSERTED, Action.REPLACED, Action.DELETED})
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -62,7 +67,7 @@ class ResyncReport(msgspec.Struct, frozen=True):
         """For people: a line for each row that is not equal, and a summary."""
         would = "would be " if self.dry_run else ""
         told = [
-            f"{row.key}: {row.action if row.action is Action.CHANGING else would + row.action}"
+            f"{row.key}: {would + row.action if row.action in _WRITES else row.action}"
             for row in self.rows
             if row.action is not Action.EQUAL
         ]

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Final
 
+import psycopg
 from psycopg import sql
 from psycopg.sql import SQL, Identifier, Literal
 
@@ -24,9 +25,10 @@ from cdc.change import TableName
 from cdc.errors import FatalError, TransientError
 from cdc.mirroring import Mirroring
 from cdc.position import Lsn, as_lsn, format_lsn, parse_lsn
-from cdc.postgres.connection import Connection, connect, translated_errors
+from cdc.postgres.connection import Connection, connect, to_cdc_error, translated_errors
 from cdc.postgres.digest import ComparedTable, Comparison, nudge
 from cdc.postgres.preflight_server import reveal
+from cdc.postgres.schema import SchemaTable
 from cdc.postgres.snapshot import open_snapshot
 from cdc.postgres.target import CopyTarget
 from cdc.resync import MAX_ROWS, Action, ResyncReport, SyncedRow, Wanted
@@ -36,6 +38,7 @@ HOLD_SECONDS: Final = 60.0
 Row = tuple[str | None, ...]
 Rows = Mapping[Row, Row]
 """Key -> all columns, as text."""
+Side = tuple[Connection, ComparedTable]
 
 
 def resync(
@@ -49,14 +52,13 @@ def resync(
     one, other = comparison.source[table], comparison.target[table]
     if not one.key:
         raise FatalError(f"{table} has no key to find single rows by", hint="copy it again instead")
-    condition = _condition(one, wanted)
     with ExitStack() as stack:
         source, position = stack.enter_context(_standing(mirroring, comparison))
         target = stack.enter_context(connect(reveal(mirroring.sink.url), application_name="cdc-sync"))
         CopyTarget(mirroring.sink).silence_triggers(target)
         with translated_errors(), target.transaction():
             _lock_position(target, mirroring.sink.name, position)
-            keys = list(dict.fromkeys([*_keys(source, one, condition), *_keys(target, other, condition)]))
+            keys, absent = _find(((source, one), (target, other)), comparison.schema[table], wanted)
             if len(keys) > MAX_ROWS:
                 raise FatalError(f"more than {MAX_ROWS:,} rows of {table} are meant", hint="name fewer of them")
             wanted_rows, found = _rows(source, one, keys), _rows(target, other, keys)
@@ -64,6 +66,7 @@ def resync(
             if not dry_run:
                 for key, action in actions.items():
                     _put(target, other, key, action, wanted_rows)
+    actions |= dict.fromkeys(absent, Action.ABSENT)
     rows = tuple(SyncedRow(", ".join(map(str, key)), action) for key, action in actions.items())
     return ResyncReport(str(table), rows, dry_run)
 
@@ -95,21 +98,39 @@ def _lock_position(target: Connection, sink: str, position: Lsn) -> None:
         raise TransientError(f"the mirror stands at {where}, not at {format_lsn(position)}", hint="try again")
 
 
-def _condition(table: ComparedTable, wanted: Wanted) -> sql.Composable:
-    parts: list[sql.Composable] = [SQL("({})").format(SQL(wanted.where))] if wanted.where else []
+def _find(sides: Sequence[Side], schema: SchemaTable, wanted: Wanted) -> tuple[list[Row], list[Row]]:
+    """The keys of the rows that are meant, on either side; and those of `wanted.ids` that are on neither."""
+    table = sides[0][1]
+    types = {column.name: column.type_name for column in schema.columns}
+    found: list[Row] = []
+    absent: list[Row] = []
     for text in wanted.ids:
         values = _key_values(table, text)
-        equal = [
-            SQL("{} = {}").format(Identifier(name), Literal(value))
-            for name, value in zip(table.key, values, strict=True)
-        ]
-        parts.append(SQL("({})").format(SQL(" AND ").join(equal)))
-    return SQL(" OR ").join(parts)
+        hint = f"its key is {', '.join(f'{name} ({types[name]})' for name in table.key)}"
+        with _blaming(f"{text!r} is not a key of {table.name}", hint):
+            keys = _keys(sides, _is(table, values))
+        found += keys
+        absent += [] if keys else [values]
+    if wanted.where:
+        with _blaming(f"not a condition on {table.name}", f"SQL over its columns: {', '.join(types)}"):
+            found += _keys(sides, SQL(wanted.where))
+    return list(dict.fromkeys(found)), list(dict.fromkeys(absent))
 
 
-def _key_values(table: ComparedTable, text: str) -> Sequence[str]:
+@contextmanager
+def _blaming(what: str, hint: str) -> Iterator[None]:
+    """Where a server cannot make sense of what a person has written, say so."""
+    try:
+        yield
+    except psycopg.errors.InsufficientPrivilege:
+        raise
+    except (psycopg.DataError, psycopg.ProgrammingError) as exc:
+        raise FatalError(f"{what}: {to_cdc_error(exc)}", hint=hint) from exc
+
+
+def _key_values(table: ComparedTable, text: str) -> Row:
     if len(table.key) == 1:
-        return [text]
+        return (text,)
     try:
         values = json.loads(text)
     except ValueError:
@@ -119,15 +140,19 @@ def _key_values(table: ComparedTable, text: str) -> Sequence[str]:
             f"{text!r} is not a key of {table.name}",
             hint=f"""as in --id '["a", 1]', in the order {", ".join(table.key)}""",
         )
-    return [str(value) for value in values]
+    return tuple(map(str, values))
 
 
-def _keys(connection: Connection, table: ComparedTable, condition: sql.Composable) -> list[Row]:
-    where = SQL("({}) AND ({})").format(condition, SQL(table.where or "true"))
-    query = SQL("SELECT {} FROM {} WHERE {} LIMIT {}").format(
-        _texts(table.key), _from(table), where, Literal(MAX_ROWS + 1)
-    )
-    return [tuple(row) for row in connection.execute(query).fetchall()]
+def _keys(sides: Sequence[Side], condition: sql.Composable) -> list[Row]:
+    """Of the rows that it holds for, on either side; of each, at most one more than may be meant."""
+    found: list[Row] = []
+    for connection, table in sides:
+        where = SQL("({}) AND ({})").format(condition, SQL(table.where or "true"))
+        query = SQL("SELECT {} FROM {} WHERE {} LIMIT {}").format(
+            _texts(table.key), _from(table), where, Literal(MAX_ROWS + 1)
+        )
+        found += map(tuple, connection.execute(query).fetchall())
+    return found
 
 
 def _rows(connection: Connection, table: ComparedTable, keys: Sequence[Row]) -> dict[Row, Row]:

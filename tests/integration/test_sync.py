@@ -92,6 +92,25 @@ def test_what_cannot_be_synced_is_refused(running: Cdc) -> None:
     assert_complaint(running("sync", "mirror", "public.other", "--id", "1"), 1, "no table public.other")
 
 
+def test_what_is_no_key_or_condition_is_told_with_what_is(running: Cdc) -> None:
+    table = "public.items"
+    wrong_type = running("sync", "mirror", table, "--id", "abc")
+    assert_complaint(wrong_type, 1, "'abc' is not a key of public.items: invalid input syntax", r"id \(integer\)")
+    wrong_column = running("sync", "mirror", "public.parts", "--id", '["x", "abc"]')
+    assert_complaint(wrong_column, 1, "is not a key of public.parts", r"a \(text\), b \(integer\)")
+    unknown_column = running("sync", "mirror", table, "--where", "nope = 1")
+    assert_complaint(unknown_column, 1, 'not a condition .*"nope" does not exist', "columns: id, name, price, always")
+    assert_complaint(running("sync", "mirror", table, "--where", "id ="), 1, "not a condition .*syntax", "columns: id")
+
+
+def test_a_key_that_is_on_neither_side_is_listed(running: Cdc) -> None:
+    done = running("sync", "mirror", "public.items", "--id", "1", "--id", "777", "--id", "777", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == [{"key": "1", "action": "equal"}, {"key": "777", "action": "absent"}]
+    dry = running("sync", "mirror", "public.parts", "--id", '["y", 7]', "--dry-run")
+    assert dry.stdout.splitlines() == ["y, 7: absent", "public.parts: 1 absent"]
+
+
 def test_without_a_daemon_nothing_is_synced(cdc: Cdc, source_db: Database, target_db: Database, pg_dump: Path) -> None:
     source_db.execute("CREATE TABLE items (id int PRIMARY KEY)")
     cdc.configure(source_db.url, target_db.url, source=f'pg_dump = "{pg_dump}"')
