@@ -71,7 +71,7 @@ _STARTUP_HINTS: Final = {
     r"start WAL ?sender": "ALTER ROLE ... REPLICATION, for the user of the url",
     r"certificate|private key|support SSL|alert (unknown ca|handshake failure|protocol version)": "check sslmode, "
     "sslrootcert, sslcert and sslkey of the url, and until when the certificates are valid",
-    r"invalid \"?\w+\"? value|weak sslmode": _OPTION_HINT,
+    r"invalid \"?\w+\"? value|weak sslmode|of hostaddr|could not match \d+|invalid port number": _OPTION_HINT,
     r"unsupported startup parameter": "the url leads to a connection pooler: connect to the server itself",
 }
 """A failed connection attempt carries no SQLSTATE through libpq: these texts mean that trying again is in vain."""
@@ -171,7 +171,8 @@ def sorted_error(state: str | None, text: str, *, connection_lost: bool) -> CdcE
     """The `CdcError` of an SQLSTATE."""
     if state is None:
         # the value may be a piece of a password whose @ or : was not written as %XX
-        text = re.sub(r'(invalid \S+ value):? ".*?"(?= for |$)', r"\1", text)
+        text = re.sub(r'(invalid \S+ value|invalid port number):? ".*?"(?= for |$)', r"\1", text)
+        text = re.sub(r'(could not parse network address) ".*?"(?=: )', r"\1 of hostaddr", text)
         for pattern, hint in _STARTUP_HINTS.items():
             if re.search(pattern, text, re.IGNORECASE):
                 return FatalError(text, hint=hint)

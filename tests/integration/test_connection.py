@@ -166,6 +166,10 @@ def test_f94_what_libpq_finds_wrong_by_itself_is_a_lost_connection(source_db: Da
         "connect_timeout=foo",
         "keepalives_idle=foo",
         "port=foo",
+        "port=99999",
+        "port=1,2",
+        "hostaddr=foo",
+        "hostaddr=127.0.0.1,127.0.0.1",
         "sslmodee=require",
     ],
 )
