@@ -11,7 +11,7 @@ import msgspec
 from cdc.change import TableName
 from cdc.config import AlertOptions, Config, SinkConfig, SourceConfig, TableGlobs
 from cdc.errors import ConfigError
-from cdc.secret import Secret, Token, from_file
+from cdc.secret import Secret, Token, from_file, place_of
 from cdc.urls import KINDS, MONGODB, POSTGRES, backup_of, database_of, kind_of
 
 ALL_OPTIONS: Final = "config.example.toml lists every option"
@@ -24,15 +24,16 @@ def complete_alerts(options: AlertOptions) -> AlertOptions:
     """Read the secret that is in a file. Raises `ConfigError` where it is no URL of a webhook."""
     webhook = from_file(Token, "alerts.webhook", options.webhook, options.webhook_file)
     if webhook is not None and not re.match(r"https?://[^/\s]+[^\s]*$", webhook.reveal()):
-        raise ConfigError("alerts.webhook: not an URL", hint="https:// or http://, without blanks")
+        place = place_of("alerts.webhook", options.webhook_file)
+        raise ConfigError(f"{place}: not an URL", hint="https:// or http://, without blanks")
     return msgspec.structs.replace(options, webhook=webhook)
 
 
-def _check_url(key: str, url: Secret) -> None:
+def _check_url(place: str, url: Secret) -> None:
     """What is neither an URL nor libpq's `name=value` is not quoted: it may be a password, from the wrong file."""
     text = url.reveal()
     if "://" not in text and "=" not in text:
-        raise ConfigError(f"{key}: {'not an url' if text else 'empty'}", hint=_SCHEMES)
+        raise ConfigError(f"{place}: {'not an url' if text else 'empty'}", hint=_SCHEMES)
 
 
 def complete_source(name: str, source: SourceConfig) -> SourceConfig:
@@ -40,11 +41,11 @@ def complete_source(name: str, source: SourceConfig) -> SourceConfig:
     url = from_file(Secret, f"sources.{name}.url", source.url, source.url_file)
     if url is None:
         raise ConfigError(f"sources.{name}.url: missing", hint="set url or url_file")
-    _check_url(f"sources.{name}.url", url)
+    place = place_of(f"sources.{name}.url", source.url_file)
+    _check_url(place, url)
     if kind_of(url.reveal()) is None:
-        raise ConfigError(
-            f"sources.{name}.url: no database has the scheme {url.reveal().partition('://')[0][:20]!r}", hint=_SCHEMES
-        )
+        scheme = url.reveal().partition("://")[0][:20]
+        raise ConfigError(f"{place}: no database has the scheme {scheme!r}", hint=_SCHEMES)
     source = msgspec.structs.replace(source, name=name, url=url)
     _check_kind(name, source)
     if source.kind == MONGODB:
@@ -99,7 +100,7 @@ def complete_sink(
         raise ConfigError(f"sinks.{name}.options: unknown option", hint=ALL_OPTIONS)
     url = from_file(Secret, f"sinks.{name}.url", sink.url, sink.url_file)
     if url is not None:
-        _check_url(f"sinks.{name}.url", url)
+        _check_url(place_of(f"sinks.{name}.url", sink.url_file), url)
     source = sources[sink.source]
     sink = msgspec.structs.replace(sink, name=name, kind=sink.kind or source.kind, url=url, options=options)
     return _complete_mirror(sink, source) if sink.is_mirror else _complete_follower(sink)

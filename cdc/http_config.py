@@ -12,7 +12,7 @@ import msgspec
 
 from cdc.errors import ConfigError
 from cdc.feed.visibility import Limits
-from cdc.secret import Token, from_file
+from cdc.secret import Token, from_file, place_of
 
 Right = Literal["read", "publish", "admin"]
 
@@ -166,10 +166,11 @@ def _complete_token(key: str, entry: TokenConfig) -> TokenConfig:
     token = from_file(Token, f"{key}.token", entry.token, entry.token_file)
     if token is None:
         raise ConfigError(f"{key}.token: missing", hint="set token or token_file")
+    place = place_of(f"{key}.token", entry.token_file)
     if not token.reveal():
-        raise ConfigError(f"{key}.token: empty", hint="a token that nobody knows is a long random string")
+        raise ConfigError(f"{place}: empty", hint="a token that nobody knows is a long random string")
     if not _VISIBLE.fullmatch(token.reveal()):
-        raise ConfigError(f"{key}.token: has a space or a character beyond ASCII", hint="`openssl rand -hex 32`")
+        raise ConfigError(f"{place}: has a space or a character beyond ASCII", hint="`openssl rand -hex 32`")
     if "admin" in entry.scopes and entry.limits != Limits():
         raise ConfigError(f"{key}: admin may do everything, and has limits", hint="remove channels and where")
     return msgspec.structs.replace(entry, token=token)

@@ -60,3 +60,8 @@ def from_file(kind: type[_S], key: str, secret: _S | None, file: str | None) -> 
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "not text"
         raise ConfigError(f"{key}_file: {file}: {reason}", hint="it must be readable by this user") from exc
+
+
+def place_of(key: str, file: str | None) -> str:
+    """Where a secret stands, for an error about what it holds."""
+    return key if file is None else f"{key}_file: {file}"

@@ -201,6 +201,28 @@ def test_f112_unreadable_secret_file_is_named(tmp_path: Path) -> None:
     assert refusal(text, tmp_path) == f"sources.shop.url_file: {tmp_path}/none: No such file or directory"
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("", "empty"), ("geheim\n", "not an url"), ("mysql://me:geheim@db/shop", "no database has the scheme 'mysql'")],
+)
+def test_f112_file_of_a_secret_that_is_none_is_named(content: str, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(content)
+    source = f"[sources.shop]\nurl_file = '{file}'\n"
+    assert refusal(source, tmp_path) == f"sources.shop.url_file: {file}: {reason}"
+    if content != "mysql://me:geheim@db/shop":
+        sink = f"{MINIMAL}[sinks.m]\nfrom = 'shop'\nurl_file = '{file}'\n"
+        assert refusal(sink, tmp_path) == f"sinks.m.url_file: {file}: {reason}"
+    alerts = f"{MINIMAL}[alerts]\nwebhook_file = '{file}'\n"
+    assert refusal(alerts, tmp_path) == f"alerts.webhook_file: {file}: not an URL"
+
+
+def test_f112_empty_file_of_a_token_is_named(tmp_path: Path) -> None:
+    (tmp_path / "token").touch()
+    text = f"[[http.tokens]]\nname = 'a'\nscopes = ['read']\ntoken_file = '{tmp_path}/token'\n"
+    assert refusal(MINIMAL + text, tmp_path) == f"http.tokens[0].token_file: {tmp_path}/token: empty"
+
+
 def test_url_and_url_file_exclude_each_other(tmp_path: Path) -> None:
     assert refusal(MINIMAL + "url_file = 'x'\n", tmp_path) == "sources.shop.url: excludes url_file"
 
