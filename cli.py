@@ -48,11 +48,12 @@ from cdc.session import NoFacts, Session
 from cdc.sink import Mirror, Pruning, Sink, SinkContext, StreamSink
 from cdc.stats import CaptureStats, DeliveryStats
 from cdc.status import DaemonStatus, to_json
-from cdc.terminal import AnyMirror, AnySink, AsJson, exit_unless, out, print_json
+from cdc.terminal import AnyMirror, AnySink, AsJson, Commands, exit_unless, out, print_json
 from sinks import load as load_sink
 from sinks import options_of
 
 app = typer.Typer(
+    cls=Commands,
     pretty_exceptions_enable=False,
     add_completion=False,
     no_args_is_help=True,

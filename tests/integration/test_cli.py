@@ -38,6 +38,20 @@ def test_usage_errors_exit_with_2(cdc: Cdc, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "right"),
+    [
+        (["run", "--config", "x.toml"], "cdc --config ... run"),
+        (["status", "--debug"], "cdc --debug status"),
+        (["dead-letters", "list", "--config=x.toml"], "cdc --config ... dead-letters list"),
+    ],
+)
+def test_options_that_go_before_the_command_say_so(cdc: Cdc, arguments: list[str], right: str) -> None:
+    result = cdc(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"goes before the command: {right}" in result.stderr
+
+
+@pytest.mark.parametrize(
     ("text", "error"),
     [
         ("[daemon]\nnonsense = 1\n", r"cdc\.toml: daemon: .*nonsense"),
