@@ -253,12 +253,19 @@ def copy(
     sink: AnyMirror = None,
     *,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be copied.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON, and nothing else.")] = False,
 ) -> None:
     """Copy what was never copied, and end; `cdc run` does so by itself."""
+    if as_json and not dry_run:
+        raise FatalError("--json goes with --dry-run", hint="`cdc status --json` tells of a copy that runs")
     session = context.ensure_object(Session)
     sinks = session.mirrors(sink)
     if dry_run:
-        out.print(_plans({sink.name: _plan(session.config, sink) for sink in sinks}))
+        plans = {sink.name: _plan(session.config, sink) for sink in sinks}
+        if as_json:
+            print_json(_plans_as_json(plans))
+        else:
+            out.print(_plans(plans))
         return
     session.log_as_configured()
     with session.lock():
@@ -279,6 +286,18 @@ def _plans(plans: dict[str, list[PlannedTable]]) -> Table:
             todo = "to copy" if each.copied_at is None else "copied"
             table.add_row(sink, str(each.table), f"{each.rows:,}", f"{each.size:,}", todo)
     return table
+
+
+def _plans_as_json(plans: dict[str, list[PlannedTable]]) -> bytes:
+    """By sink. rows, bytes: the source's estimates."""
+    sinks = {
+        sink: [
+            {"table": str(each.table), "rows": each.rows, "bytes": each.size, "copied": each.copied_at is not None}
+            for each in planned
+        ]
+        for sink, planned in plans.items()
+    }
+    return msgspec.json.encode({"sinks": sinks})
 
 
 def _copy(config: Config, sink: SinkConfig) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -253,6 +254,25 @@ def shop(cdc: Cdc, source_db: Database, target_db: Database, pg_dump: Path) -> D
     source_db.execute("INSERT INTO customers (name) VALUES ('ann'), ('bob')")
     cdc.configure(source_db.url, target_db.url, source=f'pg_dump = "{pg_dump}"')
     return source_db
+
+
+def test_what_would_be_copied_as_json(cdc: Cdc, shop: Database) -> None:
+    shop.execute("ANALYZE orders; ANALYZE customers")
+
+    def planned() -> dict[str, Any]:
+        result = cdc("copy", "--dry-run", "--json")
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout).keys() == {"sinks"}
+        return {table.pop("table"): table for table in json.loads(result.stdout)["sinks"]["mirror"]}
+
+    before = planned()
+    assert {name: (table["rows"], table["copied"]) for name, table in before.items()} == {
+        "public.orders": (100, False), "public.customers": (2, False)
+    }  # fmt: skip
+    assert all(table["bytes"] > 0 for table in before.values())
+    assert cdc("copy").returncode == 0
+    assert all(table["copied"] for table in planned().values())
+    assert_complaint(cdc("copy", "--json"), 1, "--json goes with --dry-run", "cdc status --json")
 
 
 def test_mirror_from_empty_to_dropped(cdc: Cdc, shop: Database, target_db: Database) -> None:
