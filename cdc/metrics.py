@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from cdc.queue import QueueStats
 from cdc.stats import CopyStatus, ResyncStatus, State
-from cdc.status import DaemonStatus, SinkStatus, SlotStatus, SourceStatus, StreamsStatus
+from cdc.status import DaemonStatus, HttpStatus, SinkStatus, SlotStatus, SourceStatus, StreamsStatus
 
 HISTOGRAM_LABELS: Final = ("sink",)
 
@@ -148,6 +148,7 @@ _SLOT: Final = _Part(("source", "slot"), _slots)
 _SINK: Final = _Part(("sink",), _sinks)
 _COPY: Final = _Part(("sink",), _copies)
 _RESYNC: Final = _Part(("sink",), _resyncs)
+_HTTP: Final[_Part[HttpStatus, HttpStatus]] = _Part((), lambda status: {(): status})
 _STREAMS: Final[_Part[StreamsStatus, StreamsStatus]] = _Part((), lambda status: {(): status})
 
 OF_DAEMON: Final[Mapping[str, tuple[Family[DaemonStatus], ...]]] = {
@@ -283,6 +284,15 @@ OF_DAEMON: Final[Mapping[str, tuple[Family[DaemonStatus], ...]]] = {
 }
 """All metrics of a daemon but the histograms, by what they are about."""
 
+OF_HTTP: Final = (
+    _HTTP.gauge(
+        "cdc_http_certificate_expiry_timestamp_seconds",
+        "When the certificate that is shown expires, in unix time; absent without TLS.",
+        lambda h: h.certificate_expires_at,
+    ),
+)
+"""Of the HTTP interface, of a daemon or a gateway."""
+
 OF_STREAMS: Final = (
     _STREAMS.gauge("cdc_stream_clients", "WebSockets and event streams.", lambda s: s.connections),
     _STREAMS.counter("cdc_stream_events", "Events sent, times clients.", lambda s: s.sent),
@@ -295,11 +305,13 @@ OF_STREAMS: Final = (
 
 
 def registry(
-    status: Callable[[], DaemonStatus] | None, streams: Callable[[], StreamsStatus] | None = None
+    status: Callable[[], DaemonStatus] | None,
+    streams: Callable[[], StreamsStatus] | None = None,
+    http: Callable[[], HttpStatus] = HttpStatus,
 ) -> CollectorRegistry:
     """A registry of all metrics: the snapshots', the histograms, and the process's own (memory, CPU, files).
 
-    status: of a daemon; streams: of a feed's gateway.
+    status: of a daemon; streams: of a feed's gateway; http: of either.
     """
     result = CollectorRegistry()
     if status is not None:
@@ -308,6 +320,7 @@ def registry(
             result.register(histogram)
     if streams is not None:
         result.register(SnapshotCollector(streams, OF_STREAMS))
+    result.register(SnapshotCollector(http, OF_HTTP))
     ProcessCollector(registry=result)
     PlatformCollector(registry=result)
     return result

@@ -290,6 +290,12 @@ def _problem(name: str, state: State, error: str | None) -> str:
     return f"{name}: {state}: {error}" if error else f"{name}: {state}"
 
 
+class HttpStatus(msgspec.Struct, frozen=True):
+    """The HTTP interface of this process. certificate_expires_at: unix seconds; `None` without TLS."""
+
+    certificate_expires_at: float | None = None
+
+
 class StreamsStatus(msgspec.Struct, frozen=True):
     """The live streams of this process, since it started.
 

@@ -18,6 +18,7 @@ from cdc.config import Config
 from cdc.directory import Address
 from cdc.feed.place import served
 from cdc.http_config import Http
+from cdc.status import HttpStatus
 
 log = structlog.get_logger()
 
@@ -30,7 +31,7 @@ class Web:
         place = served(config)
         self._feed = None if place is None else Feed.at(place)
         self._http, self._keyring = config.http, Keyring(config.http)
-        app = create_app(backend, config.http, self._feed, self._keyring)
+        app = create_app(backend, config.http, self._feed, self._keyring, self.status)
         self._server = Server(
             Traced(app),
             config.http.host_and_port,
@@ -47,6 +48,11 @@ class Web:
         if certificate is None:
             return Address(f"http://{netloc}")
         return Address(f"https://{netloc}", certificate.fingerprint)
+
+    def status(self) -> HttpStatus:
+        """What is told of the interface itself."""
+        certificate = self._server.certificate
+        return HttpStatus(None if certificate is None else certificate.not_after.timestamp())
 
     async def serve(self) -> None:
         """Answer until `stop`. Replication does not notice if that fails."""

@@ -21,7 +21,7 @@ import msgspec
 from msgspec import inspect as kinds
 
 from cdc.config import Config
-from cdc.metrics import HISTOGRAM_LABELS, HISTOGRAMS, OF_DAEMON, OF_STREAMS, Family
+from cdc.metrics import HISTOGRAM_LABELS, HISTOGRAMS, OF_DAEMON, OF_HTTP, OF_STREAMS, Family
 from cdc.secret import Secret
 from sinks import options_of
 from sinks.data_changes import DataChangesSink
@@ -182,6 +182,10 @@ def metrics() -> str:
     timed = [metric for histogram in HISTOGRAMS for metric in histogram.describe()]
     rows = [(f"`{metric.name}`", "histogram", marked(HISTOGRAM_LABELS), metric.documentation) for metric in timed]
     parts += ["## Times of delivery\n", table(_METRIC, rows)]
+    parts += [
+        "## The HTTP interface, of a daemon or a gateway\n",
+        table(_METRIC, [row_of(family) for family in OF_HTTP]),
+    ]
     parts += ["## Live streams, of a daemon or a gateway\n", table(_METRIC, [row_of(family) for family in OF_STREAMS])]
     return "\n".join(parts)
 

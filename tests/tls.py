@@ -50,11 +50,11 @@ class Authority:
         self.file = folder / f"{name}.pem"
         self._ca.cert_pem.write_to_path(str(self.file))
 
-    def issue(self, name: str, *, expired: bool = False) -> Pair:
+    def issue(self, name: str, *, expired: bool = False, days: int = 1) -> Pair:
         """name: also the common name, which PostgreSQL takes for that of a role."""
         now = dt.datetime.now(dt.UTC)
-        ends = now - _DAY if expired else now + _DAY
-        issued = self._ca.issue_cert(HOST, common_name=name, not_before=ends - 2 * _DAY, not_after=ends)
+        ends = now - _DAY if expired else now + days * _DAY
+        issued = self._ca.issue_cert(HOST, common_name=name, not_before=now - 3 * _DAY, not_after=ends)
         pair = Pair(self._folder / f"{name}.pem", self._folder / f"{name}.key")
         issued.cert_chain_pems[0].write_to_path(str(pair.certificate))
         issued.private_key_pem.write_to_path(str(pair.key))

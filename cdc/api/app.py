@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import structlog
@@ -35,6 +36,7 @@ from cdc.errors import CdcError, DecodeError, TransientError
 from cdc.http_config import Http
 from cdc.letter import UnknownLetter
 from cdc.metrics import registry
+from cdc.status import HttpStatus
 
 log = structlog.get_logger()
 
@@ -52,11 +54,12 @@ def create_app(
     http: Http = Http(),  # noqa: B008 - frozen
     feed: Feed | None = None,
     keyring: Keyring | None = None,
+    http_status: Callable[[], HttpStatus] = HttpStatus,
 ) -> Starlette:
     """Build the application.
 
     backend: the daemon; `None` for a gateway that has none. feed: what applications read; `None` where there is none.
-    keyring: of `http`, for who wants to change it later.
+    keyring: of `http`, for who wants to change it later. http_status: of the server, for its metrics.
     """
     tickets = Tickets()
     groups: list[Group] = [Service(), Page(), tickets]
@@ -68,7 +71,7 @@ def create_app(
         groups += [realtime, Changes(feed), Publish(feed)]
         groups += [FeedReady(feed)] if backend is None else []
     status = None if backend is None else backend.status
-    groups.append(Metrics(registry(status, None if realtime is None else realtime.status)))
+    groups.append(Metrics(registry(status, None if realtime is None else realtime.status, http_status)))
     routes = [route for group in groups for route in group.routes()]
     routes += Document(routes, version=__version__, guarded=http.guarded).routes()
     return Starlette(

@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from cryptography.x509 import load_pem_x509_certificate
 from websockets.sync.client import connect
 
 from cdc.api.app import create_app
@@ -132,12 +133,13 @@ def test_the_command_line_trusts_its_daemon_alone(cdc: Cdc, authority: Authority
 
 
 def test_f110_another_certificate_without_a_restart(cdc: Cdc, authority: Authority) -> None:
-    first, second = authority.issue("first"), authority.issue("second")
+    first, second = authority.issue("first"), authority.issue("second", days=2)
     configure(cdc, first)
     context = trusting(authority)
     with cdc.running() as process, connect(cdc.address.url.replace("https", "wss") + "/ws", ssl=context) as websocket:
         websocket.recv(timeout=20)
         assert shown_at(cdc.address.url, context) == der(first)
+        assert told_to_expire(cdc.address.url, context) == expiry(first)
         shutil.copy(second.certificate, cdc.folder / "shown.pem")  # without its key: nothing changes
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: "is not the key of" in cdc.log, what=lambda: cdc.log)
@@ -149,13 +151,28 @@ def test_f110_another_certificate_without_a_restart(cdc: Cdc, authority: Authori
         (line,) = (line for line in map(json.loads, cdc.log.splitlines()) if line["event"] == "reloaded")
         assert line["changed"] == ["http.certificate_file"]
         assert shown_at(cdc.address.url, context) == der(second)
+        assert told_to_expire(cdc.address.url, context) == expiry(second) != expiry(first)
         assert cdc("log-level", "debug").returncode == 0
         websocket.send(json.dumps({"type": "ping"}))
         assert json.loads(websocket.recv(timeout=20))["type"] in {"pong", "error"}
 
 
+def told_to_expire(url: str, context: ssl.SSLContext) -> float:
+    """What `/metrics` says, in unix time."""
+    with urlopen(f"{url}/metrics", timeout=60, context=context) as answer:
+        found = re.search(
+            r"^cdc_http_certificate_expiry_timestamp_seconds (\S+)$", answer.read().decode(), re.MULTILINE
+        )
+    assert found is not None
+    return float(found[1])
+
+
+def expiry(pair: Pair) -> float:
+    return load_pem_x509_certificate(pair.certificate.read_bytes()).not_valid_after_utc.timestamp()
+
+
 def test_f110_a_gateway_takes_another_certificate(cdc: Cdc, authority: Authority) -> None:
-    first, second = authority.issue("first"), authority.issue("second")
+    first, second = authority.issue("first"), authority.issue("second", days=2)
     configure(cdc, first)
     context, log = trusting(authority), cdc.folder / "log"
     with log.open("w") as file:
@@ -167,6 +184,7 @@ def test_f110_a_gateway_takes_another_certificate(cdc: Cdc, authority: Authority
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: '"certificate renewed"' in cdc.log, what=lambda: cdc.log)
         assert shown_at(found[1], context) == der(second)
+        assert told_to_expire(found[1], context) == expiry(second)
     finally:
         process.terminate()
         process.communicate(timeout=20)

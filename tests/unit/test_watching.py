@@ -17,10 +17,10 @@ import yaml
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cdc.metrics import APPLY_SECONDS, LATENCY_SECONDS, OF_DAEMON, OF_STREAMS, registry
+from cdc.metrics import APPLY_SECONDS, LATENCY_SECONDS, OF_DAEMON, OF_HTTP, OF_STREAMS, registry
 from cdc.queue import QueueStats
 from cdc.stats import CaptureStats, CopyStatus, DeliveryStats, OplogStatus, ResyncStatus, SlotStats, State
-from cdc.status import DaemonStatus, StreamsStatus, snapshot
+from cdc.status import DaemonStatus, HttpStatus, StreamsStatus, snapshot
 
 DEPLOY: Final = Path(__file__).parents[2] / "deploy"
 PROMETHEUS: Final = DEPLOY / "prometheus"
@@ -46,7 +46,8 @@ def exposed() -> dict[str, dict[str, set[str]]]:
         histogram.labels("mirror").observe(0.02)
     streams = StreamsStatus(1, {}, 2, 3, 4, "5", connected=True)
     found: dict[str, dict[str, set[str]]] = {}
-    for family in text_string_to_metric_families(generate_latest(registry(everything, lambda: streams)).decode()):
+    metrics = generate_latest(registry(everything, lambda: streams, lambda: HttpStatus(6.0)))
+    for family in text_string_to_metric_families(metrics.decode()):
         for sample in family.samples:
             labels = found.setdefault(sample.name, {})
             for label, value in sample.labels.items():
@@ -102,7 +103,7 @@ def matchers(braces: str) -> list[tuple[str, str, str]]:
 def test_the_sample_has_every_metric() -> None:
     """Else what follows would prove nothing."""
     wanted = {family.exposed_as for group in OF_DAEMON.values() for family in group}
-    wanted |= {family.exposed_as for family in OF_STREAMS}
+    wanted |= {family.exposed_as for family in (*OF_HTTP, *OF_STREAMS)}
     assert wanted - set(EXPOSED) == set()
 
 
