@@ -41,7 +41,7 @@ from cdc.feed.place import served
 from cdc.filling import capturing, fill
 from cdc.http_config import listening_on
 from cdc.kinds import build_source
-from cdc.pipeline import Parts
+from cdc.pipeline import Wiring
 from cdc.position import Position
 from cdc.queue import Queue
 from cdc.session import NoFacts, Session
@@ -100,7 +100,7 @@ def build_sink(config: Config, sink: SinkConfig) -> Sink:
     return cast("Sink", load_sink(sink.kind)(sink, context))
 
 
-def build_parts(reload: Callable[[], Config]) -> Parts:
+def build_wiring(reload: Callable[[], Config]) -> Wiring:
     """What the daemon is made of."""
 
     def fill_sink(config: Config, built: Sink, queue: Queue, stats: DeliveryStats, stop: threading.Event) -> None:
@@ -122,7 +122,7 @@ def build_parts(reload: Callable[[], Config]) -> Parts:
                 resyncs=config.sources[sink.source].on_gap == "resync",
             )
 
-    return Parts(
+    return Wiring(
         source=build_source,
         sink=build_sink,
         fill=fill_sink,
@@ -203,7 +203,7 @@ def run(context: typer.Context) -> None:
     session = context.ensure_object(Session)
     config = session.config
     session.log_as_configured()
-    drained = daemon.run(config, build_parts(session.reload))
+    drained = daemon.run(config, build_wiring(session.reload))
     sys.stderr.flush()
     os._exit(0 if drained else 1)  # the interpreter would wait for threads that did not end in time
 

@@ -32,7 +32,7 @@ from cdc.errors import CdcError, FatalError
 from cdc.letter import DeadLetters
 from cdc.notify import Notifier
 from cdc.parking import Parker
-from cdc.pipeline import AnyPipeline, FillThenDeliver, Parts, Pipeline, contained, parker_of
+from cdc.pipeline import AnyPipeline, FillThenDeliver, Pipeline, Wiring, contained, parker_of
 from cdc.position import SourcePosition
 from cdc.process import finished, on_signals, run_in_loop
 from cdc.pulse import Pulse
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
-def run(config: Config, parts: Parts) -> bool:
+def run(config: Config, wiring: Wiring) -> bool:
     """Run until SIGTERM or SIGINT, and drain; a second signal ends the process at once.
 
     Returns if all ended within `drain_seconds`; if not, only leaving the process ends its threads (nothing is lost).
     """
-    return run_in_loop(Daemon(config, parts, Notifier.from_environment()).run_until_signalled())
+    return run_in_loop(Daemon(config, wiring, Notifier.from_environment()).run_until_signalled())
 
 
 def queue_path(data_dir: Path, source: str) -> Path:
@@ -81,9 +81,9 @@ def open_queue(config: Config, source: str) -> Queue:
 class Daemon:
     """All pipelines of a configuration, and how they are seen and steered (`cdc.api.backend.Backend`)."""
 
-    def __init__(self, config: Config, parts: Parts, notifier: Notifier = Notifier()) -> None:  # noqa: B008
+    def __init__(self, config: Config, wiring: Wiring, notifier: Notifier = Notifier()) -> None:  # noqa: B008
         self._config = config
-        self._parts = parts
+        self._wiring = wiring
         self._supervision = Supervision(notifier, self.status, self._pulses)
         self._directory = Path(config.daemon.data_dir)
         self._started_at = time.time()
@@ -131,7 +131,7 @@ class Daemon:
     def reload(self) -> None:
         """Go on with what is configured now; or as before, where that has a mistake or takes a restart."""
         with self._supervision.reloading():
-            config = self._parts.reload()
+            config = self._wiring.reload()
             changed = changes(self._config, config)
             if self._web is not None:
                 tell_address(self._directory, self._web.address)  # where that is refused, the certificate stays, too
@@ -192,7 +192,7 @@ class Daemon:
         pipeline = self._pipeline(name)
         if pipeline.failure is not None:
             try:
-                self._take_passwords(self._parts.reload())
+                self._take_passwords(self._wiring.reload())
             except CdcError as exc:
                 log.warning("the configuration cannot be read again", error=str(exc), hint=exc.hint)
         pipeline.resume()
@@ -264,7 +264,7 @@ class Daemon:
                 self._fill(sink.name, at_once=True)
 
         return Capture(
-            self._parts.source(self._config, config, queue),
+            self._wiring.source(self._config, config, queue),
             queue,
             self._sources[name].stats,
             applied=partial(self._slowest_sink, name),
@@ -274,12 +274,12 @@ class Daemon:
 
     def _deliver(self, name: str, queue: Queue) -> FillThenDeliver:
         config, stats = self._config.sinks[name], self._sinks[name].stats
-        sink = self._parts.sink(self._config, config)
+        sink = self._wiring.sink(self._config, config)
         parker = parker_of(config, sink, queue, stats)
         if parker is not None:
             self._parkers[name] = parker
         delivery = self._deliveries[name] = Delivery(sink, queue, stats, config.batch, parker=parker)
-        return FillThenDeliver(partial(self._parts.fill, self._config, sink, queue, stats), delivery, queue, stats)
+        return FillThenDeliver(partial(self._wiring.fill, self._config, sink, queue, stats), delivery, queue, stats)
 
     def _boxes(self) -> dict[str, Box]:
         """What operators can look into: parked changes of sinks whose queue is open."""

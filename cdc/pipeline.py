@@ -32,7 +32,7 @@ def paused_fact(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Wiring:
     """What only the command line can build: `cdc` knows neither sinks nor databases.
 
     source: also given the queue, for small facts that have to survive a restart.

@@ -24,7 +24,7 @@ from cdc.daemon import Daemon
 from cdc.directory import ADDRESS_FILE
 from cdc.errors import CdcError, DirectoryInUse, FatalError, TransientError
 from cdc.hold import Hold
-from cdc.pipeline import Parts
+from cdc.pipeline import Wiring
 from cdc.position import Position, SourcePosition
 from cdc.queue import Queue
 from cdc.sink import Sink
@@ -62,8 +62,8 @@ class World:
             {},
         )
 
-    def parts(self) -> Parts:
-        return Parts(self.build_source, self.build_sink, self.copy, self.config)
+    def wiring(self) -> Wiring:
+        return Wiring(self.build_source, self.build_sink, self.copy, self.config)
 
     def build_source(self, _all: Config, config: SourceConfig, queue: Queue) -> MemorySource:
         return self.sources[config.name]
@@ -84,7 +84,7 @@ class World:
     @contextmanager
     def running(self, **daemon: object) -> Iterator[Client]:
         """A daemon in a thread of its own, and a client for it; drained at the end."""
-        running = Daemon(self.config("127.0.0.1:0", **daemon), self.parts())
+        running = Daemon(self.config("127.0.0.1:0", **daemon), self.wiring())
         loops: list[asyncio.AbstractEventLoop] = []
         results: list[bool] = []
 
@@ -305,7 +305,7 @@ def test_restart_goes_on_where_it_was(world: World) -> None:
 
 def test_f87_second_daemon_on_one_directory_refuses(world: World) -> None:
     with world.running():
-        other = Daemon(world.config(), world.parts())
+        other = Daemon(world.config(), world.wiring())
         with pytest.raises(DirectoryInUse, match="is used by process"):
             asyncio.run(other.run())
         assert (world.data_dir / ADDRESS_FILE).exists()
@@ -317,7 +317,7 @@ def test_address_in_use_is_a_clear_error_and_nothing_is_touched(world: World, tm
         taken = (world.data_dir / ADDRESS_FILE).read_text().removeprefix("http://")
         other = World(tmp_path / "other")
         with pytest.raises(FatalError, match="cannot listen on 127") as caught:
-            asyncio.run(Daemon(other.config(taken), other.parts()).run())
+            asyncio.run(Daemon(other.config(taken), other.wiring()).run())
     assert "http.address" in caught.value.hint
     assert [file.name for file in other.data_dir.iterdir()] == ["lock"]
 
@@ -361,7 +361,7 @@ world.sinks["mirror"] = SlowSink("mirror")
 from tests.integration.test_daemon import insert
 world.sources["shop"].commit(insert(1))
 sys.stdout.flush()
-drained = daemon.run(world.config(drain_seconds={drain_seconds}), world.parts())
+drained = daemon.run(world.config(drain_seconds={drain_seconds}), world.wiring())
 import os
 os._exit(0 if drained else 1)
 """
