@@ -22,7 +22,7 @@ _SPAN: Final = """span (low, high) AS (
         SELECT CASE WHEN is_earlier THEN id + 1 ELSE low END, CASE WHEN is_earlier THEN high ELSE (low + high) / 2 END
         FROM span CROSS JOIN LATERAL (SELECT id, recorded_at < %(at)s AS is_earlier FROM {main}
             WHERE id >= (low + high) / 2 ORDER BY id LIMIT 1) AS middle WHERE low < high)"""
-"""Of a recursive query, as {span}: its largest `low` is above all ids recorded before `at`, and not above any later one.
+"""Of a recursive query, as {span}: its largest `low` is above all ids recorded before `at`, and not above any later.
 Ids and times rise together: halves are looked at."""
 
 DEFAULT_SCHEMA: Final = "public"
