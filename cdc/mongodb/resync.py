@@ -70,23 +70,32 @@ class Resync:
         """
         with ExitStack() as stack:
             source, target = (stack.enter_context(connect(url, application_name="cdc-sync")) for url in self._urls)
-            ids = self._find(source, target, wanted)
-            actions: dict[bytes, Action] = {}
+            ids, absent = self._find(source, target, wanted)
+            actions = dict.fromkeys(absent, Action.ABSENT)
             for _ in range(ROUNDS):
                 left = [one for one in ids if one not in actions]
                 if not left:
                     break
                 actions |= self._round(source, target, left, barrier, catch_up, dry_run=dry_run)
-        rows = tuple(SyncedRow(shown_id(one), actions.get(one, Action.CHANGING)) for one in ids)
+        rows = tuple(SyncedRow(shown_id(one), actions.get(one, Action.CHANGING)) for one in (*ids, *absent))
         return ResyncReport(str(self._table), rows, dry_run)
 
-    def _find(self, source: Client, target: Client, wanted: Wanted) -> list[bytes]:
-        """The `_id`s that are asked for by value, and those of all documents on either side that a filter finds."""
-        candidates = [id_document(value) for text in wanted.ids for value in parse_id(text)]
-        found = [*lookup(source, self._table, candidates), *lookup(target, self._mirrored, candidates)]
+    def _find(self, source: Client, target: Client, wanted: Wanted) -> tuple[list[bytes], list[bytes]]:
+        """The `_id`s that are asked for by value, and those of all documents on either side that a filter finds.
+
+        Then those of `wanted.ids` that are on neither; of what such a text may mean, the first.
+        """
+        sides = ((source, self._table), (target, self._mirrored))
+        found: list[bytes] = []
+        absent: list[bytes] = []
+        for text in wanted.ids:
+            candidates = list(map(id_document, parse_id(text)))
+            here = [one for client, name in sides for one in lookup(client, name, candidates)]
+            found += here
+            absent += [] if here else candidates[:1]
         if wanted.where is not None:
             condition = parse_filter(wanted.where)
-            for client, name in ((source, self._table), (target, self._mirrored)):
+            for client, name in sides:
                 found += _matching(client, name, condition)
         ids = list(dict.fromkeys(found))
         if len(ids) > MAX_ROWS:
@@ -94,7 +103,7 @@ class Resync:
                 f"more than {MAX_ROWS:,} documents of {self._table} are meant",
                 hint="name fewer of them, or copy the collection again",
             )
-        return ids
+        return ids, list(dict.fromkeys(absent))
 
     def _round(
         self,

@@ -168,6 +168,11 @@ def test_sync_without_a_daemon_keeps_one_from_starting(mirrored_shop: Shop) -> N
     shop.source.orders.update_one({"_id": 2}, {"$set": {"v": 1}})
     done = shop.cdc("sync", "mirror", shop.name("orders"), "--id", "1", "--id", "2")
     assert (done.returncode, done.stdout.splitlines()[:2]) == (0, ["1: inserted", "2: replaced"]), done.stderr
+    unknown = "6a6a6a6a6a6a6a6a6a6a6a6a"
+    done = shop.cdc("sync", "mirror", shop.name("orders"), "--id", "3", "--id", unknown, "--json")
+    assert [(row["key"], row["action"]) for row in json.loads(done.stdout)["rows"]] == [
+        ("3", "equal"), (f'"{unknown}"', "absent"),
+    ]  # fmt: skip
     with shop.cdc.running():
         shop.cdc.wait_for_sink("running")
         shop.assert_equal("orders")
