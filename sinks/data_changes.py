@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Final
 
 import msgspec
@@ -16,7 +17,7 @@ import structlog
 from cdc.change import Batch
 from cdc.config import SinkConfig
 from cdc.errors import TransientError
-from cdc.feed.composer import NO_CONTEXT, Composer, Draft, Drafter, keys_of
+from cdc.feed.composer import Composer, Draft, Drafter, keys_of
 from cdc.feed.event import translator
 from cdc.feed.options import FeedOptions
 from cdc.feed.place import check, place_of, writer
@@ -53,7 +54,6 @@ class DataChangesSink:
         self._drafter = Drafter(options, translate)
         self._composer = Composer(config.source, options, translate)
         self._retention = Retention(config.source, options)
-        self._context = NO_CONTEXT
         self._is_open = self._may_repeat = False
 
     def open(self) -> Position | None:
@@ -70,11 +70,11 @@ class DataChangesSink:
         """Append in order; visible together with `position` when `batches` end with a complete transaction."""
         if not self._is_open:
             raise TransientError(f"sink {self.name} is not connected")
-        for drafts in self._drafts(batches):
-            self._write(drafts)
+        drafts = self._drafter.drafts(batches)
+        while some := list(islice(drafts, DRAFTS_AT_ONCE)):
+            self._write(some)
         if batches[-1].complete:
             self._writer.commit(position)
-            self._context = NO_CONTEXT
         return Applied(changes=sum(batch.change_count for batch in batches))
 
     def upkeep(self, position: SourcePosition) -> None:  # noqa: ARG002 - retention goes by time
@@ -89,7 +89,7 @@ class DataChangesSink:
     def close(self) -> None:
         """Disconnect; what was not complete is rolled back."""
         self._is_open = False
-        self._context = NO_CONTEXT
+        self._drafter.forget()
         self._writer.close()
 
     def prune(self, seconds_to_keep: float | None, entity_type: str | None) -> int:
@@ -148,15 +148,3 @@ class DataChangesSink:
         new = [draft for draft in drafts if draft.position not in known]
         self._may_repeat = not new
         return new
-
-    def _drafts(self, batches: Sequence[Batch]) -> Iterator[Sequence[Draft]]:
-        """In pieces: few at a time, and not too few."""
-        drafts: list[Draft] = []
-        for batch in batches:
-            found, self._context = self._drafter.drafts([batch], self._context)
-            drafts += found
-            while len(drafts) >= DRAFTS_AT_ONCE:
-                yield drafts[:DRAFTS_AT_ONCE]
-                del drafts[:DRAFTS_AT_ONCE]
-        if drafts:
-            yield drafts

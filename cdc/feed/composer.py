@@ -6,7 +6,7 @@ and goes in order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 import msgspec
@@ -56,37 +56,39 @@ class Drafter:
         self._options = options
         self._translator = translator
         self._entities: dict[TableName, Entity] = {}
+        self._context = NO_CONTEXT
 
-    def drafts(self, batches: Sequence[Batch], context: Context = NO_CONTEXT) -> tuple[list[Draft], Context]:
-        """All events of the batches; and the context that goes on, if they end within a transaction.
+    def drafts(self, batches: Iterable[Batch]) -> Iterator[Draft]:
+        """All events of the batches, one after the other: as objects changes weigh much more than in batches.
 
-        context: of the transaction that the first batch goes on with.
+        A transaction that goes on in the next batches keeps its context.
         """
-        found: list[Draft] = []
         for batch in batches:
             for transaction in batch.once():
                 if transaction.first_ordinal == 0:
-                    context = NO_CONTEXT
-                context = self._transaction(batch, transaction, context, found)
-        return found, context
+                    self._context = NO_CONTEXT
+                yield from self._transaction(batch, transaction)
 
-    def _transaction(self, batch: Batch, transaction: Transaction, context: Context, found: list[Draft]) -> Context:
+    def forget(self) -> None:
+        """Begin anew: what comes next is no continuation."""
+        self._context = NO_CONTEXT
+
+    def _transaction(self, batch: Batch, transaction: Transaction) -> Iterator[Draft]:
         """A message speaks for what follows it, and the first one also for what came before."""
         changes = transaction.changes
         told = [said for change in changes if change.operation == MESSAGE and (said := _context(change)) is not None]
-        if told and context is NO_CONTEXT:
-            context = told[0]
+        if told and self._context is NO_CONTEXT:
+            self._context = told[0]
         position, changed_at = format_position(transaction.position), transaction.commit_time
         for ordinal, change in enumerate(changes, transaction.first_ordinal):
             if change.operation == MESSAGE:
-                context = _context(change) or context
+                self._context = _context(change) or self._context
                 continue
             events = self._translator.events(batch.tables, change)
             for part, event in enumerate(events):
                 place = f"{position}:{ordinal}" if len(events) == 1 else f"{position}:{ordinal}.{part}"
                 entity = self._entity(event.table)
-                found.append(Draft((entity.type, event.key), event, change, entity, place, changed_at, context))
-        return context
+                yield Draft((entity.type, event.key), event, change, entity, place, changed_at, self._context)
 
     def _entity(self, table: TableName) -> Entity:
         entity = self._entities.get(table)

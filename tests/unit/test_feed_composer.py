@@ -67,7 +67,7 @@ class Told:
     def __call__(self, *changes: Change, table: Table = PRODUCTS) -> list[Record]:
         self.position += 16
         whole = Transaction(self.position, self.position + 8, 1_700_000_000_000_000, 1, 0, True, list(changes))
-        drafts, _ = self.drafter.drafts([Batch((table,), [whole], self.position + 8, 100)])
+        drafts = list(self.drafter.drafts([Batch((table,), [whole], self.position + 8, 100)]))
         records, states = self.composer.compose(
             drafts, {k: self.states[k] for k in keys_of(drafts) if k in self.states}
         )
@@ -206,12 +206,14 @@ def test_a_context_goes_on_with_a_transaction_that_comes_in_parts() -> None:
         Transaction(16, 24, 0, 1, 0, False, [said(b'{"userId": "u5"}')]),
         Transaction(16, 24, 0, 1, 1, True, [insert("1", "a", "n", "x")]),
     ]
-    context = NO_CONTEXT
-    users = []
-    for part in parts:
-        drafts, context = told.drafter.drafts([Batch((PRODUCTS,), [part], 24, 100)], context)
-        users += [draft.context for draft in drafts]
-    assert users == [Context(user_id="u5")]
+    batches = [Batch((PRODUCTS,), [part], 24, 100) for part in parts]
+    assert [draft.context for draft in told.drafter.drafts(batches)] == [Context(user_id="u5")]
+    first, second = batches
+    assert list(told.drafter.drafts([first])) == []
+    assert [draft.context for draft in told.drafter.drafts([second])] == [Context(user_id="u5")]
+    assert list(told.drafter.drafts([first])) == []
+    told.drafter.forget()
+    assert [draft.context for draft in told.drafter.drafts([second])] == [NO_CONTEXT]
 
 
 def test_columns_are_picked_and_masked() -> None:
