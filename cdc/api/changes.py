@@ -128,18 +128,23 @@ class Changes:
         query = read_query(request, PollQuery)
         principal: Principal = request.scope[PRINCIPAL]
         search = _Search(self._feed.reader, query.wanted(principal.limits), query.limit, principal.limits)
-        deadline = time.monotonic() + query.wait
+        deadline, ends = time.monotonic() + query.wait, self._feed.ends
         head = self._feed.ring.head
         found = await self._feed.call(search.first, query.since or "")
-        while isinstance(found, _Page) and not found.changes and await self._go_on(request, found, head, deadline):
+        while (
+            isinstance(found, _Page)
+            and not found.changes
+            and await self._go_on(request, found, head, deadline=deadline, ends=ends)
+        ):
             head = self._feed.ring.head
             found = await self._feed.call(search.behind, found.cursor, found.forgiven)
         return _gone(found) if isinstance(found, _Missed) else _polled(found)
 
-    async def _go_on(self, request: Request, found: _Page, head: int, deadline: float) -> bool:
+    async def _go_on(self, request: Request, found: _Page, head: int, *, deadline: float, ends: int) -> bool:
         """Whether there is something more to look at in time, for somebody who still waits for it.
 
         head: of the feed when it was looked at last. The page's cursor may be behind it, where all else was removed.
+        ends: of the feed when the request came.
         """
         remaining = deadline - time.monotonic()
         if remaining <= 0:
@@ -147,7 +152,7 @@ class Changes:
         if found.more:
             return not await request.is_disconnected()
         tasks = [
-            asyncio.create_task(self._feed.news(max(found.cursor, head), remaining), name="news"),
+            asyncio.create_task(self._feed.news(max(found.cursor, head), remaining, ends), name="news"),
             asyncio.create_task(_disconnected(request), name="disconnected"),
         ]
         try:

@@ -48,13 +48,14 @@ class Watcher(Protocol):
 class Feed:
     """A feed, for an event loop: `start` it there, and `stop` it there.
 
-    ring: what is new, from when somebody has begun to watch.
+    ring: what is new, from when somebody has begun to watch. ends: how often all who waited were told to end.
     """
 
     def __init__(self, reader: FeedReader, publisher: FeedWriter, ring: Ring | None = None) -> None:
         self.reader = reader
         self.publisher = publisher
         self.ring = ring or Ring()
+        self.ends = 0
         self._watchers: list[Watcher] = []
         self._advanced = asyncio.Event()
         self._publishing = asyncio.Lock()
@@ -96,18 +97,18 @@ class Feed:
         async with self._publishing:
             return await self.call(self.publisher.prune, entity_type, recorded_before, rows)
 
-    async def news(self, after: int, timeout_seconds: float) -> bool:
-        """Wait until the feed is beyond `after`; False if it is not in time.
+    async def news(self, after: int, timeout_seconds: float, ends: int) -> bool:
+        """Wait until the feed is beyond `after`; False if it is not in time, or waiting has ended.
 
-        Records that nobody asked for count too.
+        ends: as of when somebody began. Records that nobody asked for count too.
         """
         try:
             async with asyncio.timeout(timeout_seconds):
-                while self.ring.head <= after:
+                while self.ring.head <= after and self.ends == ends:
                     await self._advanced.wait()
         except TimeoutError:
             return False
-        return True
+        return self.ring.head > after
 
     def start(self) -> None:
         """Begin to follow. Call it in the event loop."""
@@ -115,7 +116,12 @@ class Feed:
         self._follower.start()
 
     def end_streams(self) -> None:
-        """Tell the clients that it ends. A server that is about to stop waits for them no longer than for requests."""
+        """Tell the clients that it ends, and let those that wait for news have their answers.
+
+        A server that is about to stop waits for them no longer than for other requests.
+        """
+        self.ends += 1
+        self._wake()
         for watcher in self._watchers:
             watcher.stop()
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.command import NOWHERE, assert_complaint
@@ -252,3 +256,20 @@ def test_check_looks_at_the_feed(tmp_path: Path, source_db: Database) -> None:
     assert checked.returncode == 1
     assert "sink changes" in checked.stdout
     assert "geheim" not in checked.stdout
+
+
+def test_f109_a_poll_that_waits_is_answered_when_the_daemon_ends(tmp_path: Path, source_db: Database) -> None:
+    source_db.execute(PRODUCTS)
+    daemon = FeedDaemon(tmp_path, source_db.url)
+    daemon.write()
+    with daemon.following():
+        url = httpx.URL(daemon.address.url)
+        begun = httpx.get(url.join("/api/changes/poll"), params={"since": "now"}).json()["cursor"]
+        client = HTTPConnection(url.host, url.port, timeout=60)
+        client.request("GET", f"/api/changes/poll?since={begun}&wait=60")
+        assert httpx.get(url.join("/health")).status_code == 200  # which comes behind it
+    with closing(client):
+        answer = client.getresponse()
+        found = json.load(answer)
+    assert (answer.status, found["changes"], found["cursor"]) == (200, [], begun)
+    assert '"level": "error"' not in daemon.log
