@@ -140,8 +140,9 @@ class Feed:
 
     def _restart(self, head: int) -> None:
         self.ring.restart(head)
-        for watcher in self._watchers:
-            watcher.reset()
+        if self._follower is not None and self._follower.located:  # or else nobody has a place to lose
+            for watcher in self._watchers:
+                watcher.reset()
         self._wake()
 
     def _take(self, records: Sequence[Record], cursor: int) -> None:

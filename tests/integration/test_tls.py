@@ -78,11 +78,12 @@ def test_all_connections_are_encrypted(cdc: Cdc, shop: tuple[Database, Database]
         rows = [(1, "copied"), (2, "streamed")]
         wait_until(lambda: target.execute("SELECT * FROM items ORDER BY id") == rows, what=lambda: cdc.log)
         wait_until(lambda: target.value("SELECT count(*) FROM data_changes") == 1, what=lambda: cdc.log)
+        all_of_them = {"cdc shop", "cdc sink mirror", "cdc feed"}
+        wait_until(lambda: {name for name, *_ in source.execute(CONNECTIONS)} >= all_of_them, what=lambda: cdc.log)
         connections = source.execute(CONNECTIONS)
         verified = cdc("verify")
         assert verified.returncode == 0, verified.stdout + verified.stderr
     assert {kind for _, kind, _, _ in connections} == {"walsender", "client backend"}
-    assert {name for name, _, _, _ in connections} >= {"cdc sink mirror", "cdc feed"}
     assert [name for name, _, encrypted, _ in connections if not encrypted] == []
     assert len({"CN=robot" in (subject or "") for _, _, _, subject in connections}) == 1
     assert PASSWORD not in cdc.log

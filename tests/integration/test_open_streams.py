@@ -1,4 +1,4 @@
-"""Tokens that change while streams are open."""
+"""Streams that are open while the feed comes up, or while tokens change."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from websockets.sync.client import ClientConnection, connect
 
 from cdc.config import Config
 from cdc.config_file import parse
+from cdc.feed.place import Place, writer
 from cdc.web import Web
 from sinks import options_of
 from tests.beside import EventLoop
-from tests.gateway import Source
+from tests.gateway import Source, receive, subscribe
+from tests.processes import wait_until
 
 
 def configured(folder: Path, token: str) -> Config:
@@ -56,6 +58,24 @@ def test_f110_a_stream_ends_with_its_token(tmp_path: Path, source: Source) -> No
             pass
         with connect(url, additional_headers=headers("token-2")):
             pass
+    finally:
+        loop.call(web.stop)
+        serving.result(60)
+        web.close()
+        loop.close()
+
+
+def test_a_stream_that_is_open_before_the_feed_was_reached_stays(tmp_path: Path) -> None:
+    web = Web(configured(tmp_path, "token-1"), None)
+    loop = EventLoop("web")
+    serving = loop.start(web.serve())
+    url = web.address.url.replace("http", "ws") + "/ws"
+    try:
+        with connect(url, additional_headers={"Authorization": "Bearer token-1"}) as stream:
+            assert receive(stream)["type"] == "welcome"
+            assert subscribe(stream, "clients")["type"] == "error", "there is no feed yet"
+            Source(writer(Place(None, tmp_path), "shop")).close()
+            wait_until(lambda: subscribe(stream, "clients")["type"] == "subscribed")
     finally:
         loop.call(web.stop)
         serving.result(60)
