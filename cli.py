@@ -321,7 +321,7 @@ def status(
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every second.")] = False,
 ) -> None:
-    """Show where everything stands. Exit code 1 if anything is in trouble, or the daemon is not running."""
+    """Show where everything stands. Exit code 1 if there is a problem, or the daemon is not running."""
     session = context.ensure_object(Session)
     current = session.status()
     if as_json:
@@ -330,7 +330,7 @@ def status(
         current = _watch(session, current)
     else:
         out.print(status_table.render(current))
-    exit_unless(current.healthy)
+    exit_unless(current.healthy and not current.problems)
 
 
 def _watch(session: Session, current: DaemonStatus) -> DaemonStatus:

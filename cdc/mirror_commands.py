@@ -83,7 +83,7 @@ def sync(
 ) -> None:
     """Read given rows or documents from the source again, and put them right on the mirror.
 
-    Exit code 1 if they are not.
+    Exit code 1 if they are not; with --dry-run, if any was not.
     """
     session = context.ensure_object(Session)
     (chosen,) = session.mirrors(sink)

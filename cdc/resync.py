@@ -60,17 +60,15 @@ class ResyncReport(msgspec.Struct, frozen=True):
 
     @property
     def settled(self) -> bool:
-        """Whether every row is now known to be right (or, in a dry run, could be looked at)."""
-        return all(row.action is not Action.CHANGING for row in self.rows)
+        """Whether every row is now known to be right; in a dry run, whether all of them were."""
+        unsettled = {Action.CHANGING, *(_WRITES if self.dry_run else ())}
+        return not any(row.action in unsettled for row in self.rows)
 
     def lines(self) -> list[str]:
         """For people: a line for each row that is not equal, and a summary."""
         would = "would be " if self.dry_run else ""
-        told = [
-            f"{row.key}: {would + row.action if row.action in _WRITES else row.action}"
-            for row in self.rows
-            if row.action is not Action.EQUAL
-        ]
+        names = {action: would + action if action in _WRITES else str(action) for action in Action}
+        told = [f"{row.key}: {names[row.action]}" for row in self.rows if row.action is not Action.EQUAL]
         counts = Counter(row.action for row in self.rows)
-        summary = ", ".join(f"{counts[action]} {action}" for action in Action if counts[action])
+        summary = ", ".join(f"{counts[action]} {names[action]}" for action in Action if counts[action])
         return [*told, f"{self.table}: {summary or 'no row found on either side'}"]

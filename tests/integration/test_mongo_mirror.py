@@ -148,6 +148,8 @@ def test_verify_and_sync_name_what_is_wrong_and_put_it_right(mirrored_shop: Shop
         with customers(shop.source):  # in order with what is in the queue
             dry = shop.cdc("sync", "mirror", shop.name("orders"), "--id", "1", "--id", "2", "--dry-run")
             assert dry.stdout.splitlines()[:2] == ["1: would be inserted", "2: would be replaced"], dry.stderr
+            assert dry.stdout.splitlines()[-1].endswith(": 1 would be inserted, 1 would be replaced")
+            assert dry.returncode == 1
             assert shop.mirror.orders.find_one({"_id": 1}) is None
             done = shop.cdc(
                 "sync", "mirror", shop.name("orders"), "--where", '{"orderNo": {"$in": ["ORDER1", "ORDER2"]}}'
