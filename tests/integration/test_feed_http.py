@@ -185,11 +185,11 @@ def test_a_long_poll_ends_with_its_client(gateway: Gateway, source: Source) -> N
     waiting = threading.Event()
     news, waits = gateway.feed.news, []
 
-    async def watched(after: int, timeout_seconds: float) -> bool:
+    async def watched(after: int, timeout_seconds: float, ends: int) -> bool:
         waits.append(after)
         waiting.set()
         try:
-            return await news(after, timeout_seconds)
+            return await news(after, timeout_seconds, ends)
         finally:
             waits.pop()
 
