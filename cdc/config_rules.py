@@ -8,9 +8,10 @@ from typing import Final
 
 import msgspec
 
+from cdc import kinds
 from cdc.change import TableName
 from cdc.config import AlertOptions, Config, SinkConfig, SourceConfig, TableGlobs
-from cdc.errors import ConfigError
+from cdc.errors import CdcError, ConfigError
 from cdc.secret import Secret, Token, from_file, place_of
 from cdc.urls import KINDS, MONGODB, POSTGRES, backup_of, database_of, kind_of
 
@@ -30,10 +31,29 @@ def complete_alerts(options: AlertOptions) -> AlertOptions:
 
 
 def _check_url(place: str, url: Secret) -> None:
-    """What is neither an URL nor libpq's `name=value` is not quoted: it may be a password, from the wrong file."""
-    text = url.reveal()
+    """Of what is wrong nothing is quoted: it may be a password, from the wrong file or with special characters in it.
+
+    A scheme of no database is left to the sink's kind.
+    """
+    text, kind = url.reveal(), kind_of(url.reveal())
     if "://" not in text and "=" not in text:
         raise ConfigError(f"{place}: {'not an url' if text else 'empty'}", hint=_SCHEMES)
+    if "://" in text and len(text.splitlines()) > 1:
+        raise ConfigError(f"{place}: more than one line", hint="one url, in one line")
+    try:
+        if kind is not None:
+            kinds.check_url(kind, text)
+    except CdcError as exc:
+        raise ConfigError(f"{place}: {exc}", hint=exc.hint) from None
+
+
+def _kind_at(place: str, url: Secret) -> str:
+    """The kind of the database that an URL leads to. Raises `ConfigError` where there is none."""
+    kind = kind_of(url.reveal())
+    if kind is None:
+        scheme = url.reveal().partition("://")[0][:20]
+        raise ConfigError(f"{place}: no database has the scheme {scheme!r}", hint=_SCHEMES)
+    return kind
 
 
 def complete_source(name: str, source: SourceConfig) -> SourceConfig:
@@ -43,9 +63,7 @@ def complete_source(name: str, source: SourceConfig) -> SourceConfig:
         raise ConfigError(f"sources.{name}.url: missing", hint="set url or url_file")
     place = place_of(f"sources.{name}.url", source.url_file)
     _check_url(place, url)
-    if kind_of(url.reveal()) is None:
-        scheme = url.reveal().partition("://")[0][:20]
-        raise ConfigError(f"{place}: no database has the scheme {scheme!r}", hint=_SCHEMES)
+    _kind_at(place, url)
     source = msgspec.structs.replace(source, name=name, url=url)
     _check_kind(name, source)
     if source.kind == MONGODB:
@@ -129,6 +147,11 @@ def _complete_mirror(sink: SinkConfig, source: SourceConfig) -> SinkConfig:
             )
     if sink.kind != source.kind:
         raise ConfigError(f"sinks.{name}.kind: {source.name!r} is {source.kind}: a mirror is of the same kind", hint="")
+    place = place_of(f"sinks.{name}.url", sink.url_file)
+    if sink.url is not None and (found := _kind_at(place, sink.url)) != sink.kind:
+        raise ConfigError(
+            f"{place}: leads to {found}, and a mirror of {source.name!r} is {sink.kind}", hint=f"a url of {sink.kind}"
+        )
     sink = msgspec.structs.replace(sink, url=sink.url or _backup_url(name, source))
     return _complete_mongodb_sink(sink, source) if sink.kind == MONGODB else _complete_postgres_sink(sink)
 

@@ -110,6 +110,11 @@ def build_source(config: Config, source: SourceConfig, facts: Facts) -> Source:
     return cast("Callable[[Config, SourceConfig, Facts], Source]", found)(config, source, facts)
 
 
+def check_url(kind: str, url: str) -> None:
+    """Take an URL apart as its kind does, asking nobody. Raises `FatalError`, which quotes nothing of it."""
+    import_module(f"cdc.{kind}.url").parsed(url)
+
+
 def preflight(kind: str) -> Preflight:
     """The checks of a kind."""
     return cast("Preflight", import_module(f"cdc.{kind}.preflight"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -27,11 +26,11 @@ from pymongo.errors import (
     WriteError,
     WTimeoutError,
 )
-from pymongo.uri_parser import parse_uri
 
 from cdc import __version__
 from cdc.errors import CdcError, DecodeError, FatalError, PermanentError, TransientError
 from cdc.mongodb.error_codes import CHANGE_STREAM_CODES, CODES, TRANSIENT_LABELS
+from cdc.mongodb.url import CERTIFICATES, one_host, parsed, reading_url, url_error
 from cdc.pulse import elsewhere
 
 Client = MongoClient[RawBSONDocument]
@@ -55,12 +54,6 @@ _DURABLE: Final[dict[str, Any]] = {
 }
 """What no URL may set otherwise: a write that is confirmed stays, and nothing is read that may be rolled back."""
 
-_NOT_OF_ONE_HOST: Final = frozenset({
-    "replicaset", "directconnection", "loadbalanced", "srvservicename", "srvmaxhosts",
-})  # fmt: skip
-
-_CERTIFICATES: Final = "check tlsCAFile and tlsCertificateKeyFile of the url, and until when the certificates are valid"
-
 _REACHABLE: Final = "is the server running, and reachable from here?"
 
 _HANGS_UP: Final = f"{_REACHABLE} One that wants TLS, or another certificate of ours, hangs up as well"
@@ -75,7 +68,7 @@ def connect(url: str, *, application_name: str = "cdc", **options: Any) -> Clien
     It connects when it is first used: use it within `translated_errors()`. Raises `FatalError` for an URL that cannot
     be read. options: PyMongo's, over those of the URL.
     """
-    with _reading_url():
+    with reading_url():
         return MongoClient(url, **_options(url, application_name, options))
 
 
@@ -83,16 +76,9 @@ def connect_async(
     url: str, *, host: tuple[str, int] | None = None, application_name: str = "cdc", **options: Any
 ) -> AsyncClient:
     """The same for asyncio. host: talk to this server of the deployment and to no other."""
-    with _reading_url():
-        address = url if host is None else _one_host(url, host)
+    with reading_url():
+        address = url if host is None else one_host(url, host)
         return AsyncMongoClient(address, **_options(url, application_name, options))
-
-
-def database_name(url: str) -> str | None:
-    """The database in an URL's path, if there is one. Raises `FatalError` for an URL that cannot be read."""
-    with _reading_url():
-        name: str | None = parse_uri(_without_srv(url), validate=False, warn=False)["database"]
-        return name
 
 
 @contextmanager
@@ -113,9 +99,9 @@ def to_cdc_error(error: PyMongoError | BSONError, *, streaming: bool = False) ->
     if isinstance(error, OperationFailure) and not isinstance(error, ExecutionTimeout | WTimeoutError):
         return _of_operation(error, streaming=streaming)
     if isinstance(error, InvalidURI | ConfigurationError):
-        return _of_configuration(error)
+        return url_error(error)
     if isinstance(error, ConnectionFailure) and _NO_TLS.search(str(error)):
-        return FatalError(_first_reason(str(error)), hint=_CERTIFICATES)
+        return FatalError(_first_reason(str(error)), hint=CERTIFICATES)
     if isinstance(error, ServerSelectionTimeoutError):
         return TransientError(f"no server could be used: {_first_reason(str(error))}", hint=_reachable(error))
     # a ProtocolError ends its connection: what came was no message, and the next connection may be a better one
@@ -167,19 +153,6 @@ def _of_operation(error: OperationFailure, *, streaming: bool) -> CdcError:
     return server_error(error.code, message, labels=labels, streaming=streaming, write=isinstance(error, WriteError))
 
 
-def _of_configuration(error: PyMongoError) -> CdcError:
-    text = str(error)
-    if "DNS" in text or "SRV" in text or "resolution lifetime" in text:
-        return TransientError("the url's host name could not be resolved by DNS (SRV)", hint="check host and DNS")
-    if "Authentication" in text or "authentication" in text:
-        return FatalError("the url asks for an authentication that cannot be had", hint="correct its authMechanism")
-    if "certificate" in text:
-        return FatalError("the certificate of the url's tlsCertificateKeyFile cannot be used", hint=_CERTIFICATES)
-    # PyMongo's text may quote the url, and a password with an unescaped character is where it stumbles
-    hint = "as in mongodb://user:password@host:27017/?replicaSet=rs0; special characters are written as %XX"
-    return FatalError("the url of a MongoDB server cannot be read", hint=hint)
-
-
 def _reachable(error: PyMongoError) -> str:
     return _HANGS_UP if re.search(r"closed|reset by peer", _first_reason(str(error))) else _REACHABLE
 
@@ -190,26 +163,8 @@ def _first_reason(text: str) -> str:
     return clean(re.sub(r"\(configured timeouts:[^)]*\)", "", text))
 
 
-@contextmanager
-def _reading_url() -> Iterator[None]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of options that PyMongo does not know: `cdc check` tells them
-            yield
-    except OSError as exc:  # ssl.SSLError is one; both come before anything is sent
-        named = f"{exc.filename}: " if exc.filename else ""
-        raise FatalError(
-            f"a file of the url's tls options cannot be used: {named}{exc.strerror}", hint=_CERTIFICATES
-        ) from exc
-    except (PyMongoError, ValueError, TypeError) as exc:
-        if isinstance(exc, PyMongoError):
-            raise to_cdc_error(exc) from None
-        raise _of_configuration(InvalidURI()) from None
-
-
 def _options(url: str, application_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    parsed = parse_uri(_without_srv(url), validate=False, warn=False)["options"]
-    given = {name.lower() for name in parsed} | {name.lower() for name in options}
+    given = {name.lower() for name in parsed(url)["options"]} | {name.lower() for name in options}
     defaults = {name: value for name, value in _DEFAULTS.items() if name not in given}
     return {
         **defaults,
@@ -220,25 +175,3 @@ def _options(url: str, application_name: str, options: Mapping[str, Any]) -> dic
         "unicode_decode_error_handler": "replace",
         **options,
     }
-
-
-def _one_host(url: str, host: tuple[str, int]) -> str:
-    """The URL with this host only, directly; what DNS says about a mongodb+srv one is written out."""
-    scheme, _, rest = url.partition("://")
-    netloc, _, rest = rest.partition("/")
-    database, _, query = rest.partition("?")
-    login = f"{user}@" if (user := netloc.rpartition("@")[0]) else ""
-    options = [part for part in re.split("[&;]", query) if part.partition("=")[0].lower() not in _NOT_OF_ONE_HOST]
-    names = {part.partition("=")[0].lower() for part in options}
-    if scheme.endswith("+srv"):
-        found = {name.lower(): value for name, value in parse_uri(url, validate=False, warn=False)["options"].items()}
-        options += [f"authSource={found['authsource']}"] if "authsource" in found and "authsource" not in names else []
-        options += [] if names & {"tls", "ssl"} else ["tls=true"]
-    name = f"[{host[0]}]" if ":" in host[0] else host[0]
-    options = [part for part in options if part]
-    return f"mongodb://{login}{name}:{host[1]}/{database}?{'&'.join([*options, 'directConnection=true'])}"
-
-
-def _without_srv(url: str) -> str:
-    """So that reading an URL asks no DNS."""
-    return re.sub(r"^mongodb\+srv://", "mongodb://", url)

@@ -22,9 +22,10 @@ from cdc.errors import FatalError
 from cdc.feed.place import Place
 from cdc.feed.record import Json, Record
 from cdc.feed.tables import COLUMNS, FORMAT, Codec, Tables, check_format, not_ours
-from cdc.mongodb.client import Client, connect, database_name, translated_errors
+from cdc.mongodb.client import Client, connect, translated_errors
 from cdc.mongodb.error_codes import REPLICA_SET_HINT
 from cdc.mongodb.positions import DURABLE
+from cdc.mongodb.url import database_name
 
 DEFAULT_DATABASE: Final = "cdc"
 """Where a feed is kept whose URL names no database."""

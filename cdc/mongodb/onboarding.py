@@ -8,11 +8,12 @@ from contextlib import closing
 from typing import Final
 
 from cdc.config import Config, SinkConfig, SourceConfig
-from cdc.mongodb.client import connect, database_name, translated_errors
+from cdc.mongodb.client import connect, translated_errors
 from cdc.mongodb.collections import read_collections
 from cdc.mongodb.preflight import ask
 from cdc.mongodb.scope import SYSTEM_DATABASES, scope_of
 from cdc.mongodb.target import DEFAULT_DATABASE
+from cdc.mongodb.url import database_name
 
 _OPLOG: Final = {"role": "read", "db": "local"}
 """How far the oplog reaches back: so that the status warns before history is lost."""

@@ -17,7 +17,7 @@ import structlog
 from cdc.change import TableName
 from cdc.config import SinkConfig, SourceConfig
 from cdc.errors import FatalError, TransientError
-from cdc.mongodb.client import Client, connect, database_name, translated_errors
+from cdc.mongodb.client import Client, connect, translated_errors
 from cdc.mongodb.collections import (
     Catalog,
     CollectionInfo,
@@ -33,6 +33,7 @@ from cdc.mongodb.moment import has_passed
 from cdc.mongodb.positions import CollectionState, Positions
 from cdc.mongodb.ranges import Ranges
 from cdc.mongodb.refresh import can_stay, drop_indexes, order, overwrite, remove_gone
+from cdc.mongodb.url import database_name
 from cdc.position import Position, SourcePosition
 from cdc.sink import Resync
 from cdc.source import Chunk

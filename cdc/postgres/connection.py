@@ -13,6 +13,7 @@ from psycopg.abc import RV, PQGen
 from psycopg.conninfo import make_conninfo
 
 from cdc.errors import CdcError, FatalError, PermanentError, TransientError
+from cdc.postgres.url import ADDRESS_HINT, OPTION_HINT, PORT_HINT, parsed
 from cdc.pulse import elsewhere
 
 Connection = psycopg.Connection[Any]
@@ -59,9 +60,6 @@ _FATAL_HINTS: Final = {
     "42501": "grant the missing privilege; `cdc check` lists what is needed",
 }
 
-_OPTION_HINT: Final = (
-    "correct that option, behind the `?` of the url; in user and password, special characters are written as %XX"
-)
 _STARTUP_HINTS: Final = {
     r"no encryption": "the server lets this user in with TLS only: sslmode=verify-full in the url",
     r"no password supplied": "give a password in the url, or a passfile that is there, has a line for this server and "
@@ -71,7 +69,9 @@ _STARTUP_HINTS: Final = {
     r"start WAL ?sender": "ALTER ROLE ... REPLICATION, for the user of the url",
     r"certificate|private key|support SSL|alert (unknown ca|handshake failure|protocol version)": "check sslmode, "
     "sslrootcert, sslcert and sslkey of the url, and until when the certificates are valid",
-    r"invalid \"?\w+\"? value|weak sslmode|of hostaddr|could not match \d+|invalid port number": _OPTION_HINT,
+    r"invalid \"?\w+\"? value|weak sslmode": OPTION_HINT,
+    r"invalid port number|could not match \d+ port": PORT_HINT,
+    r"of hostaddr|could not match \d+ host": ADDRESS_HINT,
     r"unsupported startup parameter": "the url leads to a connection pooler: connect to the server itself",
 }
 """A failed connection attempt carries no SQLSTATE through libpq: these texts mean that trying again is in vain."""
@@ -112,10 +112,10 @@ def connect_arguments(url: str, application_name: str, **settings: str) -> tuple
         "autocommit": True,
         "options": f"{given['options']} {options}" if given.get("options") else options,
         "application_name": application_name,
-        "connect_timeout": _number(given, "connect_timeout", 10),
-        "keepalives_idle": _number(given, "keepalives_idle", 30),
-        "keepalives_interval": _number(given, "keepalives_interval", 10),
-        "keepalives_count": _number(given, "keepalives_count", 3),
+        "connect_timeout": int(given.get("connect_timeout") or 10),
+        "keepalives_idle": int(given.get("keepalives_idle") or 30),
+        "keepalives_interval": int(given.get("keepalives_interval") or 10),
+        "keepalives_count": int(given.get("keepalives_count") or 3),
         "prepare_threshold": None,
     }
 
@@ -187,25 +187,6 @@ def sorted_error(state: str | None, text: str, *, connection_lost: bool) -> CdcE
     if state.startswith(_PERMANENT_CLASSES):
         return PermanentError(f"{text} ({state})")
     return FatalError(f"{text} ({state})")
-
-
-def parsed(url: str) -> dict[str, Any]:
-    """A connection string's parameters. Raises `FatalError` without a word of it: libpq would quote a password."""
-    try:
-        return psycopg.conninfo.conninfo_to_dict(url)
-    except psycopg.ProgrammingError as exc:
-        unknown = re.search(r'invalid URI query parameter: "(\w+)"', str(exc))
-        # with an @ behind it, that may be a password's own question mark
-        if unknown is not None and "@" not in url.partition("?")[2]:
-            raise FatalError(f"the url has an unknown option: {unknown[1]}", hint=_OPTION_HINT) from None
-        raise FatalError("the url cannot be read", hint="special characters are written as %XX") from None
-
-
-def _number(given: dict[str, Any], option: str, default: int) -> int:
-    try:
-        return int(given.get(option) or default)
-    except ValueError:
-        raise FatalError(f"invalid integer value for connection option {option}", hint=_OPTION_HINT) from None
 
 
 def lift_later_timeouts(connection: Connection) -> None:

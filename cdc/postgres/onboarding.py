@@ -12,11 +12,12 @@ from psycopg.conninfo import make_conninfo
 from cdc.change import TableName
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.errors import FatalError
-from cdc.postgres.connection import Connection, connect, parsed
+from cdc.postgres.connection import Connection, connect
 from cdc.postgres.preflight_server import reveal, rows, value
 from cdc.postgres.publication import captured_tables, creation, desired_publications
 from cdc.postgres.publication_setup import missing_publications
 from cdc.postgres.schema import SchemaTable, read_tables
+from cdc.postgres.url import parsed
 
 
 def contents(url: str) -> dict[str, int]:

@@ -14,7 +14,7 @@ from cdc.change import TableName
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.errors import CdcError, FatalError
 from cdc.postgres.bookkeeping import Bookkeeping
-from cdc.postgres.connection import Connection, connect, parsed
+from cdc.postgres.connection import Connection, connect
 from cdc.postgres.preflight_server import (
     check_fsync,
     check_pooler,
@@ -36,6 +36,7 @@ from cdc.postgres.schema import (
     type_holds,
     unsupported_relations,
 )
+from cdc.postgres.url import parsed
 from cdc.preflight import Finding, guard
 
 _TARGET_PRIVILEGES: Final = ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE")

@@ -20,7 +20,7 @@ from cdc.errors import FatalError, TransientError
 from cdc.position import Lsn, Position, SourcePosition, as_lsn
 from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Mark, changed_tables
 from cdc.postgres.building import Builder
-from cdc.postgres.connection import Connection, connect, parsed, translated_errors, while_doing
+from cdc.postgres.connection import Connection, connect, translated_errors, while_doing
 from cdc.postgres.dump import KEY_KINDS, SchemaDump
 from cdc.postgres.preparation import Preparation, mirrored_columns
 from cdc.postgres.refresh_marks import RefreshMarks
@@ -29,6 +29,7 @@ from cdc.postgres.renewal import LookAgain, renew
 from cdc.postgres.schema import SchemaTable, database_identity, read_tables
 from cdc.postgres.sequences import SequenceValue, set_sequences
 from cdc.postgres.shape import TableShape
+from cdc.postgres.url import parsed
 from cdc.source import Chunk
 
 log = structlog.get_logger()

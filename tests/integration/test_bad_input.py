@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import NOWHERE, Cdc, assert_complaint
+from tests.processes import wait_until
 from tests.servers import Database, PostgresServer
 from tests.tls import Authority, TlsServer
 
@@ -270,6 +272,9 @@ def test_port_that_is_in_use(cdc: Cdc) -> None:
         (b"geheim\n", "not an url"),
         (b"\xff\xfe", "not text"),
         (b"mysql://me:geheim@db/shop", "no database has the scheme 'mysql'"),
+        (b"postgresql://me:ge%heim@db/shop", "the url cannot be read"),
+        (b"mongodb://me:geheim@db:99999/shop", "the url of a MongoDB server cannot be read"),
+        (b"postgresql://me:geheim@a\npostgresql://me:geheim@b\n", "more than one line"),
     ],
 )
 def test_f113_wrong_credential_file(cdc: Cdc, tmp_path: Path, content: bytes | None, error: str) -> None:
@@ -281,6 +286,22 @@ def test_f113_wrong_credential_file(cdc: Cdc, tmp_path: Path, content: bytes | N
     result = refused(cdc)
     assert_complaint(result, 2, f"sources.shop.url.*{error}", hint=".")
     assert "geheim" not in result.stderr
+
+
+def test_f110_f113_a_reload_refuses_a_password_that_is_not_escaped(cdc: Cdc, tmp_path: Path) -> None:
+    secret = tmp_path / "shop_url"
+    secret.write_text(NOWHERE)
+    cdc.configure(NOWHERE)
+    cdc.file.write_text(cdc.file.read_text().replace(f'url = "{NOWHERE}"', f'url_file = "{secret}"'))
+    with cdc.running() as process:
+        secret.write_text(NOWHERE.replace("geheim", "ge%heim"))
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "not reloaded" in cdc.log, what=lambda: cdc.log)
+        assert f"sources.shop.url_file: {secret}: the url cannot be read" in cdc.log
+        secret.write_text(NOWHERE.replace("geheim", "anders"))
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: '"reloaded"' in cdc.log, what=lambda: cdc.log)
+    assert "heim" not in cdc.log
 
 
 def test_credential_of_systemd_that_is_absent(cdc: Cdc) -> None:

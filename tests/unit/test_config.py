@@ -210,11 +210,84 @@ def test_f112_file_of_a_secret_that_is_none_is_named(content: str, reason: str, 
     file.write_text(content)
     source = f"[sources.shop]\nurl_file = '{file}'\n"
     assert refusal(source, tmp_path) == f"sources.shop.url_file: {file}: {reason}"
-    if content != "mysql://me:geheim@db/shop":
-        sink = f"{MINIMAL}[sinks.m]\nfrom = 'shop'\nurl_file = '{file}'\n"
-        assert refusal(sink, tmp_path) == f"sinks.m.url_file: {file}: {reason}"
+    sink = f"{MINIMAL}[sinks.m]\nfrom = 'shop'\nurl_file = '{file}'\n"
+    assert refusal(sink, tmp_path) == f"sinks.m.url_file: {file}: {reason}"
     alerts = f"{MINIMAL}[alerts]\nwebhook_file = '{file}'\n"
     assert refusal(alerts, tmp_path) == f"alerts.webhook_file: {file}: not an URL"
+
+
+@pytest.mark.parametrize(
+    ("url", "reason", "hint"),
+    [
+        ("postgresql://me:ge%heim@db/shop", "the url cannot be read", "%XX"),
+        ("postgresql://me:geh/eim@db/shop", "the url has an invalid port", "%XX"),
+        ("postgresql://me:geheim@db:99999/shop", "the url has an invalid port", "from 1 to 65535"),
+        ("postgresql://me:geheim@a:1,b:c/shop", "the url has an invalid port", "behind the host"),
+        ("host=db password=geheim port=0", "the url has an invalid port", "from 1 to 65535"),
+        ("postgresql://me:geheim@db/shop?port=1,2", "the url has not as many ports as hosts", "one for all"),
+        (
+            "postgresql://me:geheim@db/shop?hostaddr=geheim",
+            "hostaddr of the url is no IP address",
+            "belong into `host`",
+        ),
+        ("postgresql://me:geheim@a,b/shop?hostaddr=::1", "the url has not as many hostaddr as hosts", "one for each"),
+        ("postgresql://me:geheim@db/shop?sslmodee=geheim", "the url has an unknown option: sslmodee", "behind the `?`"),
+        ("postgresql://me:geheim@db/shop?keepalives=geheim", "option keepalives of the url is no whole number", "`?`"),
+        ("host=db password='geheim", "the url cannot be read", "%XX"),
+        ("postgresql://me:geheim@a\npostgresql://me:geheim@b", "more than one line", "one url"),
+        ("mongodb://me:ge%heim@db/shop", "the url of a MongoDB server cannot be read", "%XX"),
+        ("mongodb://me:geheim@db:99999/shop", "the url of a MongoDB server cannot be read", "host:27017"),
+        ("mongodb+srv://me:ge%heim@db/shop", "the url of a MongoDB server cannot be read", "%XX"),
+        ("mongodb+srv://me:geheim@db:27017/shop", "the url of a MongoDB server cannot be read", "without a port"),
+    ],
+)
+def test_f112_f113_mistakes_in_a_url_are_found_when_it_is_read(
+    url: str, reason: str, hint: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "secret"
+    file.write_text(f"{url}\n")
+    source = f"[sources.shop]\nurl_file = '{file}'\n"
+    sink = f"[sources.shop]\nurl = '{url.partition(':')[0]}://db/shop'\n" if "://" in url else MINIMAL
+    for place, text in (
+        ("sources.shop", source),
+        ("sinks.m", f"{sink}[sinks.m]\nfrom = 'shop'\nurl_file = '{file}'\n"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            configure(text, tmp_path)
+        assert str(caught.value) == f"{tmp_path}/cdc.toml: {place}.url_file: {file}: {reason}"
+        assert hint in caught.value.hint
+        assert "eim" not in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql:///shop?host=/run/postgresql&port=5433",
+        "postgresql://a:1,b,[::1]:2/shop?connect_timeout=3",
+        "postgresql://a,b/shop?port=6432&hostaddr=127.0.0.1,",
+        "host=db\nhostaddr=fe80::1%lo port=' 5432'",
+        "mongodb://a:1,[::1]:2/shop?replicaSet=rs0&unknown=1",
+        "mongodb://a,b/shop?directConnection=false",
+        "mongodb://a,b/shop?tls=true&tlsCAFile=/nowhere/authority.pem",
+        "mongodb+srv://me:p%40ss@db/?srvServiceName=shop&srvMaxHosts=2",
+    ],
+)
+def test_a_url_of_any_form_is_taken_without_asking_anybody(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(url)
+    assert configure(f"[sources.shop]\nurl_file = '{file}'\n", tmp_path).sources["shop"].url == Secret(url)
+
+
+def test_f112_a_mirror_elsewhere_than_in_its_kind_of_database(tmp_path: Path) -> None:
+    sink = f"{MINIMAL}[sinks.m]\nfrom = 'shop'\nurl = 'mongodb://me:geheim@db/shop'\n"
+    assert refusal(sink, tmp_path) == "sinks.m.url: leads to mongodb, and a mirror of 'shop' is postgres"
+
+
+def test_a_sink_of_another_kind_judges_its_url_itself(tmp_path: Path) -> None:
+    text = f"{MINIMAL}[sinks.f]\nkind = 'data_changes'\nfrom = 'shop'\nurl = 'kafka://a:b/c'\n"
+    path = tmp_path / "cdc.toml"
+    path.write_text(text)
+    assert load(path, {}, options_of=options_of).sinks["f"].url == Secret("kafka://a:b/c")
 
 
 def test_f112_empty_file_of_a_token_is_named(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from pymongo.errors import (
 )
 
 from cdc.errors import CdcError, DecodeError, FatalError, PermanentError, ResyncRequired, TransientError
-from cdc.mongodb.client import _one_host, clean, connect, database_name, server_error, to_cdc_error, translated_errors
+from cdc.mongodb.client import clean, connect, server_error, to_cdc_error, translated_errors
 from cdc.mongodb.deployment import is_full, majority_delay, read_deployment
 from cdc.mongodb.fingerprint import Fingerprint, check, encode
+from cdc.mongodb.url import database_name, one_host
 from cdc.pulse import Pulse
 
 
@@ -123,12 +124,12 @@ def test_no_url_makes_a_client_careless() -> None:
     ],
 )
 def test_one_router_of_several(url: str, alone: str) -> None:
-    assert _one_host(url, ("c", 3)) == alone
+    assert one_host(url, ("c", 3)) == alone
     assert database_name(alone) in {"shop", None}
 
 
 def test_ipv6_router() -> None:
-    assert _one_host("mongodb://a/", ("::1", 3)) == "mongodb://[::1]:3/?directConnection=true"
+    assert one_host("mongodb://a/", ("::1", 3)) == "mongodb://[::1]:3/?directConnection=true"
 
 
 @pytest.mark.parametrize(
