@@ -6,7 +6,7 @@ comments of config.example.toml by it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
@@ -86,6 +86,11 @@ class TableGlobs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return any(fnmatchcase(name, glob) for glob in self.include) and not any(
             fnmatchcase(name, glob) for glob in self.exclude
         )
+
+    def idle(self, captured: Iterable[TableName]) -> list[str]:
+        """The includes that none of the captured tables matches."""
+        names = list(map(str, captured))
+        return [glob for glob in self.include if not any(fnmatchcase(name, glob) for name in names)]
 
 
 class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Final, Literal
@@ -16,7 +16,8 @@ from rich.text import Text
 
 from cdc.api.certificate import read_certificate
 from cdc.api.listener import listen
-from cdc.config import Config
+from cdc.change import TableName
+from cdc.config import Config, SourceConfig
 from cdc.directory import listens_at
 from cdc.errors import CdcError, FatalError
 
@@ -112,6 +113,16 @@ def check_address(config: Config) -> Iterator[Finding]:
         return
     listen((host, port)).close()
     yield Finding("ok", "http", f"{host}:{port} is free to listen on")
+
+
+def check_globs(subject: str, source: SourceConfig, captured: Sequence[TableName]) -> Iterator[Finding]:
+    """Whether every include finds something: one that finds nothing is mostly mistyped. captured: there is one."""
+    idle, count = source.tables.idle(captured), f"{len(captured)} captured"
+    if not idle:
+        yield Finding("ok", subject, count)
+        return
+    fix = f"correct sources.{source.name}.tables.include, unless they are yet to be made"
+    yield Finding("warning", subject, f"{count}, of which none matches {', '.join(idle)}", fix)
 
 
 def _made_ours(wanted: Path, existing: Path) -> str:

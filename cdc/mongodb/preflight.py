@@ -22,7 +22,7 @@ from cdc.mongodb.deployment import STALLED_SECONDS, Deployment, is_full, majorit
 from cdc.mongodb.preflight_sink import check_sink
 from cdc.mongodb.scope import Scope, scope_of
 from cdc.mongodb.stream import stream_options, stream_pipeline
-from cdc.preflight import Finding, guard
+from cdc.preflight import Finding, check_globs, guard
 
 __all__ = ["check_sink", "check_source"]
 
@@ -77,7 +77,7 @@ def _check_collections(view: _View) -> Iterator[Finding]:
     include = ", ".join(view.source.tables.include)
     plain = [collection for collection in view.collections if collection.kind == "collection"]
     if plain:
-        yield Finding("ok", "collections", f"{len(plain)} match {include}")
+        yield from check_globs("collections", view.source, [collection.name for collection in plain])
     else:
         fix = "correct `tables` (globs over database.collection), unless they are yet to be made"
         yield Finding("warning", "collections", f"none matches {include}", fix)

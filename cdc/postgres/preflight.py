@@ -36,7 +36,7 @@ from cdc.postgres.publication_check import check_publications, publication_probl
 from cdc.postgres.publication_setup import missing_publications
 from cdc.postgres.schema import SchemaTable, read_tables, unsupported_relations
 from cdc.postgres.slot import Slot, check_slot, identify_system, read_slot, slot_warning
-from cdc.preflight import Finding, guard
+from cdc.preflight import Finding, check_globs, guard
 
 __all__ = ["check_sink", "check_source"]
 
@@ -168,7 +168,7 @@ def _check_configured_names(view: _SourceView) -> Iterator[Finding]:
         globs = ", ".join(view.source.tables.include)
         yield Finding("error", "tables", f"no table matches {globs}", f"correct sources.{view.source.name}.tables")
         return
-    yield Finding("ok", "tables", f"{len(view.tables)} captured")
+    yield from check_globs("tables", view.source, [table.name for table in view.tables])
     names = {str(table.name) for table in view.tables}
     for sink in view.config.sinks_of(view.source.name):
         for unknown in sorted(set(sink.tables) - names):

@@ -199,6 +199,13 @@ def test_globs_that_match_no_table_are_refused_with_what_there_is(cdc: Cdc, sour
     assert list(cdc.folder.iterdir()) == []
 
 
+def test_one_of_several_globs_that_matches_nothing_is_named(cdc: Cdc, source_db: Database) -> None:
+    source_db.execute("CREATE TABLE public.t (id int PRIMARY KEY)")
+    result = cdc("init", "--url", source_db.url, "--tables", "public.*", "--tables", "nope.*")
+    assert result.returncode == 0
+    assert "! tables: 1 captured, of which none matches nope.*" in result.stderr
+
+
 def test_globs_that_match_no_collection_are_refused_likewise(cdc: Cdc, mongodb: str, mongo_database: Any) -> None:
     mongo_database.orders.insert_one({"a": 1})
     result = cdc("init", "--tables", "nope.*", CDC_URL=mongodb.replace("/?", f"/{mongo_database.name}?"))

@@ -47,7 +47,14 @@ def test_all_is_well(stand_in: StandIn, shop: Any) -> None:
     findings = of_source(configure(stand_in.url, "shop.*"))
     assert not only(findings, "error")
     assert {finding.subject for finding in findings} >= {"server", "collections", "change stream", "reading", "oplog"}
-    assert any("2 match shop.*" in finding.message for finding in findings)
+    assert any(finding.message == "2 captured" for finding in findings)
+
+
+def test_one_of_several_globs_that_fits_nothing(stand_in: StandIn, shop: Any) -> None:
+    findings = of_source(configure(stand_in.url, "shop.*", "nope.*", "shop.order"))
+    (finding,) = (each for each in findings if each.subject == "collections")
+    assert (finding.level, finding.message) == ("warning", "2 captured, of which none matches nope.*, shop.order")
+    assert "sources.shop.tables.include" in finding.fix
 
 
 def test_nobody_answers() -> None:

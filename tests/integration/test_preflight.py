@@ -397,6 +397,16 @@ def test_names_that_fit_nothing(source_db: Database) -> None:
     assert about(findings, "public.tt").level == "warning"
 
 
+def test_one_of_several_globs_that_fits_nothing(source_db: Database) -> None:
+    source_db.execute(KEY + "; CREATE TABLE u (id int PRIMARY KEY)")
+    globs = {"include": ["public.*", "nope.*", "public.u"], "exclude": ["public.u"]}
+    findings = of_source(source_db.url, tables=globs)
+    assert errors(findings) == []
+    (finding,) = (each for each in findings if each.subject == "tables" and each.level == "warning")
+    assert finding.message == "1 captured, of which none matches nope.*, public.u"
+    assert "sources.shop.tables.include" in finding.fix
+
+
 @pytest.mark.parametrize(
     ("entity", "level", "words"),
     [
