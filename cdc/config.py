@@ -23,6 +23,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Identifier = Annotated[str, msgspec.Meta(pattern="^[a-z][a-z0-9_]{0,39}$")]
 """Names of sources and sinks: they become parts of slot, file and metric names."""
+Slot = Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]{0,63}$", description="a-z, 0-9 and _, at most 63 of them")]
 
 
 class Daemon(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -109,7 +110,7 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tables: TableGlobs = TableGlobs()
     insert_only: tuple[str, ...] = ()
     """Globs over `schema.table`: of these only INSERTs are captured, so they need neither a key nor an identity."""
-    slot: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]{0,63}$")] = ""
+    slot: Slot = ""
     """Replication slot; empty: `cdc_NAME`. Created if it is missing, at the first start only."""
     publication: Annotated[str, msgspec.Meta(max_length=50)] = ""
     """Publication; empty: `cdc_NAME`. Created if it is missing, at the first start only."""

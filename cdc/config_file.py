@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from cdc import http_config
-from cdc.choices import hint_of
-from cdc.config import Config, SinkConfig, SourceConfig
+from cdc.choices import hint_of, is_of_form, path_of
+from cdc.config import Config
 from cdc.config_rules import ALL_OPTIONS, check_filters, complete_alerts, complete_sink, complete_source, without_own
 from cdc.errors import ConfigError
 from cdc.secret import Secret
@@ -52,7 +52,7 @@ def parse(raw: dict[str, Any], environment: Mapping[str, str], *, options_of: Op
     try:
         config = msgspec.convert(expanded, Config, dec_hook=_decode_hook)
     except msgspec.ValidationError as exc:
-        raise ConfigError(_readable(str(exc), raw), hint=hint_of(str(exc), Config) or ALL_OPTIONS) from exc
+        raise _refusal(exc, expanded, Config) from exc
     http = http_config.complete(config.http)
     alerts = complete_alerts(config.alerts)
     sources = {name: complete_source(name, source) for name, source in config.sources.items()}
@@ -87,8 +87,7 @@ def _take_options(sinks: Any, options_of: OptionsOf) -> dict[str, msgspec.Struct
         try:
             taken[name] = msgspec.convert(own, struct)
         except msgspec.ValidationError as exc:
-            hint = hint_of(str(exc), struct) or ALL_OPTIONS
-            raise ConfigError(_readable(str(exc), {}, f"sinks.{name}"), hint=hint) from exc
+            raise _refusal(exc, own, struct, f"sinks.{name}") from exc
         except ConfigError as exc:
             raise ConfigError(f"sinks.{name}.{exc}", hint=exc.hint) from exc
     return taken
@@ -121,29 +120,21 @@ def _decode_hook(kind: type, value: object) -> object:
     raise TypeError(f"Expected `str`, got `{type(value).__name__}`")  # msgspec adds the path
 
 
-def _readable(message: str, raw: dict[str, Any], section: str = "") -> str:
-    """Turn msgspec's `... - at `$.sources[...].url`` into `sources.shop.url: ...`. section: what it calls `$`."""
+def _refusal(
+    error: msgspec.ValidationError, value: dict[str, Any], kind: type[msgspec.Struct], section: str = ""
+) -> ConfigError:
+    """Turn msgspec's `... - at `$.sources[...].url`` into `sources.shop.url: ...`.
+
+    value: what is no `kind`. section: what the message calls `$`.
+    """
+    message = str(error)
     reason, _, where = message.partition(" - at `")
-    path = where.rstrip("`").lstrip("$.")
-    if section:
-        path = f"{section}.{path}".rstrip(".")
     if where.startswith("key`"):  # a dict key that breaks its pattern: msgspec says only that it is one
-        return f"{where.rpartition('.')[2].rstrip('`')}: names consist of a-z, 0-9 and _, and start with a letter"
-    for part in ("sources", "sinks"):
-        members = raw.get(part)
-        if path.startswith(f"{part}[...]") and isinstance(members, dict):
-            rest = path[len(f"{part}[...]") :]
-            path = f"{part}.{_culprit(members, part, reason)}{rest}"
-    return f"{path}: {reason}" if path else reason
-
-
-def _culprit(members: dict[str, Any], section: str, reason: str) -> str:
-    """Find which member of `[sources.*]` or `[sinks.*]` a message is about: msgspec does not name dict keys."""
-    kind = SourceConfig if section == "sources" else SinkConfig
-    for name, member in members.items():
-        try:
-            msgspec.convert(member, kind, dec_hook=_decode_hook)
-        except msgspec.ValidationError as exc:
-            if str(exc).startswith(reason):
-                return str(name)
-    return "|".join(map(str, members))
+        part = where.rpartition(".")[2].rstrip("`")
+        return ConfigError(f"{part}: names consist of a-z, 0-9 and _, and start with a letter", hint=ALL_OPTIONS)
+    path = path_of(message, value, lambda each: msgspec.convert(each, kind, dec_hook=_decode_hook))
+    place = f"{section}.{path}".strip(".")
+    hint = hint_of(message, kind)
+    if hint and is_of_form(reason):
+        reason = "not of the expected form"
+    return ConfigError(f"{place}: {reason}" if place else reason, hint=hint or ALL_OPTIONS)

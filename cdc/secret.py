@@ -57,9 +57,10 @@ def from_file(kind: type[_S], key: str, secret: _S | None, file: str | None) -> 
         return secret
     try:
         return kind(Path(file).read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "not text"
-        raise ConfigError(f"{key}_file: {file}: {reason}", hint="it must be readable by this user") from exc
+    except OSError as exc:
+        raise ConfigError(f"{key}_file: {file}: {exc.strerror}", hint="it must be readable by this user") from exc
+    except UnicodeDecodeError:
+        raise ConfigError(f"{key}_file: {file}: not text", hint="write it as UTF-8") from None
 
 
 def place_of(key: str, file: str | None) -> str:

@@ -19,8 +19,18 @@ SUFFIXES: Final = ("", "_entities", "_positions", "_pruned", "_state")
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
-Duration = Annotated[str, msgspec.Meta(pattern=rf"^({NEVER}|[0-9]+[smhd])$")]
-"""`90s`, `30m`, `24h`, `7d`, or `never`."""
+Duration = Annotated[
+    str,
+    msgspec.Meta(pattern=rf"^({NEVER}|[0-9]+[smhd])$", description=f"`90s`, `30m`, `24h`, `7d`, or `{NEVER}`"),
+]
+
+Table = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^([a-z_][a-z0-9_]{0,39}\.)?[a-z_][a-z0-9_]{0,39}$",
+        description="a-z, 0-9 and _, at most 40 of them, and a schema's name before it where one is wanted",
+    ),
+]
 
 Mask = Literal["sha256", "redact"]
 
@@ -54,7 +64,7 @@ class EntityOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class FeedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """`[sinks.NAME]` of `kind = "data_changes"`: one table of all changes, that applications poll or follow."""
 
-    table: Annotated[str, msgspec.Meta(pattern=r"^([a-z_][a-z0-9_]{0,39}\.)?[a-z_][a-z0-9_]{0,39}$")] = "data_changes"
+    table: Table = "data_changes"
     """The table, made by cdc with a few beside it whose names begin alike. PostgreSQL: may be `schema.table`."""
     location: str = ""
     """The column (field) that tells where a change belongs, such as `branch_id`. Empty: none."""

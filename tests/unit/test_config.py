@@ -154,6 +154,11 @@ def test_f112_errors_name_file_key_and_reason(text: str, message: str, tmp_path:
             "[sinks.f]\nkind = 'data_changes'\nfrom = 'shop'\nentities.'public.a' = {type = 'A', mask = {b = 'x'}}\n",
             "one of: redact, sha256",
         ),
+        (
+            "[sinks.f]\nkind = 'data_changes'\nfrom = 'shop'\nretention = '1 fortnight'\n",
+            "`90s`, `30m`, `24h`, `7d`, or `never`",
+        ),
+        ("slot = 'Über'\n", "a-z, 0-9 and _, at most 63 of them"),
         ("[daemon]\nlog_level = 5\n", "config.example.toml lists every option"),
     ],
 )
@@ -163,6 +168,37 @@ def test_f112_the_hint_lists_what_is_allowed(text: str, hint: str, tmp_path: Pat
     with pytest.raises(ConfigError) as caught:
         load(file, {}, options_of=options_of)
     assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (
+            "entities.'public.a' = {mask = {b = 'redact'}}\nentities.'public.o' = {mask = {b = 'redact', c = 'sha'}}\n",
+            "sinks.f.entities.\"public.o\".mask.c: Invalid enum value 'sha'",
+        ),
+        ("entities.a = {type = 5}\n", "sinks.f.entities.a.type: Expected `str`, got `int`"),
+        ("retention = '1 fortnight'\n", "sinks.f.retention: not of the expected form"),
+        ("tables.'public.a'.columns = [1]\n", 'sinks.f.tables."public.a".columns[0]: Expected `str`, got `int`'),
+        ("[sinks.g]\nfrom = 'shop'\nrename.public = 1\n", "sinks.g.rename.public: Expected `str`, got `int`"),
+    ],
+)
+def test_f112_the_key_of_what_is_wrong_within_a_section_is_named(text: str, complaint: str, tmp_path: Path) -> None:
+    file = tmp_path / "cdc.toml"
+    file.write_text(f"{MINIMAL}[sinks.f]\nkind = 'data_changes'\nfrom = 'shop'\n{text}")
+    with pytest.raises(ConfigError) as caught:
+        load(file, {}, options_of=options_of)
+    assert str(caught.value) == f"{file}: {complaint}"
+
+
+@pytest.mark.parametrize(("content", "hint"), [(b"\xff\xfe", "UTF-8"), (None, "readable by this user")])
+def test_f112_a_secret_file_that_is_no_text(content: bytes | None, hint: str, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        configure(f"[sources.shop]\nurl_file = '{file}'\n", tmp_path)
+    assert hint in caught.value.hint
 
 
 def test_f112_file_that_is_not_there(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_loopback_needs_none(address: str, parts: tuple[str, int]) -> None:
         ({"tokens": [token(scopes=["write"])]}, "http.tokens[0].scopes[0]: Invalid enum value 'write'"),
         ({"tokens": [token(channels=[])]}, "http.tokens[0].channels: Expected `array` of length >= 1"),
         ({"tokens": [token(where={})]}, "http.tokens[0].where: Expected `object` of length >= 1"),
-        ({"tokens": [token(where={"a": 1})]}, "http.tokens[0].where[...]: Expected `str`, got `int`"),
+        ({"tokens": [token(where={"a": 1})]}, "http.tokens[0].where.a: Expected `str`, got `int`"),
         ({"tokens": [token("a"), token("a")]}, "http.tokens[1].name: the same as that of http.tokens[0]"),
         ({"tokens": [token("a", token="x"), token("b", token="x")]}, "http.tokens[1].token: the same as"),
         ({"tokens": [token(scopes=["admin"], channels=["a"])]}, "http.tokens[0]: admin may do everything, and has"),
