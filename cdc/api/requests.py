@@ -9,7 +9,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from cdc.choices import hint_of
+from cdc.choices import hint_of, is_of_form
 from cdc.errors import CdcError
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -72,8 +72,10 @@ def _refusal(error: msgspec.ValidationError, kind: type[msgspec.Struct], what: s
     name, in_list, _ = path.partition("[")
     described = _descriptions(fields.get(name))
     hint = hint_of(str(error), kind) or (described[-1 if in_list else 0] if described else "")
-    if " matching regex " in reason:
+    if is_of_form(reason):
         reason = "not of the expected form"
+    elif " of length >= 1" in reason:
+        reason = "empty"
     return BadRequest(f"{path}: {reason}", hint=hint)
 
 

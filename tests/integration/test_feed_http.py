@@ -494,7 +494,9 @@ def test_f107_bad_queries_are_named(standing: httpx.Client, query: str, named: s
     ("method", "path", "body", "error", "hint"),
     [
         ("GET", f"{POLL}?sinse=1", None, "a parameter: Object contains unknown field `sinse`", "since, limit, wait"),
-        ("GET", f"{POLL}?entityTypes=a,,b", None, "entityTypes[1]: ", "No control characters"),
+        ("GET", f"{POLL}?entityTypes=a,,b", None, "entityTypes[1]: empty", "No control characters"),
+        ("GET", f"{POLL}?since=", None, "since: empty", "A cursor; a time, which means `recordedAt`; or `now`"),
+        ("GET", "/api/changes/stream?since=", None, "since: not of the expected form", "A cursor"),
         ("GET", f"{POLL}?entityTypes=a%01", None, "entityTypes[0]: not of the expected form", "No control characters"),
         ("POST", "/publish", {"channel": "*", "event": "e", "id": "1"}, "channel: not of the", "no `*`"),
         ("POST", "/publish", {"channel": "x", "event": "gap", "id": "1"}, "event: not of the", "gap, error, open"),
