@@ -103,6 +103,26 @@ def test_what_is_no_key_or_condition_is_told_with_what_is(running: Cdc) -> None:
     assert_complaint(running("sync", "mirror", table, "--where", "id ="), 1, "not a condition .*syntax", "columns: id")
 
 
+@pytest.mark.parametrize(
+    ("condition", "error"),
+    [
+        ("not ( sql", "syntax error at end of input"),
+        ("id = 1) OR (true", r"syntax error at or near \"\)\""),
+        ("true; SELECT 1", "cannot insert multiple commands"),
+        ("id = 1 /*", "unterminated /\\* comment"),
+    ],
+)
+def test_of_a_condition_that_does_not_end_what_was_written_is_blamed(running: Cdc, condition: str, error: str) -> None:
+    result = running("sync", "mirror", "public.items", "--where", condition)
+    assert_complaint(result, 1, f"not a condition on public.items: {error}", "columns: id")
+
+
+def test_a_condition_may_end_with_a_comment(running: Cdc) -> None:
+    done = running("sync", "mirror", "public.items", "--where", "id = 1 -- the first", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [row["key"] for row in json.loads(done.stdout)["rows"]] == ["1"]
+
+
 def test_a_key_that_is_on_neither_side_is_listed(running: Cdc) -> None:
     done = running("sync", "mirror", "public.items", "--id", "1", "--id", "777", "--id", "777", "--json")
     assert done.returncode == 0, done.stderr
