@@ -12,7 +12,7 @@ import typer
 from cdc import daemon, kinds, steering
 from cdc.api.client import DaemonUnreachable
 from cdc.beginning import begun_fact
-from cdc.config import SinkConfig, SourceConfig
+from cdc.config import LogLevel, SinkConfig, SourceConfig
 from cdc.errors import FatalError, TransientError, UnknownTable
 from cdc.filling import filled_fact
 from cdc.pipeline import paused_fact
@@ -30,7 +30,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A source or a sink.")
 @app.command(name="log-level")
 def log_level(
     context: typer.Context,
-    level: Annotated[str, typer.Argument(metavar="LEVEL", help="debug, info, warning or error.")],
+    level: Annotated[LogLevel, typer.Argument(metavar="LEVEL", help="debug, info, warning or error.")],
 ) -> None:
     """Let the daemon log more or less, until it ends or reads its configuration again (SIGHUP)."""
     context.ensure_object(Session).client().set_log_level(level)

@@ -11,6 +11,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from cdc.api.pinned import connection_to
+from cdc.config import LogLevel
 from cdc.errors import CdcError
 from cdc.letter import Letter, LetterId, LetterPage, LetterQuery, Outcome, Outcomes
 from cdc.secret import Token
@@ -56,7 +57,7 @@ class Client:
         except msgspec.DecodeError as exc:
             raise DaemonUnreachable(f"{self.url}: does not answer as a cdc daemon") from exc
 
-    def set_log_level(self, level: str) -> None:
+    def set_log_level(self, level: LogLevel) -> None:
         """Let it log more or less."""
         self.request("POST", "/log-level", msgspec.json.encode({"level": level}))
 

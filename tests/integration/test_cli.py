@@ -207,6 +207,14 @@ def test_a_daemon_that_does_not_answer_is_not_one_that_is_down(cdc: Cdc) -> None
         assert_complaint(result, 1, rf"the daemon \(process {process.pid}\) does not answer", hint="restart")
 
 
+def test_a_log_level_that_there_is_not_is_told_without_a_daemon(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    result = cdc("log-level", "loud")
+    assert result.returncode == 2
+    assert re.search(r"'loud' is not one of\W+'debug', 'info', 'warning', 'error'", result.stderr)
+    assert_complaint(cdc("log-level", "info"), 1, "the daemon is not running", "cdc run")
+
+
 def test_an_address_that_somebody_else_has_by_now_is_that_of_no_daemon(cdc: Cdc) -> None:
     cdc.configure(NOWHERE)
     cdc.data_dir.mkdir()
