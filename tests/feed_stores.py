@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +24,17 @@ LIMIT: Final = 1000
 
 def place_at(url: str | None, directory: Path, table: str = "data_changes") -> Place:
     return Place(None if url is None else Secret(url), directory, table)
+
+
+def numbered_from_one(place: Place) -> Place:
+    """The same with an SQLite feed in it as the first versions made it: ids are 1, 2, 3 ..."""
+    made = writer(place, "shop")
+    made.open()
+    made.close()
+    with closing(sqlite3.connect(place.file)) as connection, connection:
+        connection.execute("UPDATE data_changes_state SET last_id = 0")
+        connection.execute("DELETE FROM data_changes_pruned")
+    return place
 
 
 def with_database(url: str, name: str) -> str:

@@ -97,6 +97,10 @@ class EntityState(msgspec.Struct, frozen=True, kw_only=True):
     known: bytes | None = None
 
 
+BEGINNING: Final = ("", "")
+"""Type and channel, which no record has, of what earlier feeds had: `Pruned` up to where this one begins."""
+
+
 class Pruned(msgspec.Struct, frozen=True):
     """What retention has removed of one entity type on one channel.
 

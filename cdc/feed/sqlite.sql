@@ -1,12 +1,13 @@
 -- A feed in a file of its own. {main} and its like stand for the configured name.
 -- The format's number is in {state}: any change here needs a new one (cdc.feed.tables).
+-- {begins}: ids are larger. Of that the rows in {state} and {pruned} tell: nothing of an earlier feed is here.
 
 CREATE TABLE {state} (
     format INTEGER NOT NULL,
     last_id INTEGER NOT NULL,     -- ids are counted here: they never come back, whatever is removed
     recorded_at INTEGER NOT NULL  -- of that id, in microseconds since 1970
 );
-INSERT INTO {state} VALUES (1, 0, 0);
+INSERT INTO {state} VALUES (1, {begins}, 0);
 
 -- what was recorded later has the larger id: so there is no index by time
 -- times are ISO 8601 in UTC; before, after, changed, delta and the scopes are JSON
@@ -63,3 +64,4 @@ CREATE TABLE {pruned} (
     rows INTEGER NOT NULL,
     PRIMARY KEY (entity_type, channel)
 );
+INSERT INTO {pruned} VALUES ('', '', {begins}, 0, 0);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -142,11 +143,21 @@ def _make_if_missing(path: Path, tables: Tables) -> None:
             connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
             connection.execute("PRAGMA journal_mode = WAL")
             schema = Path(__file__).with_name("sqlite.sql").read_text(encoding="utf-8")
-            connection.executescript(f"BEGIN; {schema.format(**msgspec.structs.asdict(tables))} COMMIT")
+            schema = schema.format(**msgspec.structs.asdict(tables), begins=_begins())
+            connection.executescript(f"BEGIN; {schema} COMMIT")
         for left in ("-wal", "-shm"):  # of a file that was moved away: SQLite would take its rows for ours
             path.with_name(path.name + left).unlink(missing_ok=True)
         unfinished.replace(path)
         _sync(path.parent)
+
+
+def _begins() -> int:
+    """What a new feed's ids begin behind: the microseconds since 1970.
+
+    A file may be lost, and all that cdc knows with it, while readers keep their cursors. No feed has a million changes
+    a second: so these are behind all ids of those that were there before. (And below 2^53 until 2255, for JavaScript.)
+    """
+    return time.time_ns() // 1_000
 
 
 @contextmanager

@@ -132,7 +132,7 @@ class FeedReader(Protocol):
         ...
 
     def head(self) -> int:
-        """The last id that is visible, also if its record was pruned since; 0 for an empty feed."""
+        """The last id that is visible, also if its record was pruned since; below all that come for an empty feed."""
         ...
 
     def scan(self, after: int, wanted: Wanted, limit: int) -> Scan:
@@ -148,7 +148,7 @@ class FeedReader(Protocol):
         ...
 
     def pruned(self) -> Mapping[tuple[str, str], Pruned]:
-        """By (entity_type, channel), what retention has removed.
+        """By (entity_type, channel), what retention has removed; by `BEGINNING`, where the feed begins, if not with 1.
 
         Whether there is a gap behind a cursor is to be asked after the scan: what is removed between the two calls
         would be missed otherwise.

@@ -62,11 +62,12 @@ def _prepare(lab: Lab, source: Database, store: str, number: int) -> FeedDaemon:
 
 def _drain(source: Database, slot: str, daemon: FeedDaemon, changes: int) -> Written:
     daemon.reader.open()
+    begins = daemon.reader.head()
     with daemon.running() as process:
         wait_until_read(source, slot, lambda: daemon.log[-3000:])
         started, before = time.monotonic(), usage_of(process.pid)
         wait_until(
-            lambda: daemon.reader.head() >= changes,
+            lambda: daemon.reader.head() - begins >= changes,
             timeout_seconds=TIMEOUT_SECONDS,
             what=lambda: f"the feed to hold {changes} changes; the daemon says:\n{daemon.log[-3000:]}",
         )

@@ -15,6 +15,7 @@ import httpx
 from cdc.feed.place import Place, writer
 from tests.beside import EventLoop
 from tests.command import CHECKOUT
+from tests.feed_stores import numbered_from_one
 from tests.gateway import Source, record
 from tests.processes import free_port, kill_tree, wait_until
 
@@ -27,7 +28,7 @@ class Service:
         self.port = free_port()
         self._directory = directory
         self._daemon = "daemon" if daemon else "gateway"
-        self._source = Source(writer(Place(None, directory), "shop"))
+        self._source = Source(writer(numbered_from_one(Place(None, directory)), "shop"))
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

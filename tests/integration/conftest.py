@@ -13,7 +13,7 @@ from cdc.feed.place import Place, reader, writer
 from cdc.feed.store import FeedReader
 from cdc.postgres import source as postgres_source
 from tests.command import Cdc
-from tests.feed_stores import opened
+from tests.feed_stores import numbered_from_one, opened
 from tests.gaps import SCHEMA, Run
 from tests.gateway import Gateway, Source
 from tests.servers import Database
@@ -28,7 +28,7 @@ def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    return Place(None, tmp_path)
+    return numbered_from_one(Place(None, tmp_path))
 
 
 @pytest.fixture

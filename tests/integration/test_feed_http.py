@@ -20,6 +20,7 @@ from cdc.feed.record import ChangeType
 from cdc.feed.store import SCAN_ROWS
 from cdc.http_config import Http, TokenConfig
 from cdc.secret import Token
+from tests.feed_stores import numbered_from_one
 from tests.gateway import Gateway, Source, event_stream, record
 from tests.processes import wait_until
 
@@ -52,7 +53,7 @@ def client(gateway: Gateway) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A client of an empty feed that stays so: for what is refused."""
-    place = Place(None, tmp_path_factory.mktemp("feed"))
+    place = numbered_from_one(Place(None, tmp_path_factory.mktemp("feed")))
     Source(writer(place, "shop")).close()
     feed = Feed.at(place)
     with (
@@ -321,6 +322,29 @@ def test_f104_a_cursor_of_another_feed_is_a_gap(client: httpx.Client, source: So
         found = gap(client, since=beyond)
         assert (found["oldest"], found["cursor"]) == ("1", "0")
     assert ids(poll(client, since="0")) == [1, 2]
+
+
+def test_f104_a_feed_that_was_lost_leaves_its_cursors_behind(client: httpx.Client, place: Place) -> None:
+    """Whatever the next one under that name has by then: what was told in between is missing."""
+    seen: list[int] = []
+    for _ in range(3):
+        for file in place.directory.glob("data_changes.sqlite*"):
+            file.unlink()
+        source = Source(writer(place, "shop"))
+        source.commit(*(record("orders") for _ in range(20)))
+        source.close()
+        for cursor in seen:
+            found = gap(client, since=str(cursor))
+            assert ids(poll(client, since=found["cursor"])) == ids(poll(client, since=found["resume"])) == new(client)
+        assert ids(poll(client)) == new(client), "who holds nothing of another feed misses nothing"
+        assert not set(seen) & set(new(client))
+        assert max(new(client)) < 2**53, "a number in every language"
+        seen += new(client)
+
+
+def new(client: httpx.Client) -> list[int]:
+    """All ids of a feed, for who begins to read it."""
+    return ids(poll(client, since="0"))
 
 
 def test_f104_what_is_removed_while_one_waits_is_a_gap(gateway: Gateway, client: httpx.Client, source: Source) -> None:

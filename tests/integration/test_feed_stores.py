@@ -27,6 +27,7 @@ from tests.feed_stores import (
     Poller,
     change,
     event,
+    numbered_from_one,
     opened,
     patiently,
     place_at,
@@ -43,9 +44,9 @@ LATER = 2**50
 
 @pytest.fixture(params=STORES)
 def place(request: pytest.FixtureRequest, tmp_path: Path, new_database: NewDatabase) -> Place:
-    """Where there is no feed yet."""
+    """Where there is no feed yet, but in SQLite: there it is empty, and made as its ids are counted elsewhere."""
     if request.param == "sqlite":
-        return place_at(None, tmp_path)
+        return numbered_from_one(place_at(None, tmp_path))
     if request.param == "mongodb":
         name = request.getfixturevalue("mongo_database").name
         return place_at(with_database(request.getfixturevalue("mongodb"), name), tmp_path)
@@ -424,12 +425,13 @@ def test_publishing_needs_no_feed_to_be_there(place: Place) -> None:
 
 
 def test_a_reader_waits_for_the_feed(place: Place) -> None:
+    place = msgspec.structs.replace(place, table="none_yet")
     found = reader(place)
     with pytest.raises(TransientError):
         found.open()
     with opened(place):
         found.open()
-        assert found.head() == 0
+        assert read_all(found) == []
     found.close()
     found.close()
 
@@ -607,11 +609,12 @@ def test_feeds_stand_side_by_side(place: Place, feed: FeedReader) -> None:
     assert feed.head() == 0
     found = reader(other)
     found.open()
-    assert found.head() == 1
+    assert [record.entity_id for record in read_all(found)] == ["1"]
     found.close()
 
 
 def test_a_writer_that_is_closed_says_so(place: Place) -> None:
+    place = msgspec.structs.replace(place, table="none_yet")
     to = writer(place, "shop")
     for action in (
         lambda: to.begin(START),

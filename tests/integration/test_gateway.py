@@ -108,8 +108,8 @@ def test_the_daemon_removes_what_is_past_its_retention(tmp_path: Path, source_db
     with daemon.following():
         source_db.execute("INSERT INTO products VALUES (1, 'tea')")
         source_db.execute("INSERT INTO orders VALUES (1)")
-        daemon.wait_for(lambda seen: len(seen) == 2)
-        wait_until(lambda: daemon.reader.oldest() == 2, what=lambda: daemon.log)
+        _, order = daemon.wait_for(lambda seen: len(seen) == 2)
+        wait_until(lambda: daemon.reader.oldest() == order.id, what=lambda: daemon.log)
         source_db.execute("DELETE FROM products")
         deleted = daemon.wait_for(lambda seen: len(seen) == 3)[-1]
         url = (daemon.data_dir / "http").read_text()

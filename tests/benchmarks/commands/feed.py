@@ -23,6 +23,7 @@ from tests.benchmarks.feed_writes import STORES, Written, write_all
 from tests.benchmarks.lab import Lab, console, version_of
 from tests.benchmarks.table import BenchFailed
 from tests.benchmarks.workloads import workload
+from tests.feed_stores import numbered_from_one
 from tests.processes import wait_until
 
 HELP = "write a feed, and poll a large one"
@@ -124,7 +125,7 @@ def run(options: argparse.Namespace, lab: Lab) -> FeedResult:
 
 def _poll_all(lab: Lab, rows: int, requests: int) -> dict[str, Filled]:
     places = {
-        "sqlite": Place(None, lab.new_folder("polled")),
+        "sqlite": numbered_from_one(Place(None, lab.new_folder("polled"))),
         "postgres": Place(Secret(lab.target.create_database("polled").url), lab.folder),
     }
     found = {}
