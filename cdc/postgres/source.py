@@ -14,7 +14,7 @@ import structlog
 from cdc.change import Batch, Image, Table, TableName
 from cdc.config import Config, SourceConfig
 from cdc.errors import FatalError, TransientError
-from cdc.position import Lsn, SourcePosition, as_lsn
+from cdc.position import Lsn, SourcePosition, as_lsn, format_position
 from cdc.postgres.assembly import HEARTBEAT_PREFIX, PART_BYTES
 from cdc.postgres.catalog_watch import CatalogWatch
 from cdc.postgres.connection import Connection, connect, translated_errors
@@ -276,6 +276,15 @@ class PostgresSource:
             return position
         if slot.confirmed_flush_lsn is None:
             raise TransientError(f"slot {slot.name} is still being created", hint="by another process; wait for it")
+        if self._anew is None:
+            log.warning(
+                "the slot is older than the queue: was the data directory lost?",
+                source=self.name,
+                slot=slot.name,
+                position=format_position(slot.confirmed_flush_lsn),
+                hint="mirrors are compared with that position; a feed in the data directory begins anew, without what "
+                "it had",
+            )
         return slot.confirmed_flush_lsn
 
     # streaming

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -274,3 +275,23 @@ def test_f109_a_poll_that_waits_is_answered_when_the_daemon_ends(tmp_path: Path,
         found = json.load(answer)
     assert (answer.status, found["changes"], found["cursor"]) == (200, [], begun)
     assert '"level": "error"' not in daemon.log
+
+
+def test_f104_a_feed_that_was_lost_with_its_directory_says_so(tmp_path: Path, source_db: Database) -> None:
+    """It begins anew where the slot stands. Readers of the lost one hear of the gap, whenever they come."""
+    source_db.execute(PRODUCTS)
+    daemon = FeedDaemon(tmp_path, source_db.url)
+    daemon.write()
+    with daemon.following():
+        source_db.execute("INSERT INTO products VALUES (1)")
+        (lost,) = daemon.wait_for(lambda seen: len(seen) == 1)
+        assert "the slot is older than the queue" not in daemon.log
+    shutil.rmtree(daemon.data_dir)
+    with daemon.following():
+        assert "the slot is older than the queue" in daemon.log
+        source_db.execute("INSERT INTO products SELECT generate_series(2, 9)")
+        daemon.read_anew()
+        found = daemon.wait_for(lambda seen: seen and seen[-1].entity_id == "9")
+        assert found[0].id > lost.id
+        polled = httpx.get(f"{daemon.address.url}/api/changes/poll", params={"since": lost.id})
+        assert (polled.status_code, int(polled.json()["oldest"])) == (410, found[0].id)
