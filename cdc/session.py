@@ -14,7 +14,7 @@ from cdc.api.client import Client, DaemonSilent, DaemonUnreachable
 from cdc.barrier import Barrier, HttpBarrier, NoBarrier
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.directory import DirectoryLock, lock_directory, owner_of, read_address
-from cdc.errors import DirectoryInUse, FatalError
+from cdc.errors import CdcError, DirectoryInUse, FatalError
 from cdc.kinds import build_source
 from cdc.letter import DeadLetters
 from cdc.mirroring import Mirroring
@@ -25,6 +25,9 @@ from cdc.status import DaemonStatus
 
 _DOWN: Final = "the daemon is not running"
 _START: Final = "start it with `cdc run`"
+_ASTRAY: Final = (
+    "cdc answers at %s: if it is a daemon whose data directory was removed, end its process, and start it anew"
+)
 
 
 class Session:
@@ -107,6 +110,8 @@ class Session:
                 hint="run this as the daemon's user",
             ) from exc
         except OSError as exc:
+            if (astray := self._without_directory()) is not None:
+                return astray
             raise DaemonUnreachable(_DOWN, hint=_START) from exc
         client = Client(address.url, self.config.http.admin_token, address.certificate)
         try:
@@ -116,6 +121,24 @@ class Session:
                 raise DaemonUnreachable(_DOWN, hint=_START) from exc
             raise DaemonSilent(f"the daemon (process {owner}) does not answer", hint=exc.hint) from exc
         return client
+
+    def _without_directory(self) -> Client | None:
+        """A daemon of this configuration whose data directory was removed: it listens where it is to.
+
+        It is asked without the token, since anybody may listen there. Raises `DaemonUnreachable` where it wants one.
+        """
+        address = self.config.http.address
+        client = Client(f"http://{address}")
+        if self.config.http.host_and_port[1] == 0 or owner_of(self.data_dir) is not None or not client.is_cdc():
+            return None
+        try:
+            found = client.status()
+        except DaemonSilent:
+            return None
+        except CdcError as exc:
+            raise DaemonUnreachable(f"nothing in {self.data_dir} tells of a daemon", hint=_ASTRAY % address) from exc
+        ours = set(found.sources) == set(self.config.sources) and set(found.sinks) == set(self.config.sinks)
+        return client if ours else None
 
     def status(self) -> DaemonStatus:
         """From the daemon, or from the data directory where it is down."""

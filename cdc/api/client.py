@@ -23,6 +23,8 @@ TIMEOUT_SECONDS: Final = 20.0
 GREETING_SECONDS: Final = 5.0
 """For what a daemon answers at once, whatever its pipelines do."""
 
+_ALIVE: Final = b'{"alive":true}'
+
 _LETTERS: Final = "/api/dead-letters"
 
 _SILENT: Final = "its log may tell why; if it stays so, kill and restart it: nothing is lost"
@@ -48,6 +50,13 @@ class Client:
     def greet(self) -> None:
         """Return if it answers at all. Raises `DaemonUnreachable` or, within seconds, `DaemonSilent`."""
         self.request("GET", "/health", timeout_seconds=GREETING_SECONDS)
+
+    def is_cdc(self) -> bool:
+        """Whether a process of cdc answers there, within seconds. Needs no token."""
+        try:
+            return self.request("GET", "/health", timeout_seconds=GREETING_SECONDS) == _ALIVE
+        except CdcError:
+            return False
 
     def status(self) -> DaemonStatus:
         """The daemon's snapshot."""

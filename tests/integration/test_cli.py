@@ -18,7 +18,7 @@ import pytest
 
 from cdc.queue import Queue
 from tests.command import CHECKOUT, NOWHERE, Cdc, assert_complaint, read_status
-from tests.processes import wait_until
+from tests.processes import free_port, wait_until
 from tests.servers import Database
 
 COMMANDS = ["check", "run", "copy", "status", "verify", "cutover", "pause", "resume", "drop"]
@@ -237,6 +237,33 @@ def test_f86_status_names_a_data_directory_that_was_removed(cdc: Cdc) -> None:
     assert not status["healthy"]
     assert [problem for problem in status["problems"] if "shop.queue was removed" in problem]
     assert "Traceback" not in cdc.log
+
+
+def test_f86_a_daemon_is_found_without_its_data_directory(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE)
+    address = f"127.0.0.1:{free_port()}"
+    cdc.file.write_text(cdc.file.read_text().replace("127.0.0.1:0", address))
+    with cdc.running():
+        wait_until(lambda: cdc.status()["sources"]["shop"]["queue"], what="the queue to be open")
+        shutil.rmtree(cdc.data_dir)
+        second = cdc("run")
+        assert_complaint(second, 1, f"cannot listen on {address}", hint="cdc answers there")
+        status = read_status(cdc("status", "--json").stdout)
+        assert status["started_at"] is not None
+        assert [problem for problem in status["problems"] if "shop.queue was removed" in problem]
+        assert cdc("log-level", "debug").returncode == 0
+        cdc.file.write_text(cdc.file.read_text().replace("sinks.mirror", "sinks.another"))
+        assert_complaint(cdc("log-level", "debug"), 1, "the daemon is not running", hint="cdc run")
+    assert "log level changed" in cdc.log
+
+
+def test_f86_no_token_is_shown_to_who_may_have_taken_the_port(cdc: Cdc) -> None:
+    cdc.configure(NOWHERE, http='[[http.tokens]]\nname = "ops"\ntoken = "abcdefghijklmnop"\nscopes = ["admin"]')
+    cdc.file.write_text(cdc.file.read_text().replace("127.0.0.1:0", f"127.0.0.1:{free_port()}"))
+    with cdc.running():
+        wait_until(lambda: cdc("log-level", "info").returncode == 0, what="the daemon to answer")
+        shutil.rmtree(cdc.data_dir)
+        assert_complaint(cdc("log-level", "debug"), 1, "nothing in .* tells of a daemon", hint="end its process")
 
 
 @pytest.mark.parametrize("arguments", [["copy"], ["copy", "--dry-run"], ["verify"], ["drop", "mirror", "--yes"]])
