@@ -121,7 +121,10 @@ def translated(path: Path) -> Iterator[None]:
         kind = TransientError if code in _WAIT else PermanentError if code in _REFUSED else FatalError
         raise kind(f"{path}: {exc}", hint=_HINTS.get(code, "")) from exc
     except OSError as exc:
-        raise FatalError(f"{path}: {exc.strerror}", hint="the daemon's user must own the directory") from exc
+        hint = "the daemon's user must own the directory"
+        if not path.parent.exists():
+            hint = f"{path.parent} is gone, with all that was in it: put it right, then restart the daemon"
+        raise FatalError(f"{path}: {exc.strerror}", hint=hint) from exc
 
 
 def _connect(path: Path) -> sqlite3.Connection:

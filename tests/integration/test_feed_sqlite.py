@@ -40,8 +40,9 @@ def test_only_its_owner_can_read_the_file(place: Place) -> None:
 
 def test_the_directory_must_be_there(tmp_path: Path) -> None:
     place = place_at(None, tmp_path / "none")
-    with pytest.raises(FatalError):
+    with pytest.raises(FatalError, match="No such file") as caught:
         writer(place, "shop").open()
+    assert f"{place.directory} is gone" in caught.value.hint
     with pytest.raises(TransientError):
         reader(place).open()
 
