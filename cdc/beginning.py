@@ -41,7 +41,8 @@ def _begin(sink: StreamSink, queue: Queue) -> None:
     if sink.stored_position() is None:
         if has_begun:
             gap = ResyncRequired(
-                f"sink {sink.name}: its target has no position: it was emptied, or restored from before it began"
+                f"sink {sink.name}: its target has no position: it was emptied, or restored from before it began",
+                hint="the feed begins anew with what the queue still has; let its readers read everything again",
             )
             raise explained(sink.name, gap)
         sink.begin(queue.beginning)

@@ -74,13 +74,16 @@ def is_allowed(queue: Queue, source: str, gap: ResyncRequired) -> bool:
 def way_out(name: str, gap: ResyncRequired) -> str:
     """The command that ends it."""
     if isinstance(gap, HistoryLost):
-        return f"`cdc resync {name}`: the stream begins anew, and mirrors are compared and put right beside it"
+        return (
+            f"`cdc resync {name}`: the stream begins anew, and mirrors are compared and put right beside it; "
+            "feeds go on behind the gap"
+        )
     return f"if this is the right database: `cdc resync {name} --yes`"
 
 
 def explained(name: str, gap: ResyncRequired) -> ResyncRequired:
-    """The same error, with the way out behind its hint."""
-    return type(gap)(str(gap), hint="; ".join(filter(None, (gap.hint, way_out(name, gap)))))
+    """The same error, by the name under which the documentation has it, with the way out behind its hint."""
+    return type(gap)(f"resync required: {gap}", hint="; ".join(filter(None, (gap.hint, way_out(name, gap)))))
 
 
 def end_of(queue: Queue) -> Position:

@@ -260,7 +260,8 @@ class MongodbSink(MongoCopyTarget):
                 if position.seq >= connection.standing.through_seq:
                     name = self.name
                     raise ResyncRequired(
-                        f"sink {name}: its target is ahead of its position, by changes that do not come again",
+                        f"resync required: sink {name}: its target is ahead of its position, "
+                        "by changes that do not come again",
                         hint=f"`cdc resync {name} --yes`: it is copied again",
                     )
                 return None

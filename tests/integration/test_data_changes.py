@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -189,7 +190,8 @@ def test_a_feed_that_was_emptied_stops_and_begins_anew_when_it_is_told_to(
         target_db.execute(f"DROP TABLE {name}")
     with daemon.running():
         wait_until(lambda: daemon.sink["state"] == "failed", what=lambda: f"it to stop: {daemon.log}")
-        assert "no position" in daemon.sink["error"]
+        assert re.match("resync required: .* no position", daemon.sink["error"])
+        assert "the feed begins anew with what the queue still has" in daemon.sink["hint"]
         assert "`cdc resync changes --yes`" in daemon.sink["hint"]
         assert daemon("resync", "changes", "--yes").returncode == 0
         wait_until(lambda: daemon.sink["state"] == "running", what=lambda: daemon.log)
