@@ -44,7 +44,9 @@ def stream(queue: Queue) -> None:
 
 
 def follow(queue: Queue) -> None:
-    seq = queue.stats().pruned_seq
+    cursor = queue.cursor("mirror")
+    assert cursor is not None
+    seq, _ = cursor  # what is before it may be pruned at any moment
     ends: list[tuple[int, int]] = []
     while True:
         for stored in queue.read(seq, max_bytes=1 << 20, timeout_seconds=60):
