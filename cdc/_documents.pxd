@@ -1,7 +1,9 @@
 # cython: language_level=3
 """How changes lie in `cdc.packed_documents`, for what is compiled."""
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t
+
+from cdc._integers cimport u32, u64
 
 cdef enum:
     SUMMARY_BYTES = 16
@@ -16,14 +18,6 @@ cdef struct Document:
     Py_ssize_t table
     int64_t milliseconds
     Py_ssize_t token, key, after, delta  # where they begin; after, delta: 0 where there is none
-
-
-cdef inline uint32_t u32(const unsigned char *d) noexcept nogil:
-    return <uint32_t> d[0] | <uint32_t> d[1] << 8 | <uint32_t> d[2] << 16 | <uint32_t> d[3] << 24
-
-
-cdef inline uint64_t u64(const unsigned char *d) noexcept nogil:
-    return <uint64_t> u32(d) | <uint64_t> u32(d + 4) << 32
 
 
 cdef inline Py_ssize_t document_end(const unsigned char *d, Py_ssize_t length, Py_ssize_t at) noexcept nogil:

@@ -8,7 +8,8 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint32_t
 
 from cdc cimport _documents
-from cdc._documents cimport Document, read_document, u32, u64
+from cdc._documents cimport Document, read_document
+from cdc._integers cimport u32, u64
 from cdc.change import Change, Delta, Transaction
 from cdc.errors import DecodeError
 

@@ -70,17 +70,24 @@ class Cdc:
             """
         )
 
-    def configure_sources(self, urls: Mapping[str, str]) -> None:
-        """Sources alone, by their names."""
-        sources = "".join(f'[sources.{name}]\nurl = "{url}"\n' for name, url in urls.items())
-        self.file.write_text(
-            f"""
+    @property
+    def surrounded(self) -> str:
+        """What a configuration says of its surroundings: a data directory, any free port, a disk however full."""
+        return f"""
             [daemon]
             data_dir = "{self.data_dir}"
             [http]
             address = "127.0.0.1:0"
             [queue]
             min_free_bytes = 0
+            """
+
+    def configure_sources(self, urls: Mapping[str, str]) -> None:
+        """Sources alone, by their names."""
+        sources = "".join(f'[sources.{name}]\nurl = "{url}"\n' for name, url in urls.items())
+        self.file.write_text(
+            f"""
+            {self.surrounded}
             {sources}
             """
         )

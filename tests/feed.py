@@ -34,12 +34,7 @@ class FeedDaemon(Cdc):
         url = "" if self.feed_url is None else f'url = "{self.feed_url}"'
         self.file.write_text(
             f"""
-            [daemon]
-            data_dir = "{self.data_dir}"
-            [http]
-            address = "127.0.0.1:0"
-            [queue]
-            min_free_bytes = 0
+            {self.surrounded}
             [sources.shop]
             url = "{self.source_url}"
             {source}

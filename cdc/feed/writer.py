@@ -140,7 +140,7 @@ class StoreWriter(ABC):
         self._cache = StateCache()
         self._absent: Set[Key] = frozenset()  # were asked for last, and are not there
         self._unwritten = _NOTHING
-        self._pieces = Beside(f"write:{source}")
+        self._writing = Beside(f"write:{source}")
         self._other: Session | None = None
         self._other_lock = threading.Lock()
 
@@ -167,7 +167,7 @@ class StoreWriter(ABC):
     def states(self, keys: Collection[Key]) -> Mapping[Key, EntityState]:
         """What is known of entities of this source; the first call of a transaction takes the lock."""
         with self._leaving_on_error():
-            self._pieces.wait()
+            self._writing.wait()
             session, _ = self._begun()
             found, missing = self._cache.find(keys)
             unwritten = self._unwritten.latest  # which the cache need not have any more
@@ -268,11 +268,11 @@ class StoreWriter(ABC):
         """Let the store take what was appended, while its session is not needed otherwise."""
         unwritten, self._unwritten = self._unwritten, _NOTHING
         if unwritten is not _NOTHING:
-            self._pieces.begin(partial(self._write, *self._begun(), unwritten))
+            self._writing.begin(partial(self._write, *self._begun(), unwritten))
 
     def _written(self) -> tuple[Session, _Turn]:
         """The open transaction, or a new one, with all that was appended."""
-        self._pieces.wait()
+        self._writing.wait()
         session, turn = self._begun()
         unwritten, self._unwritten = self._unwritten, _NOTHING
         self._write(session, turn, unwritten)
@@ -304,7 +304,7 @@ class StoreWriter(ABC):
             raise
 
     def _leave(self) -> None:
-        self._pieces.end()
+        self._writing.end()
         self._unwritten = _NOTHING
         if self._session is not None:
             self._session.close()

@@ -9,7 +9,8 @@ from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcmp, memcpy
 
-from cdc._documents cimport AFTER, DELTA, HEAD_BYTES, SMALLEST, SUMMARY_BYTES, u32
+from cdc._documents cimport AFTER, DELTA, HEAD_BYTES, SMALLEST, SUMMARY_BYTES
+from cdc._integers cimport u32
 from cdc.errors import DecodeError
 from cdc.packed_documents import PackedDocuments
 

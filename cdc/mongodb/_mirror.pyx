@@ -11,7 +11,8 @@ from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memchr, memcmp, memcpy
 
 from cdc import packed
-from cdc._documents cimport SMALLEST, SUMMARY_BYTES, Document, read_document, u32, u64
+from cdc._documents cimport SMALLEST, SUMMARY_BYTES, Document, read_document
+from cdc._integers cimport u32, u64
 from cdc.change import Change, Delta
 from cdc.mongodb import equality
 from cdc.mongodb.folded import Folded

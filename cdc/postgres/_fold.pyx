@@ -6,6 +6,7 @@ Built where a C compiler is there when the package is installed; without it ever
 
 from libc.stdint cimport uint32_t
 
+from cdc._integers cimport u32
 from cdc.errors import DecodeError
 from cdc.postgres.fold import FoldError
 
@@ -105,7 +106,3 @@ cdef object first_text(const unsigned char *d, Py_ssize_t start, Py_ssize_t end,
         | <Py_ssize_t> d[start + 6]
     )
     return data[start + 7 : start + 7 + size] if end - start - 7 >= size else None
-
-
-cdef inline uint32_t u32(const unsigned char *data) noexcept nogil:
-    return <uint32_t> data[0] | <uint32_t> data[1] << 8 | <uint32_t> data[2] << 16 | <uint32_t> data[3] << 24

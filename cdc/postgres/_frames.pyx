@@ -9,6 +9,8 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy
 
+from cdc._integers cimport be32, be64, u32
+
 cdef enum:
     DATA_AT = 25  # size of XLogData's header
     BEGIN_BYTES = 21
@@ -403,18 +405,3 @@ cdef bint make_room(Buffer *buffer, Py_ssize_t length) noexcept nogil:
         return False
     buffer.data, buffer.capacity = data, capacity
     return True
-
-
-# reading numbers
-
-
-cdef inline uint32_t u32(const unsigned char *data) noexcept nogil:
-    return <uint32_t> data[0] | <uint32_t> data[1] << 8 | <uint32_t> data[2] << 16 | <uint32_t> data[3] << 24
-
-
-cdef inline uint32_t be32(const unsigned char *data) noexcept nogil:
-    return <uint32_t> data[0] << 24 | <uint32_t> data[1] << 16 | <uint32_t> data[2] << 8 | <uint32_t> data[3]
-
-
-cdef inline uint64_t be64(const unsigned char *data) noexcept nogil:
-    return <uint64_t> be32(data) << 32 | <uint64_t> be32(data + 4)

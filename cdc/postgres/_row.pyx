@@ -8,7 +8,8 @@ is malformed is left to Python.
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
-from libc.stdint cimport uint32_t
+
+from cdc._integers cimport be32
 
 cdef object UNCHANGED = False  # as it is there
 
@@ -30,7 +31,7 @@ def decode_row(bytes image):
         if at >= length:
             at = length + 1
         elif d[at] == b"t":
-            size = <Py_ssize_t> u32(d + at + 1) if length - at >= 5 else length
+            size = <Py_ssize_t> be32(d + at + 1) if length - at >= 5 else length
             if size > length - at - 5:
                 at = length + 1
             else:
@@ -52,7 +53,3 @@ cdef malformed(bytes image):
     from cdc.postgres import row  # which imports this module
 
     return row.decode_row_in_python(image)
-
-
-cdef inline uint32_t u32(const unsigned char *d) noexcept nogil:
-    return <uint32_t> d[0] << 24 | <uint32_t> d[1] << 16 | <uint32_t> d[2] << 8 | <uint32_t> d[3]

@@ -53,16 +53,23 @@ def test_every_value_comes_back(read: Callable[[bytes], list[Transaction]]) -> N
     assert read(packed(TRANSACTIONS)) == TRANSACTIONS
 
 
+def assert_seen(
+    read: Callable[[bytes], list[Transaction]], whole: bytes, ends: set[int], transactions: list[Transaction]
+) -> None:
+    """What is cut off behind the summary. ends: where a transaction does, the summary's own among them."""
+    for size in range(min(ends), len(whole)):
+        if size in ends:
+            assert read(whole[:size]) == transactions[: len(read(whole[:size]))]
+        else:
+            with pytest.raises(DecodeError):
+                read(whole[:size])
+
+
 @READERS
 def test_f90_what_is_cut_off_is_seen(read: Callable[[bytes], list[Transaction]]) -> None:
     whole = packed(TRANSACTIONS)
     ends = {len(packed(TRANSACTIONS[:number])) for number in range(4) if number} | {45}
-    for size in range(45, len(whole)):
-        if size in ends:
-            assert read(whole[:size]) == TRANSACTIONS[: len(read(whole[:size]))]
-        else:
-            with pytest.raises(DecodeError):
-                read(whole[:size])
+    assert_seen(read, whole, ends, TRANSACTIONS)
     for size in range(45):
         with pytest.raises(DecodeError):
             PackedRows(whole[:size])
@@ -106,12 +113,7 @@ def test_every_document_comes_back(read: Callable[[bytes], list[Transaction]]) -
 def test_f90_documents_that_are_cut_off_are_seen(read: Callable[[bytes], list[Transaction]]) -> None:
     whole = packed_documents(DOCUMENTS)
     ends = {len(packed_documents(DOCUMENTS[:number])) for number in range(1, 6)} | {16}
-    for size in range(16, len(whole)):
-        if size in ends:
-            assert read(whole[:size]) == DOCUMENTS[: len(read(whole[:size]))]
-        else:
-            with pytest.raises(DecodeError):
-                read(whole[:size])
+    assert_seen(read, whole, ends, DOCUMENTS)
     for size in range(len(whole)):
         with pytest.raises(DecodeError):
             PackedDocuments(whole[:size])
