@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Final, Literal
 
-import jwt
 import msgspec
 
 from cdc.errors import ConfigError
@@ -180,22 +179,25 @@ def _complete_jwt(options: JwtConfig) -> JwtConfig:
     key = from_file(Token, "http.jwt.key", options.key, options.key_file)
     if key is None:
         raise ConfigError("http.jwt.key: missing", hint="set key or key_file")
+    place = place_of("http.jwt.key", options.key_file)
     for name in options.algorithms:
-        _check_key(name, key.reveal())
+        _check_key(place, name, key.reveal())
     return msgspec.structs.replace(options, key=key)
 
 
-def _check_key(algorithm: str, key: str) -> None:
+def _check_key(place: str, algorithm: str, key: str) -> None:
     """A key that fits no algorithm would be noticed with the first request only."""
+    import jwt  # noqa: PLC0415 - 10 MiB with what it brings, for those alone who use it
+
     hash_bytes = int(algorithm[2:]) // 8
     if algorithm.startswith("HS") and len(key.encode()) < hash_bytes:  # RFC 7518, section 3.2
-        raise ConfigError(f"http.jwt.key: shorter than the {hash_bytes} bytes of {algorithm}", hint=_KEYS["HS"])
+        raise ConfigError(f"{place}: shorter than the {hash_bytes} bytes of {algorithm}", hint=_KEYS["HS"])
     try:
         prepared = jwt.get_algorithm_by_name(algorithm).prepare_key(key)
     except (jwt.PyJWTError, ValueError, TypeError) as exc:
-        raise ConfigError(f"http.jwt.key: does not fit {algorithm}", hint=_KEYS[algorithm[:2]]) from exc
+        raise ConfigError(f"{place}: does not fit {algorithm}", hint=_KEYS[algorithm[:2]]) from exc
     if not algorithm.startswith("HS") and not hasattr(prepared, "verify"):
-        raise ConfigError("http.jwt.key: a private key", hint="give the public one: it is enough to check tokens")
+        raise ConfigError(f"{place}: a private key", hint="give the public one: it is enough to check tokens")
 
 
 _KEYS: Final[Mapping[str, str]] = {

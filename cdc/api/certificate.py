@@ -8,9 +8,6 @@ import ssl
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
-
 from cdc.errors import ConfigError
 from cdc.http_config import Http
 
@@ -44,6 +41,9 @@ def read_certificate(http: Http) -> Certificate | None:
     """What the configured files hold now; `None` where there are none. Raises `ConfigError` if it cannot be used."""
     if not http.certificate_file:
         return None
+    from cryptography import x509  # noqa: PLC0415 - 8 MiB, for those alone who have a certificate
+    from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415
+
     key_option = "key_file" if http.key_file else "certificate_file"
     pem = _read("certificate_file", http.certificate_file)
     _read(key_option, http.key_file or http.certificate_file)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Annotated, Any, Final, get_args
 
-import jwt
 import msgspec
 
 from cdc.api.principal import LOCAL, Principal
@@ -93,6 +92,8 @@ class Keyring:
 
 
 def _signed(token: str, options: JwtConfig) -> Principal:
+    import jwt  # noqa: PLC0415 - was loaded to check the key, by who has one
+
     assert options.key is not None
     try:
         payload: Mapping[str, Any] = jwt.decode(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from itertools import takewhile
@@ -142,7 +143,7 @@ class QueueFile:
     def read(self, after_seq: int, *, last_seq: int, max_bytes: int) -> list[Stored]:
         """Batches after `after_seq` up to `last_seq`: at least one, else no more than `max_bytes` of `Batch.size`."""
         query = "SELECT * FROM batch WHERE seq > ? AND seq <= ? ORDER BY seq"
-        rows: list[_Row] = []
+        rows: deque[_Row] = deque()
         # the rows first, then the decoding: an unfinished statement would keep the log from starting again
         with translated(self.path), self._reader() as connection:
             for values in connection.execute(query, (after_seq, last_seq)):
@@ -154,7 +155,11 @@ class QueueFile:
         if not rows:
             raise self._corrupt(f"what follows batch {after_seq} is missing")
         self._check_chain(after_seq, rows)
-        return [Stored(row.seq, self._decode(row)) for row in rows]
+        stored: list[Stored] = []
+        while rows:
+            row = rows.popleft()  # so that it goes when it is decoded: else everything would be in memory twice
+            stored.append(Stored(row.seq, self._decode(row)))
+        return stored
 
     def seek(self, source: SourcePosition, contents: Contents) -> int:
         """Seq of the last complete batch that ends at or before `source`; the pruned ones count as one."""

@@ -122,6 +122,13 @@ def test_f113_secrets_from_environment_and_files_do_not_show(tmp_path: Path) -> 
     assert SECRET not in repr(found)
 
 
+def test_what_a_file_holds_is_named_by_the_file(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("short\n")
+    assert refusal({"jwt": {"key_file": f"{tmp_path}/key", "algorithms": ["HS256"]}}) == (
+        f"http.jwt.key_file: {tmp_path}/key: shorter than the 32 bytes of HS256"
+    )
+
+
 def test_f113_errors_do_not_quote_secrets() -> None:
     assert "geheim" not in refusal({"tokens": [token("a", token="ge heim"), token("b", token="geheim ")]})
     assert "geheim" not in refusal({"jwt": {"key": "geheim", "algorithms": ["HS256"]}})

@@ -163,6 +163,13 @@ def test_what_is_compiled_may_be_imported_first(path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_only_who_uses_cryptography_loads_it() -> None:
+    """It takes a tenth of the daemon's memory: signed tokens and certificates are all that need it."""
+    program = "import sys, cli, cdc.daemon, cdc.web, cdc.preflight; print({'cryptography', 'jwt'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def package_folder(package: str) -> Path:
     return CHECKOUT.joinpath(*package.split("."))
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -752,6 +753,20 @@ def test_the_log_is_used_again(queue: Queue, path: Path) -> None:
         sizes.append(log.stat().st_size)
     assert sizes == sorted(sizes)
     assert sizes[-1] < 2 * queue_format.CHECKPOINT_BYTES
+
+
+def test_what_is_read_is_not_in_memory_as_it_is_stored_and_decoded_as_well(open_queue: OpenQueue) -> None:
+    queue, size = open_queue(tail_bytes=0), 1 << 17
+    queue.register("mirror")
+    fill(queue, (batch(number, size=size) for number in range(1, 33)))
+    tracemalloc.start()
+    try:
+        found = read_all(queue)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 32
+    assert peak < 1.5 * 32 * size
 
 
 Step = tuple[str, int]
