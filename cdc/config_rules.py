@@ -30,9 +30,10 @@ def complete_alerts(options: AlertOptions) -> AlertOptions:
     return msgspec.structs.replace(options, webhook=webhook)
 
 
-def _check_url(place: str, url: Secret) -> None:
-    """Of what is wrong nothing is quoted: it may be a password, from the wrong file or with special characters in it.
+def check_url(place: str, url: Secret) -> None:
+    """Raises `ConfigError` for what cannot be read.
 
+    Nothing of it is quoted: it may be a password, from the wrong file or with special characters in it.
     A scheme of no database is left to the sink's kind.
     """
     text, kind = url.reveal(), kind_of(url.reveal())
@@ -62,7 +63,7 @@ def complete_source(name: str, source: SourceConfig) -> SourceConfig:
     if url is None:
         raise ConfigError(f"sources.{name}.url: missing", hint="set url or url_file")
     place = place_of(f"sources.{name}.url", source.url_file)
-    _check_url(place, url)
+    check_url(place, url)
     _kind_at(place, url)
     source = msgspec.structs.replace(source, name=name, url=url)
     _check_kind(name, source)
@@ -118,7 +119,7 @@ def complete_sink(
         raise ConfigError(f"sinks.{name}.options: unknown option", hint=ALL_OPTIONS)
     url = from_file(Secret, f"sinks.{name}.url", sink.url, sink.url_file)
     if url is not None:
-        _check_url(place_of(f"sinks.{name}.url", sink.url_file), url)
+        check_url(place_of(f"sinks.{name}.url", sink.url_file), url)
     source = sources[sink.source]
     sink = msgspec.structs.replace(sink, name=name, kind=sink.kind or source.kind, url=url, options=options)
     return _complete_mirror(sink, source) if sink.is_mirror else _complete_follower(sink)

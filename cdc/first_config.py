@@ -1,9 +1,9 @@
-"""The configuration that `cdc init` writes: as little as is needed, without passwords unless they are asked for."""
+"""What `cdc init` makes: a configuration, as little as is needed and mostly without passwords, and scripts."""
 
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Literal, NamedTuple
 from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 
 import msgspec
@@ -12,6 +12,13 @@ from cdc.errors import ConfigError
 from cdc.urls import KINDS, MONGODB, kind_of
 
 Secrets = Literal["environment", "file"]
+
+
+class Script(NamedTuple):
+    """What an administrator has to run, and where: a database's url."""
+
+    url: str
+    text: str
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):

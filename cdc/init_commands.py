@@ -7,7 +7,6 @@ import tomllib
 from glob import escape
 from pathlib import Path
 from typing import Annotated, Final
-from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 import typer
@@ -15,8 +14,10 @@ from rich.console import Console
 
 from cdc import config_file, first_config, kinds, preflight
 from cdc.config import Config, SourceConfig, TableGlobs
+from cdc.config_rules import check_url
 from cdc.errors import ConfigError, FatalError
 from cdc.first_config import Secrets, Wanted
+from cdc.secret import Secret
 from cdc.session import NoFacts, Session
 from cdc.urls import POSTGRES, database_of, kind_of, redact
 
@@ -84,6 +85,9 @@ def init(
 
 def _completed(given: Wanted) -> Wanted:
     """What was left out, by a look at the database."""
+    for option, url in (("--url", given.url), ("--mirror-url", given.mirror_url)):
+        if url:
+            check_url(option, Secret(url))
     kind = str(kind_of(given.url))
     contents = kinds.onboarding(kind).contents(given.url)
     for schema, count in contents.items():
@@ -132,12 +136,9 @@ def _begin(file: Path, wanted: Wanted) -> None:
     err.print(preflight.render(sections))
     if wanted.role:
         onboarding, comment = kinds.onboarding(source.kind), "--" if source.kind == POSTGRES else "//"
-        for secret, script in (
-            (source.url, onboarding.source_role(config, source, wanted.role)),
-            (sink.url, onboarding.mirror_role(sink, wanted.role)),
-        ):
-            url = secret.reveal() if secret is not None else ""
-            print(f"{comment} for an administrator, at {redact(_place_of(url, script))}\n{script}")
+        scripts = onboarding.source_role(config, source, wanted.role), onboarding.mirror_role(sink, wanted.role)
+        for url, text in scripts:
+            print(f"{comment} for an administrator, at {redact(url)}\n{text}")
     _write(file, first_config.text(wanted), private=not wanted.role)
     _tell_what_is_next(file, wanted)
 
@@ -155,13 +156,6 @@ def _check_tables(config: Config, source: SourceConfig) -> None:
             f"no {one} matches {', '.join(source.tables.include)}",
             hint=f"there are {named}; --tables takes globs over {form}, in which case counts",
         )
-
-
-def _place_of(url: str, script: str) -> str:
-    """Where a script for the database of `url` is to be run: what makes that database cannot be run in it."""
-    if not re.search(r"^CREATE DATABASE ", script, re.MULTILINE) or database_of(url) is None:
-        return url
-    return urlunsplit(urlsplit(url)._replace(path="/postgres"))
 
 
 def _write(file: Path, text: str, *, private: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Final, Protocol, cast
 from cdc.change import Batch, TableName
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.cutover import CutoverResult
+from cdc.first_config import Script
 from cdc.letter import Described
 from cdc.mirroring import Mirroring
 from cdc.position import SourcePosition
@@ -85,11 +86,11 @@ class Onboarding(Protocol):
         """Schemas or databases, and how much in each can be captured."""
         ...
 
-    def source_role(self, config: Config, source: SourceConfig, role: str) -> str:
+    def source_role(self, config: Config, source: SourceConfig, role: str) -> Script:
         """A script for an administrator of the source: the role, and what capturing needs."""
         ...
 
-    def mirror_role(self, sink: SinkConfig, role: str) -> str:
+    def mirror_role(self, sink: SinkConfig, role: str) -> Script:
         """The same for a mirror."""
         ...
 

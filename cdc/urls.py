@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Final
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 POSTGRES: Final = "postgres"
 MONGODB: Final = "mongodb"
@@ -26,6 +26,11 @@ def database_of(url: str) -> str | None:
     except ValueError:
         return None
     return None if not name or (name == "admin" and kind_of(url) == MONGODB) else name
+
+
+def with_database(url: str, name: str) -> str:
+    """The same server's URL, of another database; what names none in its path stays as it is."""
+    return url if database_of(url) is None else urlunsplit(urlsplit(url)._replace(path=f"/{quote(name, safe='')}"))
 
 
 def hosts_of(url: str) -> frozenset[str]:

@@ -6,7 +6,7 @@ Built where a C compiler is there when the package is installed; without it ever
 
 from libc.stdint cimport uint32_t
 
-from cdc._integers cimport u32
+from cdc._integers cimport be32, u32
 from cdc.errors import DecodeError
 from cdc.postgres.fold import FoldError
 
@@ -92,7 +92,7 @@ cdef bint is_whole(const unsigned char *d, Py_ssize_t at, Py_ssize_t end) noexce
             continue
         if end - at < 5:
             return False
-        at += 5 + (<Py_ssize_t> d[at + 1] << 24 | <Py_ssize_t> d[at + 2] << 16 | <Py_ssize_t> d[at + 3] << 8 | d[at + 4])
+        at += 5 + <Py_ssize_t> be32(d + at + 1)
     return at == end
 
 
@@ -101,8 +101,5 @@ cdef object first_text(const unsigned char *d, Py_ssize_t start, Py_ssize_t end,
     cdef Py_ssize_t size
     if end - start < 7 or d[start + 2] != c't':
         return None
-    size = (
-        <Py_ssize_t> d[start + 3] << 24 | <Py_ssize_t> d[start + 4] << 16 | <Py_ssize_t> d[start + 5] << 8
-        | <Py_ssize_t> d[start + 6]
-    )
+    size = <Py_ssize_t> be32(d + start + 3)
     return data[start + 7 : start + 7 + size] if end - start - 7 >= size else None

@@ -12,12 +12,17 @@ from psycopg.conninfo import make_conninfo
 from cdc.change import TableName
 from cdc.config import Config, SinkConfig, SourceConfig
 from cdc.errors import FatalError
+from cdc.first_config import Script
 from cdc.postgres.connection import Connection, connect
 from cdc.postgres.preflight_server import reveal, rows, value
 from cdc.postgres.publication import captured_tables, creation, desired_publications
 from cdc.postgres.publication_setup import missing_publications
 from cdc.postgres.schema import SchemaTable, read_tables
 from cdc.postgres.url import parsed
+from cdc.urls import with_database
+
+_MAINTENANCE: Final = "postgres"
+"""The database that every server has, to connect to where there is no other yet."""
 
 
 def contents(url: str) -> dict[str, int]:
@@ -26,22 +31,23 @@ def contents(url: str) -> dict[str, int]:
         return dict(sorted(Counter(name.schema for name in read_tables(connection)).items()))
 
 
-def source_role(config: Config, source: SourceConfig, role: str) -> str:
+def source_role(config: Config, source: SourceConfig, role: str) -> Script:
     """What to run in the source's database, as a superuser: the role, what it may read, and the publications.
 
     Only a superuser, or the owner of all tables, may publish them: so the daemon need not be either. Raises `CdcError`
     where the database cannot be asked.
     """
-    with connect(reveal(source.url), application_name="cdc init") as connection:
+    url = reveal(source.url)
+    with connect(url, application_name="cdc init") as connection:
         all_tables = read_tables(connection)
         publications = missing_publications(connection, desired_publications(config, source, all_tables))
         tables = captured_tables(source, all_tables)
         statements = [*_login(role, "LOGIN REPLICATION"), *_reading(connection, tables, role)]
         statements += [creation(each, connection.info.server_version) for each in publications]
-        return _script(connection, statements)
+        return Script(url, _text(connection, statements))
 
 
-def mirror_role(sink: SinkConfig, role: str) -> str:
+def mirror_role(sink: SinkConfig, role: str) -> Script:
     """What to run on the mirror's server, as a superuser: the role, and a database that it may fill.
 
     Where the database is not there yet, this makes it, with the role as its owner. Raises `CdcError` as above.
@@ -55,11 +61,12 @@ def mirror_role(sink: SinkConfig, role: str) -> str:
         if server.info.server_version >= 150000:
             statements.append(_granted("SET ON PARAMETER session_replication_role", role))
         if not exists:
+            url = with_database(url, _MAINTENANCE)  # a database is not made from within itself
             statements.append(sql.SQL("CREATE DATABASE {} OWNER {}").format(database, sql.Identifier(role)))
         else:
             statements.append(_granted("CONNECT, CREATE ON DATABASE {}", role, database))
             statements += _filling(url, role)
-        return _script(server, statements)
+        return Script(url, _text(server, statements))
 
 
 def _server_of(url: str) -> Connection:
@@ -67,7 +74,7 @@ def _server_of(url: str) -> Connection:
     try:
         return connect(url, application_name="cdc init")
     except FatalError:
-        return connect(make_conninfo(url, dbname="postgres"), application_name="cdc init")
+        return connect(make_conninfo(url, dbname=_MAINTENANCE), application_name="cdc init")
 
 
 def _login(role: str, attributes: LiteralString) -> Iterator[sql.Composed]:
@@ -101,7 +108,7 @@ def _granted(what: LiteralString, role: str, *names: sql.Composable) -> sql.Comp
     return sql.SQL("GRANT {} TO {}").format(sql.SQL(what).format(*names), sql.Identifier(role))
 
 
-def _script(connection: Connection, statements: Sequence[sql.Composed]) -> str:
+def _text(connection: Connection, statements: Sequence[sql.Composed]) -> str:
     return "".join(f"{statement.as_string(connection)};\n" for statement in statements)
 
 

@@ -311,3 +311,11 @@ def test_no_sink_is_called_as_its_source(name: str) -> None:
 
 def test_what_is_no_url_is_refused(cdc: Cdc) -> None:
     assert_complaint(cdc("init", "--url", "host=db dbname=shop"), 2, "not the url of a database", "postgresql://")
+
+
+@pytest.mark.parametrize("option", ["--url", "--mirror-url"])
+def test_an_url_that_cannot_be_read_is_refused_before_anything_is_asked(cdc: Cdc, option: str) -> None:
+    urls = {"--url": "postgresql://127.0.0.1:1/shop"} | {option: "postgresql://me:ge#heim@127.0.0.1:port/shop"}
+    made = cdc("init", *(part for pair in urls.items() for part in pair))
+    assert_complaint(made, 2, f"{option}: the url", "special characters")
+    assert "heim" not in made.stdout + made.stderr
