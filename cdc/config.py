@@ -191,8 +191,8 @@ class CopyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Tables, or parts of one, at the same time, and then keys and indexes; each worker takes a connection at both
     servers."""
     chunk_bytes: Count = 256 * 1024**2
-    """Tables of more bytes are copied in parts by several workers. A copy that was killed goes on after the last
-    whole table."""
+    """Larger tables are copied in parts; of PostgreSQL only those that one worker would be at long after all others. A
+    copy that was killed goes on after the last whole table."""
 
 
 class SinkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"source": "from"}):

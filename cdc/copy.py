@@ -7,10 +7,11 @@ the next run, from a snapshot of its own (or go on, where a mirror can keep what
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Final
@@ -27,6 +28,11 @@ from cdc.source import Chunk, Estimate, Snapshot, SnapshotReader, Source
 log = structlog.get_logger()
 
 CHUNK_BYTES: Final = 256 * 1024**2
+
+_WHOLE_SHARE: Final = 1.5
+"""So many times what each worker has to copy may be in a table that is copied as a whole, if its parts are not kept. In
+parts it takes PostgreSQL half as long again (`cdc.postgres.loader`).
+"""
 
 _CHECK_SECONDS: Final = 1.0
 
@@ -131,14 +137,21 @@ class Copy:
             return False
         return self._mirror.finish_copy(position)
 
-    def _copy_tables(self, snapshot: Snapshot, tables: Iterable[TableName], stop: threading.Event) -> None:
+    def _copy_tables(self, snapshot: Snapshot, tables: Sequence[TableName], stop: threading.Event) -> None:
         run = _Run(snapshot, self._mirror, self.progress, stop)
+        whole = () if self._mirror.keeps_parts else self._whole(snapshot, tables)
         for table in tables:
-            split = partial(snapshot.chunks, table, self._chunk_bytes)
+            split = partial(snapshot.chunks, table, sys.maxsize if table in whole else self._chunk_bytes)
             run.add(table, self._mirror.pending(table, snapshot.position, split))
         begun_at = format_position(snapshot.position)
         log.info("copy started", sink=self._mirror.name, tables=len(run.left), snapshot=begun_at)
         run.copy(self._workers)
+
+    def _whole(self, snapshot: Snapshot, tables: Sequence[TableName]) -> Collection[TableName]:
+        """Tables that are not cut, because no worker would be at one alone while all others have nothing to do."""
+        sizes = {table: sum(chunk.size for chunk in snapshot.chunks(table, sys.maxsize)) for table in tables}
+        most = _WHOLE_SHARE * sum(sizes.values()) / self._workers
+        return {table for table, size in sizes.items() if size <= most}
 
 
 class _Run:
@@ -244,7 +257,8 @@ class _Run:
         binary = self._binary(chunk.table)
         columns = list(self._mirror.column_types(chunk.table))
         blocks = reader.read(chunk, columns=columns, binary=binary)
-        return loader.load(chunk.table, self._relayed(chunk, blocks), binary=binary)
+        whole = len(self._chunks[chunk.table]) == 1
+        return loader.load(chunk.table, self._relayed(chunk, blocks), binary=binary, whole=whole)
 
     def _relayed(self, chunk: Chunk, blocks: Iterable[bytes]) -> Iterator[bytes]:
         for block in blocks:

@@ -298,8 +298,11 @@ class Pruning(Protocol):
 class Loader(Protocol):
     """One worker's connection for the initial copy."""
 
-    def load(self, table: TableName, blocks: Iterable[bytes], *, binary: bool) -> int:
-        """Write one chunk and return its number of rows. Where it fails, it may be written again."""
+    def load(self, table: TableName, blocks: Iterable[bytes], *, binary: bool, whole: bool) -> int:
+        """Write one chunk and return its number of rows. Where it fails, it may be written again.
+
+        whole: it is all of what this run copies of the table.
+        """
         ...
 
     def close(self) -> None:
@@ -315,7 +318,12 @@ class Resync(msgspec.Struct, frozen=True):
 
 
 class Mirror(Sink, Protocol):
-    """A sink that holds a copy of the source: it can be filled, and compared."""
+    """A sink that holds a copy of the source: it can be filled, and compared.
+
+    keeps_parts: whether a copy that was killed goes on with what is left of a table, rather than with the table anew.
+    """
+
+    keeps_parts: bool
 
     def stored_position(self) -> Position | None:
         """The position stored in the target; `None` if it was never written to. Needs no `open`."""

@@ -44,7 +44,7 @@ class MongoLoader:
         self._in_order = in_order
         self._overwrites = overwrites
 
-    def load(self, table: TableName, blocks: Iterable[bytes], *, binary: bool) -> int:  # noqa: ARG002
+    def load(self, table: TableName, blocks: Iterable[bytes], *, binary: bool, whole: bool) -> int:  # noqa: ARG002
         """Write documents that stand end to end; return how many there were. Durable on return."""
         rows = 0
         if (overwrite := self._overwrites.get(table)) is not None:

@@ -50,6 +50,8 @@ class MongoCopyTarget:
     consistent: whether the stream is known to have passed the end of every collection's copy.
     """
 
+    keeps_parts = True
+
     def __init__(self, config: SinkConfig, source: SourceConfig | None = None) -> None:
         assert config.url is not None, "cdc.config derives one"
         self._source_url = source.url.reveal() if source is not None and source.url is not None else ""

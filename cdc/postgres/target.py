@@ -22,6 +22,7 @@ from cdc.postgres.bookkeeping import FORGOTTEN, Bookkeeping, Mark, changed_table
 from cdc.postgres.building import Builder
 from cdc.postgres.connection import Connection, connect, translated_errors, while_doing
 from cdc.postgres.dump import KEY_KINDS, SchemaDump
+from cdc.postgres.loader import PostgresLoader
 from cdc.postgres.preparation import Preparation, mirrored_columns
 from cdc.postgres.refresh_marks import RefreshMarks
 from cdc.postgres.renaming import Renaming
@@ -45,6 +46,7 @@ class CopyTarget:
     """
 
     consistent = True
+    keeps_parts = False
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class CopyTarget:
         self.url = config.url.reveal()
         self.read_shapes = cast("Callable[[Collection[int]], Sequence[TableShape]] | None", shapes)
         self._columns: dict[TableName, dict[str, str]] = {}
+        self._made: Collection[TableName] = ()
         self._warned = False
         look_again = None
         if self.read_shapes is not None and dump_schema is not None:
@@ -148,7 +151,9 @@ class CopyTarget:
                 bookkeeping.follow_copies(schema.shapes)
                 bookkeeping.begin(start)
             present = read_tables(connection)
-            copied = {name for name, mark in bookkeeping.marks().items() if mark.copied_at is not None}
+            marks = bookkeeping.marks()
+            copied = {name for name, mark in marks.items() if mark.copied_at is not None}
+            self._made = {name for name, mark in marks.items() if mark.made}
         # those that are copied may have yet to follow the source's columns
         incomplete = [table for table in schema.tables if table.name not in copied]
         self._columns = {table.name: self._column_types(table, present) for table in incomplete}
@@ -168,7 +173,7 @@ class CopyTarget:
         # what `table_copied` commits later waits for the disk, and for all that was written before
         connection = connect(self.url, application_name="cdc-copy", synchronous_commit="off")
         self.silence_triggers(connection)
-        return PostgresLoader(connection, self.config, self._columns)
+        return PostgresLoader(connection, self.config, self._columns, self._made)
 
     def pending(self, table: TableName, position: SourcePosition, chunks: Callable[[], Sequence[Chunk]]) -> list[Chunk]:  # noqa: ARG002
         """All of it: parts of different snapshots would not be one table."""
@@ -265,35 +270,6 @@ class CopyTarget:
     def _column_types(self, table: SchemaTable, present: Mapping[TableName, SchemaTable]) -> dict[str, str]:
         types = {column.name: column.base_type_name for column in present[self.config.target_name(table.name)].columns}
         return {column.name: types[column.name] for column in mirrored_columns(self.config, table)}
-
-
-class PostgresLoader:
-    """`cdc.sink.Loader`: one worker's connection."""
-
-    def __init__(
-        self, connection: Connection, config: SinkConfig, columns: Mapping[TableName, Mapping[str, str]]
-    ) -> None:
-        self._connection = connection
-        self._config = config
-        self._columns = columns
-
-    def load(self, table: TableName, blocks: Iterable[bytes], *, binary: bool) -> int:
-        """Write one chunk in a transaction of its own and return its number of rows."""
-        columns = sql.SQL(", ").join(map(sql.Identifier, self._columns[table]))
-        query = sql.SQL("COPY {}{} FROM STDIN (FORMAT {})").format(
-            sql.Identifier(*self._config.target_name(table)),
-            sql.SQL(" ({})").format(columns) if self._columns[table] else sql.SQL(""),
-            sql.SQL("binary" if binary else "text"),
-        )
-        with while_doing(f"copying {table}"), self._connection.transaction(), self._connection.cursor() as cursor:
-            with cursor.copy(query) as copy:
-                for block in blocks:
-                    copy.write(block)
-            return cursor.rowcount
-
-    def close(self) -> None:
-        """Disconnect. Safe to call twice."""
-        self._connection.close()
 
 
 def _database_name(url: str) -> str:

@@ -15,8 +15,8 @@ from cdc.change import TableName
 from cdc.errors import FatalError
 from cdc.filling import fill
 from cdc.position import as_lsn
+from cdc.postgres.loader import PostgresLoader
 from cdc.postgres.source import PostgresSource
-from cdc.postgres.target import PostgresLoader
 from cdc.sink import Mirror as MirrorSink
 from tests.mirror import Mirror, wait_for
 from tests.servers import Database, PostgresServer
@@ -46,10 +46,10 @@ class Copying:
         load = PostgresLoader.load
 
         def load_when_allowed(
-            loader: PostgresLoader, table: TableName, blocks: Iterable[bytes], *, binary: bool
+            loader: PostgresLoader, table: TableName, blocks: Iterable[bytes], **options: bool
         ) -> int:
             self.before_chunk(table)
-            return load(loader, table, blocks, binary=binary)
+            return load(loader, table, blocks, **options)
 
         monkeypatch.setattr(PostgresLoader, "load", load_when_allowed)
         mirror.queue.register("mirror")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from cdc.change import TableName
-from cdc.copy import Copy
+from cdc.copy import CHUNK_BYTES, Copy
 from cdc.copy_progress import CopyProgress, reported
 from cdc.errors import PermanentError, TransientError
 from cdc.position import Position
@@ -33,6 +34,7 @@ class FakeSource:
         self.snapshots = 0
         self.lost = False
         self.read_order: list[Chunk] = []
+        self.cut: dict[TableName, int] = {}
 
     def dump_schema(self) -> object:
         return "schema"
@@ -48,6 +50,7 @@ class FakeSource:
         return self
 
     def chunks(self, table: TableName, chunk_bytes: int) -> Sequence[Chunk]:
+        self.cut[table] = chunk_bytes
         parts = enumerate(self.contents[table])
         return [Chunk(table, (n,), rows=len(blocks), size=sum(map(len, blocks))) for n, blocks in parts]
 
@@ -80,7 +83,8 @@ class FakeMirror:
 
     name = "mirror"
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_parts: bool = True) -> None:
+        self.keeps_parts = keeps_parts
         self.done: dict[TableName, int] = {}
         self.loaded: dict[TableName, list[bytes]] = {}
         self.calls: list[object] = []
@@ -106,7 +110,7 @@ class FakeMirror:
     def chunk_copied(self, chunk: Chunk, rows: int) -> None:
         self.kept.append(chunk)
 
-    def load(self, table: TableName, blocks: Iterable[bytes], *, binary: bool) -> int:
+    def load(self, table: TableName, blocks: Iterable[bytes], *, binary: bool, whole: bool) -> int:
         self.binary.add(binary)
         taken = []
         for block in blocks:
@@ -160,6 +164,17 @@ def test_the_largest_table_comes_first() -> None:
     source = FakeSource(a=[[b"1"]], b=[[b"22"], [b"22"]], c=[[b"333"]])
     copy(source, FakeMirror()).run()
     assert [chunk.table for chunk in source.read_order] == [B, B, C, A]
+
+
+@pytest.mark.parametrize("keeps_parts", [False, True])
+def test_only_a_table_that_others_would_wait_for_is_cut_where_parts_are_not_kept(*, keeps_parts: bool) -> None:
+    whole = CHUNK_BYTES if keeps_parts else sys.maxsize
+    source = FakeSource(a=[[b"x" * 60]], b=[[b"x" * 40]])
+    copy(source, FakeMirror(keeps_parts=keeps_parts), workers=2).run()
+    assert source.cut == {A: whole, B: whole}, "60 % for one of two workers"
+    source = FakeSource(a=[[b"x" * 80]], b=[[b"x" * 20]])
+    copy(source, FakeMirror(keeps_parts=keeps_parts), workers=2).run()
+    assert source.cut == {A: CHUNK_BYTES, B: whole}
 
 
 def test_a_table_without_chunks_is_complete_too() -> None:
