@@ -318,12 +318,10 @@ class Resync(msgspec.Struct, frozen=True):
 
 
 class Mirror(Sink, Protocol):
-    """A sink that holds a copy of the source: it can be filled, and compared.
-
-    keeps_parts: whether a copy that was killed goes on with what is left of a table, rather than with the table anew.
-    """
+    """A sink that holds a copy of the source: it can be filled, and compared."""
 
     keeps_parts: bool
+    """Whether a copy that was killed goes on with what is left of a table, rather than with the table anew."""
 
     def stored_position(self) -> Position | None:
         """The position stored in the target; `None` if it was never written to. Needs no `open`."""
