@@ -89,7 +89,7 @@ class Builder:
         """Of those that may begin the one of the largest table first: the end should not be waiting for it alone."""
         order = build_order(entries, self._builds_alone)
         order.prepare()
-        weight = self._weights(connections[0])
+        weight = self._weights(connections[0], entries)
         free, ready, built = list(connections), list[tuple[int, PendingEntry]](), 0
         running: dict[Future[float], tuple[PendingEntry, Connection]] = {}
         with elsewhere(), ThreadPoolExecutor(len(free), "build") as pool, _cancelled_on_error(connections):
@@ -128,10 +128,13 @@ class Builder:
     def _builds_alone(self, entry: PendingEntry) -> bool:
         return not entry.relations or bool(self._renames(entry))
 
-    def _weights(self, connection: Connection) -> Callable[[PendingEntry], int]:
+    def _weights(self, connection: Connection, entries: Iterable[PendingEntry]) -> Callable[[PendingEntry], int]:
         """Bytes of the largest table that an entry is about."""
+        names = {self._config.target_name(table) for entry in entries for table in entry.relations}
         with translated_errors():
-            rows = connection.execute(_SIZES).fetchall()
+            rows = connection.execute(
+                _SIZES, [[name.schema for name in names], [name.name for name in names]]
+            ).fetchall()
         sizes = {TableName(schema, name): size for schema, name, size in rows}
 
         def weight(entry: PendingEntry) -> int:
@@ -263,10 +266,12 @@ SELECT n.nspname, c.relname, i.relname, i.oid::bigint
 
 _SIZES: Final = """
 SELECT n.nspname, c.relname, pg_relation_size(c.oid)
-  FROM pg_class c
-  JOIN pg_namespace n ON n.oid = c.relnamespace
+  FROM unnest(%s::text[], %s::text[]) AS wanted (schema, name)
+  JOIN pg_namespace n ON n.nspname = wanted.schema
+  JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
  WHERE c.relkind = 'r'
 """
+"""Not of all tables: it would wait for those that are locked, by a copy for another sink for instance."""
 
 _MORE_MEMORY: Final = """
 SELECT set_config('maintenance_work_mem', wanted, true)
