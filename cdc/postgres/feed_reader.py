@@ -43,7 +43,9 @@ _QUERIES: Final = {
         ORDER BY id LIMIT %(limit)s""",
     "history": """SELECT {columns} FROM {main} WHERE entity_type = %s AND entity_id = %s AND id < %s
         ORDER BY id DESC LIMIT %s""",
-    "since": "WITH RECURSIVE {span} SELECT min(id) FROM {main} WHERE id >= (SELECT max(low) FROM span)",
+    # a query of its own: the planner takes min() from the index only where there is no WITH beside it
+    "since": """WITH RECURSIVE {span}
+        SELECT (SELECT min(id) FROM {main} WHERE id >= (SELECT max(low) FROM span))""",
     "pruned": "SELECT entity_type, channel, through_id, through_recorded_at, rows FROM {pruned}",
     "oldest": "SELECT min(id) FROM {main}",
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -12,8 +14,11 @@ from cdc.errors import FatalError, TransientError
 from cdc.feed.place import Place, check, reader, writer
 from cdc.feed.record import ChangeType
 from cdc.feed.store import FeedReader, Listener
+from cdc.feed.tables import tables_of
 from cdc.position import Position
+from cdc.postgres import feed_reader
 from cdc.postgres.feed import SETTINGS
+from cdc.postgres.feed_tables import composed, moment
 from tests.feed_stores import change, event, opened, patiently, place_at, read_all, write
 from tests.processes import wait_until
 from tests.servers import Database, PostgresServer
@@ -30,6 +35,30 @@ def test_the_table_is_for_people_too(place: Place, target_db: Database) -> None:
     query = """SELECT id, entity_type, change_type, changed_at = '2025-11-21 21:03:20.000001Z', recorded_at <= now(),
         (after ->> 'price')::numeric::text, changed, before IS NULL FROM data_changes WHERE id > 0 ORDER BY id"""
     assert target_db.execute(query) == [(1, "Product", "UPDATE", True, True, "12.50", ["price", "a,b"], True)]
+
+
+def test_a_time_is_found_by_a_few_looks(place: Place, target_db: Database) -> None:
+    """Also where the planner knows nothing of the table yet."""
+    with opened(place):
+        pass
+    target_db.execute("""
+        INSERT INTO data_changes (id, entity_type, entity_id, change_type, changed_at, recorded_at, source, position,
+                                  version, channel, lookup, truncated)
+        SELECT n, 'T', n, 'UPDATE', now(), to_timestamp(n), 'shop', n, n, 't', false, false
+          FROM generate_series(1, 20000) AS n
+        """)
+    query = composed(tables_of(place.table, schemas=True), feed_reader._QUERIES)["since"]
+    with target_db.connect() as connection:
+        explained = connection.execute(b"EXPLAIN (ANALYZE, FORMAT JSON) " + query, {"at": moment(10_000_000_000)})
+        ((((plan,),),),) = [explained.fetchall()]
+    assert max(rows_seen(plan["Plan"])) < 100
+
+
+def rows_seen(node: dict[str, Any]) -> Iterator[float]:
+    """By each step of a plan, those included that it left out."""
+    yield (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+    for child in node.get("Plans", ()):
+        yield from rows_seen(child)
 
 
 def test_everything_works_again_after_the_server_was_restarted(
