@@ -309,9 +309,13 @@ def _copy(config: Config, sink: SinkConfig) -> None:
         reader = build_source(config, config.sources[sink.source], queue)
         reader.tables(), mirror.copied()  # a server that is away now is an error; later it is waited for
         with capturing(source, queue, CaptureStats(sink.source)), reported(progress, Console(stderr=True)):
-            fill(reader, mirror, queue, stats=stats, options=sink.copy, stop=threading.Event(), progress=progress)
+            finished = fill(
+                reader, mirror, queue, stats=stats, options=sink.copy, stop=threading.Event(), progress=progress
+            )
     now = progress.snapshot()
     print(f"{sink.name}: {len(now.tables)} tables copied, {now.rows:,} rows in {now.seconds:.1f} s")
+    if not finished:
+        print(f"{sink.name}: `cdc run` builds the rest (indexes, constraints) when it has caught up")
 
 
 @app.command()

@@ -48,8 +48,10 @@ def fill(
     stop: threading.Event,
     progress: CopyProgress | None = None,
     resyncs: bool = False,
-) -> None:
+) -> bool:
     """Copy the tables that the mirror does not have; return when it has all of them, or `stop` is set.
+
+    Returns whether all that belongs to them is built too, such as indexes; else that waits for the stream.
 
     The queue must have begun: what changes from then on comes by the stream. Retries for ever what is transient; but a
     mirror that is complete is not kept waiting for a source that is away. Raises `ResyncRequired` where the target
@@ -59,6 +61,7 @@ def fill(
     filling = _Filling(source, mirror, queue, stats=stats, options=options, progress=progress or CopyProgress())
     filling.resyncs = resyncs
     keep_trying(lambda: filling.attempt(stop), stop, partial(_waiting, stats))
+    return filling.finished
 
 
 class _Filling:
@@ -81,6 +84,7 @@ class _Filling:
         self._options = options
         self._progress = progress
         self.resyncs = False
+        self.finished = False
 
     def attempt(self, stop: threading.Event) -> None:
         """Fill once."""
@@ -92,6 +96,7 @@ class _Filling:
             return
         while True:
             result = self._copy(tables, stop)
+            self.finished = result.finished
             if not result.complete:
                 return
             # a snapshot publishes all tables that there are: what it published must be copied too
