@@ -85,16 +85,16 @@ async function poll({ latest, cursor, wake, pollInterval, setState, signal }, re
 
 /** One request. Returns whether there is more to be had at once. */
 async function look(latest, cursor, { since, ...request }, signal) {
-  const { token, onChanges, onGap } = latest.current;
+  const { token } = latest.current; // of the rest, whatever is wanted when the answer has come
   try {
     const found = await fetchChanges({ ...request, token, since: cursor.value ?? since, limit: 500, signal });
     if (signal.aborted) return false; // the cursor stays, so whoever comes next gets them
-    if (found.changes.length > 0) await onChanges?.(found.changes);
+    if (found.changes.length > 0) await latest.current.onChanges?.(found.changes);
     cursor.value = found.cursor;
     return found.hasMore;
   } catch (error) {
     if (error.name !== "Gap") throw error;
-    await onGap?.(error);
+    await latest.current.onGap?.(error);
     cursor.value = error.cursor;
     return true;
   }
