@@ -129,6 +129,34 @@ def test_an_entity_is_followed_and_then_another(application: Page, service: Serv
     expect(entity).to_have_text("8.2 latest 2")
 
 
+HOLDING = """() => {
+    const real = window.fetch;
+    const held = new Promise((letGo) => Object.assign(window, { letGo }));
+    window.fetch = async (...request) => {
+        const answer = await real(...request);
+        window.answered ||= (await answer.clone().text()).includes('"version":2');
+        await held;
+        return answer;
+    };
+}"""
+"""Answers stay under way until `letGo` is called; `answered`: whether one of them tells of a second version."""
+
+
+def test_what_was_under_way_for_another_entity_is_not_shown(application: Page, service: Service) -> None:
+    begin(application)
+    entity = application.locator("#entity")
+    service.commit("orders", 7, version=1)
+    expect(entity).to_have_text("7.1 latest 1")
+    application.evaluate(HOLDING)
+    service.commit("orders", 7, version=2)
+    application.wait_for_function("window.answered")
+    application.evaluate("setId(8)")
+    expect(entity).to_have_text("latest")
+    application.evaluate("letGo()")
+    service.commit("orders", 8, version=1)
+    expect(entity).to_have_text("8.1 latest 1")
+
+
 def test_other_types_begin_anew_and_a_component_that_is_gone_polls_no_more(application: Page, service: Service) -> None:
     begin(application)
     application.evaluate("setTypes(['Clients'])")
